@@ -1,0 +1,1 @@
+"""What both ends of a wire must agree on, and what knows tensors but no requests."""

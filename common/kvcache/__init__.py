@@ -1,0 +1,1 @@
+"""Blocks, their hashes, the prefix cache, and the memory that holds them."""

@@ -1,0 +1,1 @@
+"""Tensor-parallel groups and how weights and heads are split over ranks."""

@@ -1,0 +1,1 @@
+"""Tagged messages of exact size between ranks; backends chosen by URL scheme."""

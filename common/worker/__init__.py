@@ -1,0 +1,1 @@
+"""What the prefill and the decode worker share: the front-to-rank channel and the step runner."""

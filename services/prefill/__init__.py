@@ -1,0 +1,1 @@
+"""The prefill worker: computes KV caches and ships them."""

@@ -1,0 +1,1 @@
+"""The router: admission, tokenisation, placement, and both legs of a request."""
