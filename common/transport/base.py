@@ -23,7 +23,9 @@ class CancelOutcome(enum.Enum):
     NOT_ADVERTISED = "not_advertised"  # the receive was never posted: nobody could name the memory
     DRAINED = "drained"  # the transport confirmed that no byte will arrive any more
     PEER_LOST = "peer_lost"  # the connection is closed and drained
-    IN_DOUBT = "in_doubt"  # a write may still be under way: quarantine until the connection is closed and drained
+    IN_DOUBT = (
+        "in_doubt"  # a write may still be under way: quarantine until the connection is closed and drained
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,227 @@
+"""A whole deployment on this machine: router, prefill and decode workers as processes of their own.
+
+A process that dies is reported and started again with the same arguments; nothing outlives `stop`. Used by
+`baton up`, `baton demo`, the benchmarks and the integration tests. Knows command lines, not requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import grpc
+from baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+from common.errors import InternalError, Unavailable
+from common.rpc.client import open_channel
+
+_MAX_STATUS_BYTES = 4 << 20
+_STOP_GRACE_S = 5.0
+_QUICK_DEATH_S = 5.0  # a process that dies sooner than this after its start is started again more slowly
+_MAX_RESTART_DELAY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentSpec:
+    """What to start. `*_args` are further flags of that service, as `python -m services.X --help` shows them."""
+
+    model: Path
+    num_prefill: int = 1
+    num_decode: int = 1
+    prefill_tp: int = 1
+    decode_tp: int = 1
+    router_processes: int = 1
+    host: str = "127.0.0.1"
+    router_port: int = 0
+    prefill_args: tuple[str, ...] = ()
+    decode_args: tuple[str, ...] = ()
+    router_args: tuple[str, ...] = ()
+    log_dir: Path | None = None
+    restart: bool = True
+
+
+@dataclass(slots=True)
+class ManagedProcess:
+    """One service process and how to start it again."""
+
+    name: str
+    role: str
+    address: str
+    argv: list[str]
+    process: asyncio.subprocess.Process | None = None
+    num_restarts: int = 0
+    log: IO[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        if self.process is None:
+            raise InternalError(f"{self.name} is not running")
+        return self.process.pid
+
+
+class Deployment:
+    """Use as `async with Deployment(spec) as deployment:`; entering starts the processes, leaving stops them."""
+
+    def __init__(self, spec: DeploymentSpec, on_event: Callable[[str], None] = lambda _: None) -> None:
+        self._spec = spec
+        self._on_event = on_event
+        self._stopping = False
+        self._monitors: list[asyncio.Task[None]] = []
+        ports = _free_ports(spec.host, 1 + spec.num_prefill + spec.num_decode)
+        router_port = spec.router_port or ports[0]
+        self.prefill = [
+            self._worker("prefill", index, ports[1 + index], spec.prefill_tp, spec.prefill_args)
+            for index in range(spec.num_prefill)
+        ]
+        self.decode = [
+            self._worker("decode", index, ports[1 + spec.num_prefill + index], spec.decode_tp, spec.decode_args)
+            for index in range(spec.num_decode)
+        ]
+        self.router = self._router(router_port)
+
+    @property
+    def processes(self) -> list[ManagedProcess]:
+        """Workers first, then the router."""
+        return [*self.prefill, *self.decode, self.router]
+
+    @property
+    def router_address(self) -> str:
+        """Where clients connect, `host:port`."""
+        return self.router.address
+
+    async def __aenter__(self) -> Deployment:
+        try:
+            for process in self.processes:
+                await self._start(process)
+                self._monitors.append(asyncio.create_task(self._monitor(process)))
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def ready(self, timeout_s: float) -> None:
+        """Wait until the router sees every worker ready. Raises `Unavailable` when the time is up."""
+        expected = (self._spec.num_prefill, self._spec.num_decode)
+        seen: tuple[int, int] = (0, 0)
+        deadline = time.monotonic() + timeout_s
+        async with open_channel(self.router_address, _MAX_STATUS_BYTES) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            while time.monotonic() < deadline:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    info = await stub.GetModelInfo(
+                        inference_pb2.GetModelInfoRequest(), timeout=1.0, wait_for_ready=True
+                    )
+                    seen = (info.num_prefill_workers, info.num_decode_workers)
+                if seen >= expected and seen[1] >= expected[1]:
+                    return
+                await asyncio.sleep(0.05)  # start-up only: the model info has no stream to wait on
+        raise Unavailable(
+            f"after {timeout_s:.0f} s the router sees {seen[0]} of {expected[0]} prefill and "
+            f"{seen[1]} of {expected[1]} decode workers"
+        )
+
+    async def status(self, worker: ManagedProcess, timeout_s: float = 5.0) -> worker_pb2.WorkerStatus:
+        """One status of a worker. Raises `grpc.aio.AioRpcError` if it does not answer."""
+        async with open_channel(worker.address, _MAX_STATUS_BYTES) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            return await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=timeout_s)
+
+    async def stop(self) -> None:
+        """Ask every process to stop, router first, and kill those that do not. Idempotent."""
+        self._stopping = True
+        for task in self._monitors:
+            task.cancel()
+        await asyncio.gather(*self._monitors, return_exceptions=True)
+        self._monitors.clear()
+        await asyncio.gather(*(_terminate(process) for process in reversed(self.processes)))
+
+    def _worker(self, role: str, index: int, port: int, tp_size: int, extra: tuple[str, ...]) -> ManagedProcess:
+        name = f"{role}-{index}"
+        address = f"{self._spec.host}:{port}"
+        flags = ["--worker-id", name, "--listen", address, "--model", str(self._spec.model)]
+        argv = ["-m", f"services.{role}", *flags, "--tp-size", str(tp_size), *extra]
+        return ManagedProcess(name, role, address, argv)
+
+    def _router(self, port: int) -> ManagedProcess:
+        address = f"{self._spec.host}:{port}"
+        flags = ["--listen", address, "--model", str(self._spec.model)]
+        flags += ["--prefill", ",".join(worker.address for worker in self.prefill)]
+        flags += ["--decode", ",".join(worker.address for worker in self.decode)]
+        flags += ["--processes", str(self._spec.router_processes)]
+        argv = ["-m", "services.router", *flags, *self._spec.router_args]
+        return ManagedProcess("router", "router", address, argv)
+
+    async def _start(self, managed: ManagedProcess) -> None:
+        if self._spec.log_dir is not None and managed.log is None:
+            self._spec.log_dir.mkdir(parents=True, exist_ok=True)
+            managed.log = (self._spec.log_dir / f"{managed.name}.log").open("ab")
+        managed.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *managed.argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=managed.log,
+            stderr=managed.log,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C in the terminal reaches only us, and we stop things in order
+        )
+
+    async def _monitor(self, managed: ManagedProcess) -> None:
+        delay_s = 0.1
+        while True:
+            assert managed.process is not None
+            started = time.monotonic()
+            status = await managed.process.wait()
+            if self._stopping:
+                return
+            self._on_event(f"{managed.name} (process {managed.pid}) ended with {_describe(status)}")
+            if not self._spec.restart:
+                return
+            delay_s = 0.1 if time.monotonic() - started > _QUICK_DEATH_S else min(delay_s * 2, _MAX_RESTART_DELAY_S)
+            await asyncio.sleep(delay_s)
+            managed.num_restarts += 1
+            await self._start(managed)
+            self._on_event(f"{managed.name} started again as process {managed.pid}")
+
+
+def _describe(status: int) -> str:
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+
+
+async def _terminate(managed: ManagedProcess) -> None:
+    process = managed.process
+    if process is not None and process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            async with asyncio.timeout(_STOP_GRACE_S):
+                await process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if managed.log is not None:
+        managed.log.close()
+        managed.log = None
+
+
+def _free_ports(host: str, count: int) -> list[int]:
+    """Ports that nobody listens on now. Held open together so that they differ."""
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for _ in range(count):
+            sock = stack.enter_context(socket.socket())
+            sock.bind((host, 0))
+            ports.append(int(sock.getsockname()[1]))
+    return ports

@@ -1,0 +1,81 @@
+"""Which cached block goes first: a policy is a pure function from a block's use to a priority, lowest first.
+
+The queue orders candidates by that priority, computed when a block becomes a candidate. Time is a logical
+clock, so the same calls always evict the same blocks. Knows nothing of hashes, trees or references.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+_MIN_STALE_ENTRIES = 64  # below this a rebuild costs more than it saves
+
+
+@dataclass(frozen=True, slots=True)
+class BlockUse:
+    """What a policy may look at."""
+
+    last_used: int  # logical time at which the last sequence let go of the block
+    num_uses: int  # sequences that have held the block
+
+
+EvictionPolicy = Callable[[BlockUse], tuple[int, ...]]
+
+
+def least_recently_used(use: BlockUse) -> tuple[int, ...]:
+    return (use.last_used,)
+
+
+def least_frequently_used(use: BlockUse) -> tuple[int, ...]:
+    return (use.num_uses, use.last_used)
+
+
+EVICTION_POLICIES: Mapping[str, EvictionPolicy] = {
+    "lru": least_recently_used,
+    "lfu": least_frequently_used,
+}
+
+
+class EvictionQueue:
+    """Priority queue of candidate blocks. Discarding leaves a stale heap entry behind, dropped when popped
+    or when stale entries outnumber the live ones: every operation is O(log n) amortised."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self._policy = policy
+        self._heap: list[tuple[tuple[int, ...], int, int]] = []  # (priority, serial, block)
+        self._serials: dict[int, int] = {}  # block -> serial of its live entry
+        self._next_serial = 0
+
+    def __len__(self) -> int:
+        return len(self._serials)
+
+    def __contains__(self, block_id: int) -> bool:
+        return block_id in self._serials
+
+    def push(self, block_id: int, use: BlockUse) -> None:
+        """Make a block a candidate; one that is already queued takes its new place."""
+        serial = self._next_serial
+        self._next_serial += 1
+        self._serials[block_id] = serial
+        heapq.heappush(self._heap, (self._policy(use), serial, block_id))
+        self._drop_stale_entries()
+
+    def discard(self, block_id: int) -> None:
+        """The block is no candidate any more; no effect if it is none."""
+        self._serials.pop(block_id, None)
+
+    def pop(self) -> int | None:
+        """Remove and return the candidate that goes first; None if there is none."""
+        while self._heap:
+            _, serial, block_id = heapq.heappop(self._heap)
+            if self._serials.get(block_id) == serial:
+                del self._serials[block_id]
+                return block_id
+        return None
+
+    def _drop_stale_entries(self) -> None:
+        if len(self._heap) > 2 * len(self._serials) + _MIN_STALE_ENTRIES:
+            self._heap = [entry for entry in self._heap if self._serials.get(entry[2]) == entry[1]]
+            heapq.heapify(self._heap)

@@ -1,0 +1,95 @@
+"""Grants: the right to write one chunk of KV into staging slots, once.
+
+    tag   63          32 31        16 15     8 7      0
+          │    nonce    │ generation │  slot  │   leg  │
+
+The tag is what the transport matches: a sender without a grant cannot name a slot, and one with a stale
+grant matches nothing. Knows neither the transport nor gRPC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.errors import InvalidArgument
+
+NONCE_BITS = 32
+GENERATION_BITS = 16
+SLOT_BITS = 8
+LEG_BITS = 8
+MAX_SLOTS = 1 << SLOT_BITS
+MAX_LEGS = 1 << LEG_BITS
+NUM_GENERATIONS = 1 << GENERATION_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class TagParts:
+    """The fields of a 64-bit tag."""
+
+    nonce: int
+    generation: int
+    slot: int
+    leg: int
+
+
+def make_tag(nonce: int, generation: int, slot: int, leg: int) -> int:
+    """Pack the four fields into 64 bits, most significant first."""
+    tag = 0
+    for name, value, bits in (
+        ("nonce", nonce, NONCE_BITS),
+        ("generation", generation, GENERATION_BITS),
+        ("slot", slot, SLOT_BITS),
+        ("leg", leg, LEG_BITS),
+    ):
+        if not 0 <= value < 1 << bits:
+            raise InvalidArgument(name, value, f"must fit in {bits} bits")
+        tag = tag << bits | value
+    return tag
+
+
+def split_tag(tag: int) -> TagParts:
+    """The inverse of `make_tag`."""
+    if not 0 <= tag < 1 << 64:
+        raise InvalidArgument("tag", tag, "must fit in 64 bits")
+    return TagParts(
+        nonce=tag >> GENERATION_BITS + SLOT_BITS + LEG_BITS,
+        generation=tag >> SLOT_BITS + LEG_BITS & NUM_GENERATIONS - 1,
+        slot=tag >> LEG_BITS & MAX_SLOTS - 1,
+        leg=tag & MAX_LEGS - 1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotHandle:
+    """Ours: one use of a staging slot, on every rank of the decode worker."""
+
+    slot: int
+    generation: int
+    nonce: int
+
+    def tag(self, leg: int) -> int:
+        """The tag of leg number `leg` of this use."""
+        return make_tag(self.nonce, self.generation, self.slot, leg)
+
+
+@dataclass(frozen=True, slots=True)
+class LegGrant:
+    """The peer's: what one prefill rank sends to one decode rank for one chunk, under one tag."""
+
+    prefill_rank: int
+    decode_rank: int
+    first_head: int  # global KV head
+    num_heads: int
+    tag: int
+    nbytes: int  # exact size of the message, header included
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkGrant:
+    """The peer's: all legs of one chunk. All or nothing: there is no grant for some legs of a chunk."""
+
+    chunk_index: int
+    first_block: int  # within the sequence
+    num_blocks: int
+    legs: tuple[LegGrant, ...]
+    deadline_s: float  # time that remained when the grant was made

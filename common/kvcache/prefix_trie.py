@@ -1,0 +1,138 @@
+"""Which block holds the KV of which prefix: a trie with one block per node, addressed by block hash.
+
+Not a radix tree: a chained hash already names its whole prefix, so one flat dictionary finds any node
+without walking edges, and merging runs of blocks into edges would save nothing, yet bring back splitting on
+insert and on eviction. Only leaves are evicted, so the ancestors of a node are always there and the longest
+match is a binary search. Knows neither reference counts nor tokens: the owner says when a block is idle
+(nobody holds it) and when busy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.errors import InternalError
+from common.kvcache.eviction import BlockUse, EvictionPolicy, EvictionQueue
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    block_hash: bytes
+    block_id: int
+    parent: _Node | None
+    idle: bool = False
+    num_children: int = 0
+    num_uses: int = 1
+    last_used: int = 0
+
+
+class PrefixTrie:
+    """Idle leaves are the candidates for eviction; `policy` orders them."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self._nodes: dict[bytes, _Node] = {}
+        self._by_block: dict[int, _Node] = {}
+        self._candidates = EvictionQueue(policy)
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def match(self, hashes: Sequence[bytes]) -> int:
+        """Length of the longest prefix of `hashes` that is here. Does not modify the trie."""
+        low, high = 0, len(hashes)
+        while low < high:
+            middle = (low + high) // 2
+            if hashes[middle] in self._nodes:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The block with this hash. Does not modify the trie."""
+        node = self._nodes.get(block_hash)
+        return None if node is None else node.block_id
+
+    def insert(self, block_hash: bytes, parent_hash: bytes | None, block_id: int) -> None:
+        """Add a busy block below its parent (None: a first block), which must be here; the hash must not."""
+        if block_hash in self._nodes or block_id in self._by_block:
+            raise InternalError(f"block {block_id} or its hash is already in the prefix trie")
+        parent = None
+        if parent_hash is not None:
+            parent = self._nodes.get(parent_hash)
+            if parent is None:
+                raise InternalError(f"the parent of block {block_id} is not in the prefix trie")
+            parent.num_children += 1
+            self._candidates.discard(parent.block_id)
+        node = _Node(block_hash, block_id, parent)
+        self._nodes[block_hash] = node
+        self._by_block[block_id] = node
+
+    def mark_busy(self, block_id: int) -> None:
+        """A sequence holds the block: it cannot be evicted."""
+        self._by_block[block_id].idle = False
+        self._candidates.discard(block_id)
+
+    def record_use(self, block_id: int) -> None:
+        """Count a hit, for policies that look at frequency."""
+        self._by_block[block_id].num_uses += 1
+
+    def mark_idle(self, block_id: int) -> None:
+        """Nobody holds the block any more; it was last used now."""
+        node = self._by_block[block_id]
+        self._clock += 1
+        node.last_used = self._clock
+        node.idle = True
+        self._queue_if_candidate(node)
+
+    def evict_one(self) -> int | None:
+        """Forget the idle leaf that the policy puts first and return its block; None if there is none."""
+        block_id = self._candidates.pop()
+        if block_id is None:
+            return None
+        node = self._by_block.pop(block_id)
+        del self._nodes[node.block_hash]
+        if node.parent is not None:
+            node.parent.num_children -= 1
+            self._queue_if_candidate(node.parent)
+        return block_id
+
+    def _queue_if_candidate(self, node: _Node) -> None:
+        if node.idle and node.num_children == 0:
+            self._candidates.push(node.block_id, BlockUse(node.last_used, node.num_uses))
+
+    def block_ids(self) -> set[int]:
+        return set(self._by_block)
+
+    def check_integrity(self, busy_blocks: set[int]) -> None:
+        """Verify links, child counts, candidates and that a busy block has only busy ancestors; O(nodes).
+
+        That last one makes every idle block evictable, leaf by leaf.
+        """
+        children = Counter(id(node.parent) for node in self._nodes.values() if node.parent is not None)
+        if len(self._nodes) != len(self._by_block):
+            raise InternalError("the prefix trie's two indexes differ in size")
+        for node in self._nodes.values():
+            where = f"block {node.block_id} of the prefix trie"
+            if self._by_block.get(node.block_id) is not node:
+                raise InternalError(f"{where} is indexed under another node")
+            if node.num_children != children[id(node)]:
+                raise InternalError(f"{where} counts {node.num_children} children, has {children[id(node)]}")
+            if node.idle == (node.block_id in busy_blocks):
+                raise InternalError(f"{where} is marked idle={node.idle}, which is wrong")
+            if (node.block_id in self._candidates) != (node.idle and node.num_children == 0):
+                raise InternalError(f"{where} is wrongly (not) a candidate for eviction")
+            _check_parent(node, self._nodes)
+
+
+def _check_parent(node: _Node, nodes: dict[bytes, _Node]) -> None:
+    parent = node.parent
+    if parent is None:
+        return
+    if nodes.get(parent.block_hash) is not parent:
+        raise InternalError(f"the parent of block {node.block_id} was evicted before it")
+    if parent.idle and not node.idle:
+        raise InternalError(f"block {node.block_id} is busy below the idle block {parent.block_id}")

@@ -1,0 +1,278 @@
+"""Logits to tokens for a running batch: which token each row draws depends on that row alone, never on its
+neighbours.
+
+Order: logit bias, repetition penalty (prompt and generated tokens), frequency and presence penalty
+(generated tokens), `min_tokens`, then greedy argmax (lowest id wins a tie) or temperature, top-k, top-p,
+min-p and a draw whose random number is a function of (seed, choice, position). Reported logprobs are the
+log-softmax of the raw logits, before all of these. This module knows nothing of requests, stop conditions
+or text.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.errors import InternalError
+from common.sampling import philox
+from common.sampling.cutoff import keep_likeliest
+from common.sampling.draw import draw, padded_size
+from common.sampling.limits import MAX_LOGPROBS
+from common.sampling.params import SamplingParams
+from common.sampling.penalties import PenaltyTable
+
+TokenLogprobs: TypeAlias = tuple[float, list[tuple[int, float]]]
+Indices: TypeAlias = npt.NDArray[np.int64]
+
+_VECTORISE_FROM: Final = 64  # rows from which the vectorised Philox beats the scalar one
+
+
+class _Needs(enum.IntFlag):
+    """What a row needs beyond an argmax over the raw logits."""
+
+    PENALTIES = 1
+    BIAS = 2
+    MIN_TOKENS = 4
+    DRAW = 8
+    CUTOFF = 16
+    LOGPROBS = 32
+
+
+_ADJUST: Final = int(_Needs.PENALTIES | _Needs.BIAS | _Needs.MIN_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a row's sequence asks for; its tensors are on the sampler's device."""
+
+    params: SamplingParams
+    needs: int
+    bias_ids: torch.Tensor  # [entries] int64
+    bias: torch.Tensor  # [entries] float32
+    ending_ids: torch.Tensor  # [entries] int64
+
+
+@dataclass(frozen=True, slots=True)
+class _RawLogprobs:
+    """Log-probabilities of those rows of a batch that asked for them."""
+
+    indices: list[int]  # into the batch
+    num_top: list[int]
+    chosen: torch.Tensor  # [n] float32
+    top: torch.Tensor  # [n, MAX_LOGPROBS or vocab] float32, most likely first
+    top_ids: torch.Tensor  # int64, of the same shape
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutput:
+    """One token per row. Only `errors` and `logprobs` read back from the device and so wait for it."""
+
+    token_ids: torch.Tensor  # [B] int64; 0 where the row has an error, so that it stays a valid index
+    valid: torch.Tensor  # [B] bool
+    raw_logprobs: _RawLogprobs | None
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """Batch index → what is wrong with that row. Such a row has no token; the others are sound."""
+        if bool(self.valid.all()):
+            return {}
+        message = "no token can be chosen: the logits hold NaN or infinity, or every token is excluded"
+        return {index: message for index, ok in enumerate(self.valid.tolist()) if not ok}
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs | None]:
+        """Per row (the chosen token's logprob, [(token id, logprob), most likely first]), or None."""
+        result: list[TokenLogprobs | None] = [None] * self.token_ids.shape[0]
+        raw = self.raw_logprobs
+        if raw is None:
+            return result
+        columns = (raw.indices, raw.num_top, raw.chosen.tolist(), raw.top.tolist(), raw.top_ids.tolist())
+        for index, num_top, chosen, top, top_ids in zip(*columns, strict=True):
+            ranked = sorted(zip(top_ids, top, strict=True), key=lambda pair: (-pair[1], pair[0]))
+            result[index] = (chosen, ranked[:num_top])
+        return result
+
+
+class BatchSampler:
+    """Sampling state of the rows of a batch. Rows are slots that the caller hands out, 0 ≤ row < max_rows."""
+
+    def __init__(self, vocab_size: int, max_rows: int, device: torch.device | str = "cpu") -> None:
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._rows: list[_Row | None] = [None] * max_rows
+        self._needs = np.zeros(max_rows, dtype=np.int64)
+        self._penalties = PenaltyTable(vocab_size, max_rows, self._device)
+
+    def add(
+        self,
+        row: int,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        output_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Take `row` for a sequence that has generated `output_token_ids` so far, here or elsewhere."""
+        if self._rows[row] is not None:
+            raise InternalError(f"sampling row {row} is taken")
+        self._rows[row] = _Row(
+            params=params,
+            needs=_needs(params),
+            bias_ids=self._ids([token_id for token_id, _ in params.logit_bias]),
+            bias=torch.tensor(
+                [bias for _, bias in params.logit_bias], dtype=torch.float32, device=self._device
+            ),
+            ending_ids=self._ids(params.ending_token_ids),
+        )
+        self._needs[row] = _needs(params)
+        if params.has_penalties:
+            self._penalties.add(row, params, prompt_token_ids, output_token_ids)
+
+    def remove(self, row: int) -> None:
+        """Give `row` back."""
+        if self._rows[row] is None:
+            raise InternalError(f"sampling row {row} is not taken")
+        self._rows[row] = None
+        self._needs[row] = 0
+
+    def sample(self, rows: Sequence[int], logits: torch.Tensor, positions: Sequence[int]) -> SampleOutput:
+        """Choose one token for each of the (distinct) rows and count it towards the row's penalties.
+
+        logits: [B, vocab] float32 on the sampler's device, left as they are. positions: the index of each
+        token in its sequence's output, 0 = the first. Row i's answer depends on row i alone.
+        """
+        if logits.shape != (len(rows), self._vocab_size) or len(positions) != len(rows):
+            raise InternalError(
+                f"logits {tuple(logits.shape)} and {len(positions)} positions for {len(rows)} rows "
+                f"of a vocabulary of {self._vocab_size}"
+            )
+        logits = logits.detach().float()
+        row_ids = np.asarray(rows, dtype=np.int64)
+        needs = self._needs[row_ids]
+        token_ids, valid = _argmax(logits)
+        special = np.flatnonzero(needs & (_ADJUST | _Needs.DRAW))
+        if special.size:
+            special_positions = [positions[index] for index in special.tolist()]
+            chosen, can_choose = self._choose(row_ids[special], logits[self._ids(special)], special_positions)
+            at = self._ids(special)
+            token_ids[at] = chosen
+            valid[at] &= can_choose
+        token_ids = torch.where(valid, token_ids, 0)
+        penalised = np.flatnonzero(needs & _Needs.PENALTIES)
+        if penalised.size:
+            self._penalties.count(self._ids(row_ids[penalised]), token_ids[self._ids(penalised)])
+        with_logprobs = np.flatnonzero(needs & _Needs.LOGPROBS)
+        raw = self._raw_logprobs(with_logprobs, row_ids, logits, token_ids) if with_logprobs.size else None
+        return SampleOutput(token_ids, valid, raw)
+
+    def _choose(
+        self, row_ids: Indices, logits: torch.Tensor, positions: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slow path. logits: [n, vocab] float32, overwritten. Returns tokens [n] and their validity."""
+        rows = [self._row(row) for row in row_ids]
+        self._adjust(rows, row_ids, logits, positions)
+        token_ids, valid = _argmax(logits)
+        drawing = [index for index, row in enumerate(rows) if row.needs & _Needs.DRAW]
+        if drawing:
+            at = self._ids(drawing)
+            own_logits = logits if len(drawing) == len(rows) else logits[at]
+            token_ids[at] = self._draw(
+                [rows[i] for i in drawing], own_logits, [positions[i] for i in drawing]
+            )
+        return token_ids, valid
+
+    def _adjust(
+        self, rows: list[_Row], row_ids: Indices, logits: torch.Tensor, positions: Sequence[int]
+    ) -> None:
+        """Apply bias, penalties and min_tokens. logits: [n, vocab] float32, changed in place."""
+        for row, row_logits in zip(rows, logits, strict=True):
+            if row.needs & _Needs.BIAS:
+                row_logits.index_add_(0, row.bias_ids, row.bias)
+        penalised = [index for index, row in enumerate(rows) if row.needs & _Needs.PENALTIES]
+        if penalised:
+            at = self._ids(penalised)
+            logits[at] = self._penalties.apply(self._ids(row_ids[penalised]), logits[at])
+        for row, row_logits, position in zip(rows, logits, positions, strict=True):
+            if row.needs & _Needs.MIN_TOKENS and position < row.params.min_tokens:
+                row_logits.index_fill_(0, row.ending_ids, float("-inf"))
+
+    def _draw(self, rows: list[_Row], logits: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """logits: [n, vocab] float32, adjusted. Returns [n] int64."""
+        params = [row.params for row in rows]
+        temperature = torch.tensor([[p.temperature] for p in params], dtype=torch.float32)
+        padded = torch.zeros((len(rows), padded_size(self._vocab_size)), device=self._device)
+        weights = padded[:, : self._vocab_size]  # [n, vocab]; the largest of each row is exactly 1
+        torch.sub(logits, logits.amax(dim=-1, keepdim=True), out=weights)
+        weights.div_(temperature.to(self._device)).exp_()
+        cut = [index for index, row in enumerate(rows) if row.needs & _Needs.CUTOFF]
+        if cut:
+            keep_likeliest(
+                weights,
+                cut,
+                [params[i].top_k for i in cut],
+                [params[i].top_p for i in cut],
+                [params[i].min_p for i in cut],
+            )
+        return draw(padded, _uniforms(params, positions).to(self._device, non_blocking=True))
+
+    def _raw_logprobs(
+        self, indices: Indices, row_ids: Indices, logits: torch.Tensor, token_ids: torch.Tensor
+    ) -> _RawLogprobs:
+        at = self._ids(indices)
+        logprobs = logits[at].log_softmax(dim=-1)
+        chosen = logprobs.gather(1, token_ids[at].view(-1, 1)).view(-1)
+        # Always the same k: which of several equal tokens topk returns must not depend on the batch.
+        top, top_ids = logprobs.topk(min(MAX_LOGPROBS, self._vocab_size), dim=-1)
+        num_top = [self._row(row).params.logprobs or 0 for row in row_ids[indices]]
+        return _RawLogprobs(indices.tolist(), num_top, chosen, top, top_ids)
+
+    def _row(self, row: int) -> _Row:
+        state = self._rows[row]
+        assert state is not None
+        return state
+
+    def _ids(self, ids: Sequence[int] | Indices) -> torch.Tensor:
+        """[n] int64 on the device."""
+        return torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(self._device, non_blocking=True)
+
+
+def _needs(params: SamplingParams) -> int:
+    needs = _Needs(0)
+    if params.has_penalties:
+        needs |= _Needs.PENALTIES
+    if params.logit_bias:
+        needs |= _Needs.BIAS
+    if params.min_tokens and params.ending_token_ids:
+        needs |= _Needs.MIN_TOKENS
+    if not params.is_greedy:
+        needs |= _Needs.DRAW
+        if params.top_k or params.top_p < 1.0 or params.min_p > 0.0:
+            needs |= _Needs.CUTOFF
+    if params.logprobs is not None:
+        needs |= _Needs.LOGPROBS
+    return int(needs)
+
+
+def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits: [n, vocab]. Returns the lowest id of the largest logit, [n] int64, and whether it is finite.
+
+    A NaN counts as the largest, so one that is not finite means a row with NaN, with +inf, or with -inf only.
+    """
+    if logits.device.type == "cpu":  # numpy's argmax is vectorised, torch's is ten times slower
+        token_ids = torch.from_numpy(logits.numpy().argmax(axis=-1))
+    else:
+        token_ids = logits.argmax(dim=-1)
+    return token_ids, logits.gather(1, token_ids.view(-1, 1)).view(-1).isfinite()
+
+
+def _uniforms(params: Sequence[SamplingParams], positions: Sequence[int]) -> torch.Tensor:
+    """One draw per row, [n] float64 in host memory: the host knows all of its inputs."""
+    if len(params) < _VECTORISE_FROM:
+        draws = [philox.uniform(p.seed, p.choice, at) for p, at in zip(params, positions, strict=True)]
+        return torch.tensor(draws, dtype=torch.float64)
+    seeds = torch.tensor([philox.as_signed(p.seed) for p in params])
+    return philox.uniforms(seeds, torch.tensor([p.choice for p in params]), torch.tensor(positions))

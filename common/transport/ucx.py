@@ -1,0 +1,165 @@
+"""`ucx://host:port` over `ucxx`: tcp between CPUs, cuda_ipc and RDMA between GPUs; see `ucx_lane` for which it is.
+
+Receives are driven by probing. Nothing is posted to UCX until a message has arrived: then its tag and length are known,
+and it is received into its slot, or consumed without moving a byte if it is stale or of the wrong size (UCX answers the
+rendezvous of a receive that is too small by releasing the sender). So taking back a receive that has not been matched
+is certain and immediate, which no cancel of a posted UCX receive is, and a large message costs no extra round trip: its
+rendezvous waits for our answer in any case. Completion of a send says that the buffer is free, not that the peer has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from urllib.parse import urlsplit
+
+from ucxx._lib.arr import Array
+from ucxx._lib.libucxx import TagProbeResult, UCXEndpoint, UCXError, UCXListener
+
+from common.errors import FailedPrecondition, InvalidArgument, PeerLost, TransferTimeout, Unavailable
+from common.transport.base import TransportStats
+from common.transport.counters import Counters
+from common.transport.hello import HELLO_BYTES, Hello, decode_hello
+from common.transport.peers import PeerBook, check_peer_name
+from common.transport.ucx_connection import UcxConnection
+from common.transport.ucx_worker import LoopWorker, Progress
+
+ACCEPT_TIMEOUT_S = 5.0  # for the hello of a peer that connects to us
+
+
+class UcxEndpoint:
+    """A UCX context, worker and listener of its own. UCX listens on every IPv4 interface; `host` is what we advertise.
+
+    `memory` is where this rank's buffers live, `host` or `cuda`: the lane of a connection is that of this memory.
+    """
+
+    def __init__(
+        self, url: str, name: str, progress: Progress = Progress.EVENT, memory: str = "host"
+    ) -> None:
+        check_peer_name(name)
+        host, port = parse_ucx_url(url)
+        self._name = name
+        self._memory = memory
+        self._worker = LoopWorker(progress, self._on_message)
+        self._connections: set[UcxConnection] = set()
+        self._peers: PeerBook[UcxConnection] = PeerBook()
+        self._accepting: set[asyncio.Task[None]] = set()
+        self._counters = Counters()
+        self._closed = False
+        try:
+            self._listener: UCXListener | None = UCXListener.create(
+                self._worker.ucx, port, self._on_connect, deliver_endpoint=True
+            )
+        except UCXError as error:
+            self._worker.close()
+            raise Unavailable(f"cannot listen on {url}: {error}") from error
+        self._address = f"ucx://{host}:{self._listener.port}"
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    async def connect(self, address: str, timeout_s: float) -> UcxConnection:
+        if self._closed:
+            raise FailedPrecondition("the transport endpoint is closed")
+        try:
+            async with asyncio.timeout(timeout_s):
+                host, port = parse_ucx_url(address)
+                endpoint = UCXEndpoint.create(self._worker.ucx, await _resolve(host), port, True)
+                return await self._greet(endpoint)
+        except TimeoutError as error:
+            raise TransferTimeout(f"{address} did not answer within {timeout_s} s") from error
+        except (UCXError, FailedPrecondition, OSError) as error:
+            raise PeerLost(f"cannot connect to {address}: {error}") from error
+
+    async def wait_for_peer(self, peer_name: str, timeout_s: float) -> UcxConnection:
+        return await self._peers.wait_for(peer_name, timeout_s)
+
+    def stats(self) -> TransportStats:
+        return self._counters.snapshot(len(self._connections))
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._listener = None
+        self._peers.close()
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        for connection in list(self._connections):
+            await connection.close()
+        self._worker.close()
+
+    def _on_message(self, message: TagProbeResult) -> None:
+        if any(connection.offer(message) for connection in self._connections):
+            return
+        self._counters.stale_messages += 1
+        self._worker.discard(message)
+
+    def _on_connect(self, endpoint: UCXEndpoint) -> None:
+        """Called by UCX while it progresses."""
+        if self._closed:
+            return
+        task = asyncio.get_running_loop().create_task(self._accept(endpoint))
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
+
+    async def _accept(self, endpoint: UCXEndpoint) -> None:
+        try:
+            async with asyncio.timeout(ACCEPT_TIMEOUT_S):
+                self._peers.arrived(await self._greet(endpoint))
+        except (UCXError, FailedPrecondition, TimeoutError):
+            return  # whoever it was sees its connection closed
+
+    async def _greet(self, endpoint: UCXEndpoint) -> UcxConnection:
+        """Exchange hellos. The endpoint is closed if that fails, or is cancelled."""
+        own_key = secrets.randbits(64)
+        ours, theirs = Hello(self._name, own_key).encode(), bytearray(HELLO_BYTES)
+        try:
+            sending, receiving = Array(ours), Array(theirs)
+            sent = self._worker.finished(endpoint.stream_send(sending), (sending, ours))
+            received = self._worker.finished(endpoint.stream_recv(receiving), (receiving, theirs))
+            for error in (await sent, await received):
+                if error is not None:
+                    raise error
+            hello = decode_hello(theirs)
+        except BaseException:
+            endpoint.close_blocking()
+            self._worker.kick()
+            raise
+        connection = UcxConnection(
+            self._worker,
+            endpoint,
+            hello.name,
+            own_key,
+            hello.tag_key,
+            self._memory,
+            self._counters,
+            self._left,
+        )
+        self._connections.add(connection)
+        return connection
+
+    def _left(self, connection: UcxConnection) -> None:
+        self._connections.discard(connection)
+        self._peers.left(connection)
+
+
+def parse_ucx_url(url: str) -> tuple[str, int]:
+    """Host and port of `ucx://host:port`. Raises `InvalidArgument`."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme != "ucx" or not parts.hostname or port is None or parts.path:
+        raise InvalidArgument("url", url, "ucx://host:port, port 0 for any")
+    return parts.hostname, port
+
+
+async def _resolve(host: str) -> str:
+    """An IPv4 address of the host; UCX takes no names."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, None, family=socket.AF_INET)
+    return str(found[0][4][0])

@@ -1,0 +1,83 @@
+"""What a front tells its ranks to compute, and what they answer. Pure values; every rank of a worker gets the same.
+
+A rank has `max_rows` rows. A running sequence owns one row, on every rank, from `AddRow` to `RemoveRow`; the row keeps
+the sequence's block table, its sampling state and the token sampled last, so that a plan only carries what is new.
+Messages are applied in the order in which they were sent.
+"""
+
+import msgspec
+
+from common.sampling.params import SamplingParams
+
+
+class StepMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of everything on the step channel; encoded as a msgpack array that starts with the class name."""
+
+
+class AddRow(StepMessage, frozen=True, array_like=True, tag=True):
+    """A sequence takes a row. Resets the row's block table and rebuilds its sampling state by replay.
+
+    `output_token_ids` are the tokens generated so far; the last of them is the input of a segment without token ids.
+    """
+
+    row: int
+    sampling: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+
+
+class RemoveRow(StepMessage, frozen=True, array_like=True, tag=True):
+    """The sequence leaves; the row may be given to another."""
+
+    row: int
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive tokens of one row in one step.
+
+    `token_ids`: the input tokens, or None for the one token that the row sampled last (it stays on the device).
+    `position`: absolute position of the first input token.
+    `new_block_ids`: appended to the row's block table before the step; the table then covers every input token.
+    `sample`: whether a token is sampled after the last input token.
+    `output_index`: index, in the sequence's output, of the token that is sampled (the random numbers' counter).
+    """
+
+    row: int
+    token_ids: list[int] | None
+    position: int
+    new_block_ids: list[int]
+    sample: bool
+    output_index: int
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 if self.token_ids is None else len(self.token_ids)
+
+
+class StepPlan(StepMessage, frozen=True, array_like=True, tag=True):
+    """One forward pass over a ragged batch."""
+
+    step_id: int
+    segments: list[Segment]
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    """A token that a step sampled for a row.
+
+    `logprob` and `top_logprobs` [(token id, logprob)] are set if the row's sampling parameters ask for them.
+    `error`, if not empty, says why this row has no valid token (`token_id` is then -1).
+    """
+
+    row: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
+    error: str = ""
+
+
+class StepResult(StepMessage, frozen=True, array_like=True, tag=True):
+    """Answer to a plan, in the order of its sampling segments. `compute_ns`: forward and sampling, wall clock."""
+
+    step_id: int
+    sampled: list[SampledToken]
+    compute_ns: int

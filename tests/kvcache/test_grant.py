@@ -1,0 +1,64 @@
+"""Grants: the 64-bit tag."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import InvalidArgument
+from common.kvcache.grant import LegGrant, SlotHandle, TagParts, make_tag, split_tag
+
+exhaustive = settings(deadline=None, max_examples=200, derandomize=True, database=None)
+uint8 = st.integers(0, 2**8 - 1)
+
+
+@exhaustive
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1), uint8, uint8)
+def test_a_tag_can_be_taken_apart(nonce: int, generation: int, slot: int, leg: int) -> None:
+    tag = make_tag(nonce, generation, slot, leg)
+    assert 0 <= tag < 2**64
+    assert split_tag(tag) == TagParts(nonce, generation, slot, leg)
+
+
+@exhaustive
+@given(st.integers(0, 2**64 - 1))
+def test_every_64_bit_number_is_exactly_one_tag(tag: int) -> None:
+    parts = split_tag(tag)
+    assert make_tag(parts.nonce, parts.generation, parts.slot, parts.leg) == tag
+
+
+def test_the_fields_lie_where_the_drawing_says() -> None:
+    assert make_tag(0x01020304, 0x0506, 0x07, 0x08) == 0x0102030405060708
+
+
+@pytest.mark.parametrize(
+    ("parts", "field"),
+    [
+        ((2**32, 0, 0, 0), "nonce"),
+        ((0, 2**16, 0, 0), "generation"),
+        ((0, 0, 2**8, 0), "slot"),
+        ((0, 0, 0, 2**8), "leg"),
+        ((0, 0, 0, -1), "leg"),
+    ],
+)
+def test_a_field_that_does_not_fit_is_refused(parts: tuple[int, int, int, int], field: str) -> None:
+    with pytest.raises(InvalidArgument, match=field):
+        make_tag(*parts)
+
+
+@pytest.mark.parametrize("tag", [-1, 2**64])
+def test_a_number_beyond_64_bits_is_no_tag(tag: int) -> None:
+    with pytest.raises(InvalidArgument, match="tag"):
+        split_tag(tag)
+
+
+def test_a_handle_makes_the_tags_of_its_legs() -> None:
+    handle = SlotHandle(slot=3, generation=9, nonce=5)
+    assert handle.tag(leg=2) == make_tag(5, 9, 3, 2)
+
+
+def test_grants_are_immutable() -> None:
+    leg = LegGrant(prefill_rank=0, decode_rank=0, first_head=0, num_heads=1, tag=1, nbytes=64)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        leg.tag = 2  # type: ignore[misc]

@@ -1,0 +1,208 @@
+"""Errors cross a real connection in their class, with google.rpc details, and nothing else leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from baton.v1 import decode_pb2, decode_pb2_grpc
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from common.errors import (
+    BatonError,
+    DigestMismatch,
+    FailedPrecondition,
+    InternalError,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
+from common.rpc.client import open_channel
+from common.rpc.server import RpcServer
+from common.rpc.status import error_from_rpc
+
+MAX_MESSAGE_BYTES = 1 << 20
+
+
+class FailingDecode(decode_pb2_grpc.DecodeServicer):
+    """Raises what it is told to, from a unary handler, an async generator, and a writing coroutine."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.cancelled = asyncio.Event()
+        self.entered = asyncio.Event()
+
+    async def Open(self, request: decode_pb2.OpenRequest, context: Any) -> decode_pb2.OpenResponse:  # noqa: N802
+        if self.error:
+            raise self.error
+        return decode_pb2.OpenResponse()
+
+    async def Subscribe(  # noqa: N802
+        self, request: decode_pb2.SubscribeRequest, context: Any
+    ) -> AsyncIterator[decode_pb2.TokenBatch]:
+        yield decode_pb2.TokenBatch()
+        if self.error:
+            raise self.error
+        self.entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+
+    async def Close(self, request: decode_pb2.CloseRequest, context: Any) -> decode_pb2.CloseResponse:  # noqa: N802
+        self.entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+        raise AssertionError
+
+    def Handoff(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+
+class Served:
+    """A server with one `FailingDecode` and a stub to it."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.servicer = FailingDecode(error)
+        self.server = RpcServer("127.0.0.1:0", max_message_bytes=MAX_MESSAGE_BYTES)
+        self.server.add(decode_pb2_grpc.add_DecodeServicer_to_server, self.servicer, "baton.v1.Decode")
+
+    async def __aenter__(self) -> Served:
+        self.port = await self.server.start()
+        self.channel = open_channel(f"127.0.0.1:{self.port}", MAX_MESSAGE_BYTES)
+        self.stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(self.channel)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.channel.close()
+        await self.server.stop(0)
+
+
+async def open_error(error: BaseException) -> tuple[grpc.aio.AioRpcError, BatonError]:
+    async with Served(error) as served:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await served.stub.Open(decode_pb2.OpenRequest())
+    return caught.value, error_from_rpc(caught.value)
+
+
+async def test_invalid_argument_names_field_value_and_limit() -> None:
+    rpc_error, restored = await open_error(InvalidArgument("sampling.top_p", 7.5, "above 0, up to 1"))
+    assert rpc_error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    status = rpc_status.from_call(rpc_error)
+    violation = error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(violation)
+    assert violation.field_violations[0].field == "sampling.top_p"
+    assert "7.5" in violation.field_violations[0].description
+    assert "up to 1" in violation.field_violations[0].description
+    assert isinstance(restored, InvalidArgument)
+    assert (restored.field, restored.value, restored.limit) == ("sampling.top_p", "7.5", "above 0, up to 1")
+    assert str(restored) == "sampling.top_p = 7.5: above 0, up to 1"
+
+
+async def test_resource_exhausted_carries_a_retry_hint() -> None:
+    rpc_error, restored = await open_error(ResourceExhausted("queue is full", retry_after_s=2.5))
+    retry = error_details_pb2.RetryInfo()
+    assert rpc_status.from_call(rpc_error).details[0].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 2500
+    assert isinstance(restored, ResourceExhausted)
+    assert restored.retry_after_s == 2.5
+
+
+@pytest.mark.parametrize(
+    "error", [Unavailable("draining"), DigestMismatch("layer 3"), FailedPrecondition("fp")]
+)
+async def test_an_error_is_restored_in_its_class(error: BatonError) -> None:
+    _, restored = await open_error(error)
+    assert type(restored) is type(error)
+    assert str(restored) == str(error)
+
+
+async def test_an_unknown_exception_leaks_nothing_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, logger="common.rpc.server"):
+        rpc_error, restored = await open_error(RuntimeError("secret detail"))
+    assert rpc_error.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in (rpc_error.details() or "")
+    assert isinstance(restored, InternalError)
+    assert "secret detail" in caplog.text
+
+
+async def test_an_error_inside_an_exception_group_is_found() -> None:
+    _, restored = await open_error(ExceptionGroup("group", [ExceptionGroup("inner", [Unavailable("gone")])]))
+    assert isinstance(restored, Unavailable)
+
+
+async def test_a_stream_ends_with_the_error_after_its_messages() -> None:
+    async with Served(Unavailable("rank died")) as served:
+        call = served.stub.Subscribe(decode_pb2.SubscribeRequest())
+        assert await call.read() == decode_pb2.TokenBatch()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert isinstance(error_from_rpc(caught.value), Unavailable)
+
+
+async def test_a_cancelled_stream_closes_its_generator() -> None:
+    async with Served() as served:
+        call = served.stub.Subscribe(decode_pb2.SubscribeRequest())
+        await call.read()
+        await served.servicer.entered.wait()
+        call.cancel()
+        await asyncio.wait_for(served.servicer.cancelled.wait(), 5)
+
+
+async def test_a_cancelled_unary_call_cancels_its_handler(caplog: pytest.LogCaptureFixture) -> None:
+    async with Served() as served:
+        call = served.stub.Close(decode_pb2.CloseRequest())
+        await served.servicer.entered.wait()
+        call.cancel()
+        await asyncio.wait_for(served.servicer.cancelled.wait(), 5)
+    assert not caplog.records
+
+
+async def test_a_server_that_is_not_there_is_unavailable() -> None:
+    async with Served() as served:
+        port = served.port
+    channel = open_channel(f"127.0.0.1:{port}", MAX_MESSAGE_BYTES)
+    stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(channel)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Open(decode_pb2.OpenRequest())
+    assert isinstance(error_from_rpc(caught.value), Unavailable)
+    await channel.close()
+
+
+async def test_health_follows_set_serving_for_every_name() -> None:
+    async with Served() as served:
+        health: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(served.channel)
+        for name in ("", "baton.v1.Decode"):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await served.server.set_serving(True)
+        for name in ("", "baton.v1.Decode"):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_message_above_the_limit_is_refused() -> None:
+    async with Served() as served:
+        request = decode_pb2.OpenRequest(session_id="x" * (MAX_MESSAGE_BYTES + 1))
+        channel = open_channel(f"127.0.0.1:{served.port}", 4 * MAX_MESSAGE_BYTES)
+        stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Open(request)
+        await channel.close()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_an_address_in_use_is_named() -> None:
+    async with Served() as served:
+        second = RpcServer(f"127.0.0.1:{served.port}", max_message_bytes=MAX_MESSAGE_BYTES)
+        with pytest.raises(FailedPrecondition, match=str(served.port)):
+            await second.start()
+        await second.stop(0)

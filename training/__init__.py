@@ -1,0 +1,1 @@
+"""How the checkpoint `checkpoints/pystdlib-7m` was made. Nothing that serves imports this package."""
