@@ -24,9 +24,7 @@ _TENANT_PERSON = b"baton-tenant"
 def tenant_salt(tenant: str, model_digest: bytes) -> bytes:
     """Salt under which one tenant's blocks of one model are hashed: tenants never see each other's blocks."""
     length = len(model_digest).to_bytes(4, "little")  # "a" + "bc" must not equal "ab" + "c"
-    return blake2b(
-        length + model_digest + tenant.encode(), digest_size=DIGEST_BYTES, person=_TENANT_PERSON
-    ).digest()
+    return blake2b(length + model_digest + tenant.encode(), digest_size=DIGEST_BYTES, person=_TENANT_PERSON).digest()
 
 
 def root_hash(salt: bytes) -> bytes:

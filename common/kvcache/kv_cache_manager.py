@@ -150,7 +150,7 @@ class KVCacheManager:
         seq.released = True
         self._sequences.remove(seq)
         for blocks in (seq.block_ids, seq.anchors):
-            for block_id in reversed(blocks):  # deepest first: it ages, and is evicted, before its ancestors
+            for block_id in blocks:
                 if self._pool.decref(block_id):
                     self._trie.mark_idle(block_id)
 

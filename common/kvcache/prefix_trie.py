@@ -57,16 +57,15 @@ class PrefixTrie:
         return None if node is None else node.block_id
 
     def insert(self, block_hash: bytes, parent_hash: bytes | None, block_id: int) -> None:
-        """Add a busy block below its parent (None: a first block), which must be here; the hash must not."""
+        """Add a busy block below its parent (None: a first block), which must be here and busy as well."""
         if block_hash in self._nodes or block_id in self._by_block:
             raise InternalError(f"block {block_id} or its hash is already in the prefix trie")
         parent = None
         if parent_hash is not None:
             parent = self._nodes.get(parent_hash)
-            if parent is None:
-                raise InternalError(f"the parent of block {block_id} is not in the prefix trie")
+            if parent is None or parent.idle:
+                raise InternalError(f"the parent of block {block_id} is idle or not in the prefix trie")
             parent.num_children += 1
-            self._candidates.discard(parent.block_id)
         node = _Node(block_hash, block_id, parent)
         self._nodes[block_hash] = node
         self._by_block[block_id] = node

@@ -24,6 +24,8 @@ _ARCHITECTURES: Final = {
 }
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _DEFAULT_ROPE_THETA: Final = 10000.0
+_DEFAULT_WINDOW: Final = 4096  # transformers' value where the key is absent; null means no window
+_DEFAULT_MAX_WINDOW_LAYERS: Final = 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +151,16 @@ def _rope(config: Json) -> RopeConfig:
 def _windows(config: Json, family: str) -> tuple[int | None, ...]:
     num_layers = _positive(config, "num_hidden_layers")
     enabled = family == "mistral" or (family != "llama" and config.get("use_sliding_window", False) is True)
-    if not enabled or config.get("sliding_window") is None:
+    if not enabled or config.get("sliding_window", _DEFAULT_WINDOW) is None:
         return (None,) * num_layers
-    window = _positive(config, "sliding_window")
+    window = _positive(config, "sliding_window", _DEFAULT_WINDOW)
     if isinstance(layer_types := config.get("layer_types"), list) and family != "mistral":
         if len(layer_types) != num_layers or not {*layer_types} <= {"full_attention", "sliding_attention"}:
             raise ModelError(f"layer_types = {layer_types!r} does not fit {num_layers} layers")
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    first = 0 if family == "mistral" else _positive(config, "max_window_layers", 28)
+    first = 0 if family == "mistral" else config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+    if not isinstance(first, int) or first < 0:
+        raise ModelError(f"config.json: max_window_layers = {first!r}, expected an integer from 0")
     return tuple(window if layer >= first else None for layer in range(num_layers))
 
 

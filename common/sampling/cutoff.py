@@ -59,9 +59,7 @@ def row_cutoff(row: Float32Array, top_k: int, top_p: float, min_p: float) -> flo
     return float(cutoff)
 
 
-def cutoffs_device(
-    weights: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float]
-) -> torch.Tensor:
+def cutoffs_device(weights: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float]) -> torch.Tensor:
     """`row_cutoff` of each row, without synchronising with the host.
 
     weights: [n, vocab] float32 on any device. Returns [n] float32.

@@ -95,9 +95,7 @@ def validate(params: SamplingParams, vocab_size: int, max_tokens: int = limits.M
     _int_within("top_k", p.top_k, 0, limits.MAX_TOP_K)
     _within("min_p", p.min_p, 0.0, 1.0)
     _within("presence_penalty", p.presence_penalty, -limits.MAX_ADDITIVE_PENALTY, limits.MAX_ADDITIVE_PENALTY)
-    _within(
-        "frequency_penalty", p.frequency_penalty, -limits.MAX_ADDITIVE_PENALTY, limits.MAX_ADDITIVE_PENALTY
-    )
+    _within("frequency_penalty", p.frequency_penalty, -limits.MAX_ADDITIVE_PENALTY, limits.MAX_ADDITIVE_PENALTY)
     _within(
         "repetition_penalty",
         p.repetition_penalty,

@@ -40,8 +40,7 @@ class _Needs(enum.IntFlag):
     BIAS = 2
     MIN_TOKENS = 4
     DRAW = 8
-    CUTOFF = 16
-    LOGPROBS = 32
+    LOGPROBS = 16
 
 
 _ADJUST: Final = int(_Needs.PENALTIES | _Needs.BIAS | _Needs.MIN_TOKENS)
@@ -108,6 +107,7 @@ class BatchSampler:
         self._rows: list[_Row | None] = [None] * max_rows
         self._needs = np.zeros(max_rows, dtype=np.int64)
         self._penalties = PenaltyTable(vocab_size, max_rows, self._device)
+        self._work = torch.zeros((0, padded_size(vocab_size)), dtype=torch.float32, device=self._device)
 
     def add(
         self,
@@ -119,13 +119,12 @@ class BatchSampler:
         """Take `row` for a sequence that has generated `output_token_ids` so far, here or elsewhere."""
         if self._rows[row] is not None:
             raise InternalError(f"sampling row {row} is taken")
+        bias = [value for _, value in params.logit_bias]
         self._rows[row] = _Row(
             params=params,
             needs=_needs(params),
             bias_ids=self._ids([token_id for token_id, _ in params.logit_bias]),
-            bias=torch.tensor(
-                [bias for _, bias in params.logit_bias], dtype=torch.float32, device=self._device
-            ),
+            bias=torch.tensor(bias, dtype=torch.float32, device=self._device),
             ending_ids=self._ids(params.ending_token_ids),
         )
         self._needs[row] = _needs(params)
@@ -156,9 +155,9 @@ class BatchSampler:
         token_ids, valid = _argmax(logits)
         special = np.flatnonzero(needs & (_ADJUST | _Needs.DRAW))
         if special.size:
-            special_positions = [positions[index] for index in special.tolist()]
-            chosen, can_choose = self._choose(row_ids[special], logits[self._ids(special)], special_positions)
             at = self._ids(special)
+            rows_positions = [positions[index] for index in special.tolist()]
+            chosen, can_choose = self._choose(row_ids[special], logits, at, rows_positions)
             token_ids[at] = chosen
             valid[at] &= can_choose
         token_ids = torch.where(valid, token_ids, 0)
@@ -170,54 +169,60 @@ class BatchSampler:
         return SampleOutput(token_ids, valid, raw)
 
     def _choose(
-        self, row_ids: Indices, logits: torch.Tensor, positions: Sequence[int]
+        self, row_ids: Indices, logits: torch.Tensor, at: torch.Tensor, positions: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slow path. logits: [n, vocab] float32, overwritten. Returns tokens [n] and their validity."""
+        """The slow path, for rows `at` ([n] int64) of the batch's logits. Returns tokens [n] and their validity."""
         rows = [self._row(row) for row in row_ids]
-        self._adjust(rows, row_ids, logits, positions)
-        token_ids, valid = _argmax(logits)
-        drawing = [index for index, row in enumerate(rows) if row.needs & _Needs.DRAW]
-        if drawing:
-            at = self._ids(drawing)
-            own_logits = logits if len(drawing) == len(rows) else logits[at]
-            token_ids[at] = self._draw(
-                [rows[i] for i in drawing], own_logits, [positions[i] for i in drawing]
-            )
+        padded = self._workspace(len(rows))
+        own_logits = padded[:, : self._vocab_size]
+        torch.index_select(logits, 0, at, out=own_logits)
+        self._adjust(rows, row_ids, own_logits, positions)
+        token_ids, valid = _argmax(own_logits)
+        drawing = torch.tensor([bool(row.needs & _Needs.DRAW) for row in rows])
+        if drawing.any():
+            drawn = self._draw([row.params for row in rows], padded, positions)
+            token_ids = torch.where(drawing.to(self._device, non_blocking=True), drawn, token_ids)
         return token_ids, valid
 
-    def _adjust(
-        self, rows: list[_Row], row_ids: Indices, logits: torch.Tensor, positions: Sequence[int]
-    ) -> None:
+    def _adjust(self, rows: list[_Row], row_ids: Indices, logits: torch.Tensor, positions: Sequence[int]) -> None:
         """Apply bias, penalties and min_tokens. logits: [n, vocab] float32, changed in place."""
-        for row, row_logits in zip(rows, logits, strict=True):
+        for index, row in enumerate(rows):
             if row.needs & _Needs.BIAS:
-                row_logits.index_add_(0, row.bias_ids, row.bias)
+                logits[index].index_add_(0, row.bias_ids, row.bias)
         penalised = [index for index, row in enumerate(rows) if row.needs & _Needs.PENALTIES]
         if penalised:
             at = self._ids(penalised)
-            logits[at] = self._penalties.apply(self._ids(row_ids[penalised]), logits[at])
-        for row, row_logits, position in zip(rows, logits, positions, strict=True):
-            if row.needs & _Needs.MIN_TOKENS and position < row.params.min_tokens:
-                row_logits.index_fill_(0, row.ending_ids, float("-inf"))
+            logits[at] = self._penalties.apply(row_ids[penalised], logits[at])
+        for index, row in enumerate(rows):
+            if row.needs & _Needs.MIN_TOKENS and positions[index] < row.params.min_tokens:
+                logits[index].index_fill_(0, row.ending_ids, float("-inf"))
 
-    def _draw(self, rows: list[_Row], logits: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """logits: [n, vocab] float32, adjusted. Returns [n] int64."""
-        params = [row.params for row in rows]
-        temperature = torch.tensor([[p.temperature] for p in params], dtype=torch.float32)
-        padded = torch.zeros((len(rows), padded_size(self._vocab_size)), device=self._device)
-        weights = padded[:, : self._vocab_size]  # [n, vocab]; the largest of each row is exactly 1
-        torch.sub(logits, logits.amax(dim=-1, keepdim=True), out=weights)
-        weights.div_(temperature.to(self._device)).exp_()
-        cut = [index for index, row in enumerate(rows) if row.needs & _Needs.CUTOFF]
+    def _draw(self, params: list[SamplingParams], padded: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """Draw for every row; what a greedy one draws is for the caller to ignore.
+
+        padded: [n, padded vocab] float32, adjusted logits, overwritten by weights. Returns [n] int64.
+        """
+        weights = padded[:, : self._vocab_size]
+        divisors = [[1.0 if p.is_greedy else p.temperature] for p in params]
+        temperature = torch.tensor(divisors, dtype=torch.float32)
+        weights.sub_(weights.amax(dim=-1, keepdim=True))  # the largest weight of each row is then exactly 1
+        weights.div_(temperature.to(self._device, non_blocking=True)).exp_()
+        cut = [index for index, p in enumerate(params) if _has_cutoff(p)]
         if cut:
-            keep_likeliest(
-                weights,
-                cut,
-                [params[i].top_k for i in cut],
-                [params[i].top_p for i in cut],
-                [params[i].min_p for i in cut],
-            )
+            top_k = [params[index].top_k for index in cut]
+            top_p = [params[index].top_p for index in cut]
+            keep_likeliest(weights, cut, top_k, top_p, [params[index].min_p for index in cut])
         return draw(padded, _uniforms(params, positions).to(self._device, non_blocking=True))
+
+    def _workspace(self, num_rows: int) -> torch.Tensor:
+        """[num_rows, padded vocab] float32, kept between steps because fresh memory costs more than the arithmetic.
+
+        Only the columns of the vocabulary are ever written, so the padding stays 0.
+        """
+        if self._work.shape[0] < num_rows:
+            shape = (num_rows, padded_size(self._vocab_size))
+            self._work = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        return self._work[:num_rows]
 
     def _raw_logprobs(
         self, indices: Indices, row_ids: Indices, logits: torch.Tensor, token_ids: torch.Tensor
@@ -250,11 +255,13 @@ def _needs(params: SamplingParams) -> int:
         needs |= _Needs.MIN_TOKENS
     if not params.is_greedy:
         needs |= _Needs.DRAW
-        if params.top_k or params.top_p < 1.0 or params.min_p > 0.0:
-            needs |= _Needs.CUTOFF
     if params.logprobs is not None:
         needs |= _Needs.LOGPROBS
     return int(needs)
+
+
+def _has_cutoff(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
 def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,9 +28,7 @@ class Hello:
 
     def encode(self) -> bytearray:
         name = self.name.encode()
-        return bytearray(_HEAD.pack(_MAGIC, _VERSION, len(name), self.tag_key) + name).ljust(
-            HELLO_BYTES, b"\0"
-        )
+        return bytearray(_HEAD.pack(_MAGIC, _VERSION, len(name), self.tag_key) + name).ljust(HELLO_BYTES, b"\0")
 
 
 def decode_hello(frame: bytes | bytearray) -> Hello:

@@ -1,7 +1,7 @@
 """`inproc://`: endpoints of one process and one event loop, for tests and the fault simulator.
 
-Bytes move only inside the tasks of a connection, a chunk at a time with a turn of the event loop between chunks,
-so a cancel or a close can come in the middle of a message as on a real wire. It knows no clock and no threads.
+Bytes move only inside the tasks of a connection, a chunk at a time with a turn of the event loop between
+chunks, so a cancel or a close can come in the middle of a message as on a real wire. It knows no clock.
 """
 
 from __future__ import annotations

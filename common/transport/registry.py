@@ -11,10 +11,8 @@ from common.transport.ucx_worker import Progress
 _PROCESS_NETWORK = InprocNetwork()
 
 
-async def open_endpoint(
-    url: str, name: str, *, progress: Progress = Progress.EVENT, memory: str = "host"
-) -> Endpoint:
-    """Listen at `inproc://host` or `ucx://host:port` (port 0: any) as the peer `name`, on the running event loop.
+async def open_endpoint(url: str, name: str, *, progress: Progress = Progress.EVENT, memory: str = "host") -> Endpoint:
+    """Listen at `inproc://host` or `ucx://host:port` (port 0: any) as the peer `name`, on the running loop.
 
     `progress` and `memory` (`host` or `cuda`) matter to UCX only. Raises `InvalidArgument` or `Unavailable`.
     """

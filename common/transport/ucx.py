@@ -1,10 +1,9 @@
-"""`ucx://host:port` over `ucxx`: tcp between CPUs, cuda_ipc and RDMA between GPUs; see `ucx_lane` for which it is.
+"""`ucx://host:port` over `ucxx`: tcp between CPUs, cuda_ipc and RDMA between GPUs (`ucx_lane` says which).
 
-Receives are driven by probing. Nothing is posted to UCX until a message has arrived: then its tag and length are known,
-and it is received into its slot, or consumed without moving a byte if it is stale or of the wrong size (UCX answers the
-rendezvous of a receive that is too small by releasing the sender). So taking back a receive that has not been matched
-is certain and immediate, which no cancel of a posted UCX receive is, and a large message costs no extra round trip: its
-rendezvous waits for our answer in any case. Completion of a send says that the buffer is free, not that the peer has it.
+Receives are driven by probing. Nothing is posted to UCX until a message is there with its tag and length: then it is
+received into its slot, or consumed without moving a byte if it is stale or of the wrong size (UCX releases the sender
+of a rendezvous that does not fit). So taking back an unmatched receive is certain and immediate, which cancelling a
+posted UCX receive is not; and a large message costs no extra round trip, as its rendezvous waits for us anyway.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ class UcxEndpoint:
     `memory` is where this rank's buffers live, `host` or `cuda`: the lane of a connection is that of this memory.
     """
 
-    def __init__(
-        self, url: str, name: str, progress: Progress = Progress.EVENT, memory: str = "host"
-    ) -> None:
+    def __init__(self, url: str, name: str, progress: Progress = Progress.EVENT, memory: str = "host") -> None:
         check_peer_name(name)
         host, port = parse_ucx_url(url)
         self._name = name

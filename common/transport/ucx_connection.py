@@ -80,9 +80,9 @@ class UcxConnection:
         done: asyncio.Future[UCXError | None] = asyncio.get_running_loop().create_future()
         self._start()
         self._worker.track(request, (memory, buffer), lambda error: self._sent(done, buffer.numel(), error))
-        error = await done
-        if error is not None:
-            raise PeerLost(f"the connection to {self._peer_name} was lost: {error}") from error
+        failure = await done
+        if failure is not None:
+            raise PeerLost(f"the connection to {self._peer_name} was lost: {failure}") from failure
 
     def post_receive(self, tag: int, buffer: torch.Tensor) -> Receive:
         if not self._alive:

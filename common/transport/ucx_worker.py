@@ -143,10 +143,7 @@ class LoopWorker:
             self.kick()
 
     def _progress_some(self) -> bool:
-        for _ in range(_ROUNDS_PER_SCAN):
-            if not self.ucx.progress_once():
-                return False
-        return True
+        return all(self.ucx.progress_once() for _ in range(_ROUNDS_PER_SCAN))
 
     def _take_messages(self) -> None:
         while (message := self.ucx.tag_probe(*_ANY_TAG, remove=True)).matched:
@@ -154,7 +151,7 @@ class LoopWorker:
 
     def _reap(self) -> None:
         operations, self._operations = self._operations, []
-        done = []
+        done: list[_Operation] = []
         for operation in operations:
             (done if operation.request.completed else self._operations).append(operation)
         for operation in done:

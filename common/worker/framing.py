@@ -1,6 +1,7 @@
 """Length-prefixed msgpack messages on a local socket, blocking and asyncio. Knows nothing of their meaning."""
 
 import asyncio
+import contextlib
 import socket
 import struct
 
@@ -77,7 +78,5 @@ class AsyncFrames:
     async def close(self) -> None:
         """Close the stream; what is queued is sent first."""
         self._writer.close()
-        try:
+        with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
-        except ConnectionError:
-            pass

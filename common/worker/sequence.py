@@ -1,6 +1,6 @@
 """One sequence as both workers see it: checked, immutable, its deadline on this process's monotonic clock.
 
-The router validates what clients send; the checks here only make sure that a wrong router cannot bring a worker
+The router validates what clients send; the checks here keep a wrong router from bringing a worker
 down. Knows protobuf, but neither gRPC nor torch nor text.
 """
 
@@ -41,7 +41,7 @@ class SequenceRequest:
 
     @classmethod
     def from_proto(cls, pb: kv_pb2.Sequence, now_s: float, limits: SequenceLimits) -> SequenceRequest:
-        """Raises `InvalidArgument` for the first field that is wrong, `DeadlineExceeded` if no time is left."""
+        """Raises `InvalidArgument` for a field that is wrong, `DeadlineExceeded` if no time is left."""
         _check_name("sequence.request_id", pb.request_id, MAX_REQUEST_ID_CHARS)
         if len(pb.tenant) > MAX_TENANT_CHARS:
             raise InvalidArgument("sequence.tenant", pb.tenant, f"at most {MAX_TENANT_CHARS} characters")
@@ -58,9 +58,7 @@ class SequenceRequest:
         )
         validate(request.sampling, limits.vocab_size, limits.context_length - pb.num_prompt_tokens)
         if request.num_output_tokens >= request.sampling.max_tokens:
-            raise InvalidArgument(
-                "sequence.token_ids", len(token_ids), "the output already has max_tokens tokens"
-            )
+            raise InvalidArgument("sequence.token_ids", len(token_ids), "the output already has max_tokens tokens")
         return request
 
     @property
@@ -86,9 +84,7 @@ class SequenceRequest:
         return sampling_pb2.FINISH_REASON_UNSPECIFIED
 
 
-def sampling_from_proto(
-    pb: sampling_pb2.SamplingParams, choice: int, eos_token_ids: tuple[int, ...]
-) -> SamplingParams:
+def sampling_from_proto(pb: sampling_pb2.SamplingParams, choice: int, eos_token_ids: tuple[int, ...]) -> SamplingParams:
     """What the ranks get. Unset fields take the protocol's defaults; max_tokens and seed have none."""
     for name in ("max_tokens", "seed"):
         if not pb.HasField(name):

@@ -20,9 +20,7 @@ def test_a_block_holds_k_and_v_of_all_layers() -> None:
     assert LAYOUT.block_bytes(num_heads=2) == 3 * 2 * 2 * 4 * 16 * 2
 
 
-@pytest.mark.parametrize(
-    ("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2), ("float16", 2), ("float8_e4m3fn", 1)]
-)
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2), ("float16", 2), ("float8_e4m3fn", 1)])
 def test_dtypes_have_their_size(dtype: str, itemsize: int) -> None:
     assert replace(LAYOUT, dtype=dtype).itemsize == itemsize
 
@@ -84,9 +82,7 @@ def test_impossible_splits_are_refused(num_kv_heads: int, tp_size: int, rank: in
 
 
 @pytest.mark.parametrize(("num_kv_heads", "prefill_tp", "decode_tp"), ALL_PAIRS)
-def test_every_decode_rank_gets_each_of_its_heads_once(
-    num_kv_heads: int, prefill_tp: int, decode_tp: int
-) -> None:
+def test_every_decode_rank_gets_each_of_its_heads_once(num_kv_heads: int, prefill_tp: int, decode_tp: int) -> None:
     received: dict[int, list[int]] = {rank: [] for rank in range(decode_tp)}
     for leg in plan_legs(num_kv_heads, prefill_tp, decode_tp):
         heads = range(leg.first_head, leg.first_head + leg.num_heads)

@@ -72,6 +72,15 @@ def test_the_branch_that_was_used_last_is_evicted_last() -> None:
     assert [trie.evict_one(), trie.evict_one(), trie.evict_one()] == [1, 2, 0]
 
 
+def test_an_exposed_parent_keeps_its_age() -> None:
+    trie = PrefixTrie(least_recently_used)
+    insert_path(trie, hash_blocks([1, 2], 1, SALT))
+    insert_path(trie, hash_blocks([3], 1, SALT))
+    for block in (0, 1, 2):
+        trie.mark_idle(block)
+    assert [trie.evict_one(), trie.evict_one(), trie.evict_one()] == [1, 0, 2]
+
+
 def test_frequency_reaches_the_policy() -> None:
     trie = PrefixTrie(lambda use: (use.num_uses,))
     for token in (1, 2):
@@ -94,6 +103,16 @@ def test_inserting_a_known_hash_or_below_an_unknown_parent_is_an_error() -> None
         trie.insert(third, second, 1)
     trie.check_integrity(busy_blocks={0})
     assert len(trie) == 1
+
+
+def test_an_idle_block_gets_no_children() -> None:
+    trie = PrefixTrie(least_recently_used)
+    first, second = hash_blocks([1, 2], 1, SALT)
+    trie.insert(first, None, 0)
+    trie.mark_idle(0)
+    with pytest.raises(InternalError, match="idle"):
+        trie.insert(second, first, 1)
+    assert trie.evict_one() == 0
 
 
 def test_the_integrity_check_notices_a_busy_block_below_an_idle_one() -> None:

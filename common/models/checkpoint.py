@@ -1,0 +1,87 @@
+"""The files of a Hugging Face checkpoint: which safetensors file holds which tensor, and a digest of it all.
+
+Reads headers only, never tensor data. Knows neither torch nor what the tensors are for.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final
+
+from common.errors import ModelError
+
+MODEL_DIGEST_BYTES: Final = 16
+_INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+_MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the format itself
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies and what it looks like."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # the format's name: F32, BF16, F16...
+
+
+def tensor_entries(model_dir: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the checkpoint by name. Raises `ModelError` for a missing or damaged file."""
+    entries: dict[str, TensorEntry] = {}
+    for file in checkpoint_files(model_dir):
+        for name, described in json.loads(_header(file)).items():
+            if name != "__metadata__":
+                entries[name] = TensorEntry(file, tuple(described["shape"]), described["dtype"])
+    return entries
+
+
+def checkpoint_files(model_dir: Path) -> list[Path]:
+    """The safetensors files, sorted: those of the index if there is one, else the single file."""
+    index = model_dir / _INDEX
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+            return [model_dir / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} holds no weight_map") from error
+    if not (model_dir / _SINGLE).exists():
+        raise ModelError(f"{model_dir} holds neither {_SINGLE} nor {_INDEX}")
+    return [model_dir / _SINGLE]
+
+
+def model_digest(model_dir: Path) -> bytes:
+    """16 bytes that two workers must share: config.json, and name, size and header of every safetensors file.
+
+    Cheap: no tensor data is read, so two fine-tunes that differ in values only look alike.
+    """
+    digest = blake2b(digest_size=MODEL_DIGEST_BYTES)
+    _absorb(digest, (model_dir / "config.json").read_bytes())
+    for file in checkpoint_files(model_dir):
+        header = _header(file)
+        _absorb(digest, file.name.encode())
+        _absorb(digest, struct.pack("<Q", file.stat().st_size))
+        _absorb(digest, header)
+    return digest.digest()
+
+
+def _absorb(digest: blake2b, part: bytes) -> None:
+    """Length first, so that no two lists of parts read the same."""
+    digest.update(struct.pack("<Q", len(part)))
+    digest.update(part)
+
+
+def _header(file: Path) -> bytes:
+    """The JSON header of a safetensors file: 8 bytes of length, little-endian, then the JSON."""
+    try:
+        with file.open("rb") as stream:
+            (num_bytes,) = struct.unpack("<Q", stream.read(8))
+            header = stream.read(num_bytes) if num_bytes <= _MAX_HEADER_BYTES else b""
+    except (OSError, struct.error) as error:
+        raise ModelError(f"{file} is missing or cut short") from error
+    if len(header) != num_bytes:
+        raise ModelError(f"{file} is cut short or no safetensors file")
+    return header

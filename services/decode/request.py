@@ -1,0 +1,112 @@
+"""What the scheduler keeps of one sequence, and the events by which it tells the rest what became of it.
+
+Plain values: knows neither gRPC nor asyncio nor tensors.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from common.kvcache.kv_cache_manager import SequenceBlocks
+from common.worker.sequence import SequenceRequest
+
+Key = tuple[str, int]  # (session, sequence id): sequence ids are unique within a router process only
+
+
+class SequenceState(enum.Enum):
+    """Drawn in `scheduler`."""
+
+    OPEN = enum.auto()
+    RECEIVING = enum.auto()
+    READY = enum.auto()
+    RUNNING = enum.auto()
+    GONE = enum.auto()
+
+
+class End(enum.Enum):
+    """How a sequence left. `CLOSED`: whoever owned it said so, and is not told."""
+
+    FINISHED = "finished"
+    PREEMPTED = "preempted"
+    LOST = "lost"
+    DEADLINE = "deadline"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@dataclass(slots=True, eq=False)
+class DecodeSequence:
+    """One sequence. Read it freely; only the scheduler changes it.
+
+    token_ids   prompt │ output of other workers │ first token, from prefill │ tokens sampled here
+    KV in place ├────────── handed off ──────────┼─ one more with each step that is done ─▶
+    """
+
+    session_id: str
+    request: SequenceRequest
+    ticket_id: int
+    serial: int  # order of Open: the larger, the younger
+    blocks: SequenceBlocks
+    hashes: list[bytes]  # of the full blocks known so far
+    num_handoff_blocks: int  # blocks of everything before the first token
+    token_ids: list[int]
+    state: SequenceState = SequenceState.OPEN
+    row: int = -1
+    num_blocks_sent: int = 0  # leading blocks that the ranks know of
+    num_planned: int = 0  # steps that were planned
+    num_stepped: int = 0  # steps whose token was taken
+    num_holds: int = 0  # plans and transfers under way that may touch the blocks
+    verified: set[int] = field(default_factory=set)  # verified blocks beyond the leading run
+    num_verified: int = 0  # leading blocks that are in place
+    joined_s: float = 0.0
+    first_step_s: float = 0.0
+    last_token_s: float = 0.0
+
+    @property
+    def key(self) -> Key:
+        return (self.session_id, self.request.sequence_id)
+
+    @property
+    def num_handoff_tokens(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
+    def max_steps(self) -> int:
+        """Tokens that may be sampled here: the first came from prefill, others perhaps from other workers."""
+        return self.request.sampling.max_tokens - self.request.num_output_tokens - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSampled:
+    """The next token of a sequence. `position` counts the whole output, from 0."""
+
+    key: Key
+    position: int
+    token_id: int
+    logprob: float | None
+    top_logprobs: Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceEnded:
+    """The sequence left; its last event. `finish_reason` is a value of the proto's enum, 0 unless FINISHED."""
+
+    key: Key
+    ticket_id: int
+    end: End
+    finish_reason: int
+    error: str
+    decode_queue_ns: int
+    decode_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksReserved:
+    """All blocks that the hand-off fills belong to the sequence."""
+
+    ticket_id: int
+
+
+Event = TokenSampled | SequenceEnded | BlocksReserved

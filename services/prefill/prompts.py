@@ -1,0 +1,108 @@
+"""What the scheduler keeps about one prompt, and what it reports. Values and counters only; no decisions.
+
+tokens of a prompt   0        num_cached        num_computed       num_scheduled          num_tokens
+                     │ prefix cache │ results are back │ in plans that run │ not planned yet │
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from common.kvcache.kv_cache_manager import SequenceBlocks
+from common.worker.sequence import SequenceRequest
+from common.worker.step_plan import SampledToken
+
+
+class PromptState(enum.Enum):
+    """WAITING ──admit──► RUNNING ──last chunk's result──► COMPUTED; from each of them ──release──► RELEASED."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    COMPUTED = "computed"
+    RELEASED = "released"
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """One prompt. Read it freely; only the scheduler that made it changes it."""
+
+    request: SequenceRequest
+    arrival: int  # counts up over all prompts of the scheduler
+    block_hashes: list[bytes]
+    num_blocks: int  # that its tokens fill, the last one perhaps partly
+    state: PromptState = PromptState.WAITING
+    row: int = -1  # while RUNNING
+    blocks: SequenceBlocks | None = None  # from admission until they are free again
+    num_cached: int = 0
+    num_scheduled: int = 0
+    num_computed: int = 0
+    num_plans_in_flight: int = 0
+    num_readers: int = 0  # sends that gather from its blocks
+    is_long: bool = False  # needed more than one step when it was admitted
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that no plan has yet."""
+        return self.num_tokens - self.num_scheduled
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """The first chunk of the prompt was planned. `num_cached_tokens` need no compute."""
+
+    prompt: Prompt
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksReady:
+    """Blocks [first_block, end_block) of the prompt hold their final content."""
+
+    prompt: Prompt
+    first_block: int
+    end_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokenSampled:
+    """The whole prompt is computed and this token follows it."""
+
+    prompt: Prompt
+    token: SampledToken
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingFailed:
+    """The prompt is computed, but it has no valid next token."""
+
+    prompt: Prompt
+    reason: str
+
+
+Event = Scheduled | BlocksReady | FirstTokenSampled | SamplingFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [begin, end) of a prompt, in one plan."""
+
+    prompt: Prompt
+    begin: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.prompt.num_tokens
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """A plan that the ranks have and whose result is not back."""
+
+    step_id: int
+    chunks: list[Chunk] = field(default_factory=list)

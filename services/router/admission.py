@@ -1,0 +1,122 @@
+"""How many sequences are under way at once, and who waits: a bounded first-come queue.
+
+`AdmissionQueue` is the pure core (ints in, names of the admitted out); `Admission` lets tasks wait on it. What does
+not fit is refused with a hint when to come back, estimated from how fast places came free lately.
+Knows nothing of prompts, workers or gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+
+from common.errors import ResourceExhausted
+
+MIN_RETRY_S = 0.1
+MAX_RETRY_S = 60.0
+_RATE_WEIGHT = 0.1  # of the newest interval in the moving average
+
+
+class AdmissionQueue:
+    """Counts places (one per sequence). First come, first served: a wide request is not overtaken by narrow ones."""
+
+    def __init__(self, max_in_flight: int, max_waiting: int) -> None:
+        self.max_in_flight = max_in_flight
+        self.max_waiting = max_waiting
+        self.num_in_flight = 0
+        self._waiting: OrderedDict[int, int] = OrderedDict()  # request -> its places
+        self._mean_release_s: float | None = None  # mean time between two places coming free
+        self._last_release_s: float | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def enter(self, request: int, num_places: int) -> bool:
+        """True: admitted. False: waiting. Raises `ResourceExhausted` if there is no room to wait in."""
+        if not self._waiting and self.num_in_flight + num_places <= self.max_in_flight:
+            self.num_in_flight += num_places
+            return True
+        if len(self._waiting) >= self.max_waiting:
+            message = f"{self.num_in_flight} sequences under way and {len(self._waiting)} requests waiting"
+            raise ResourceExhausted(message, self.retry_after_s())
+        self._waiting[request] = num_places
+        return False
+
+    def leave(self, num_places: int, now_s: float) -> list[int]:
+        """Give places back. Returns the requests that are admitted now, in order."""
+        self.num_in_flight -= num_places
+        assert self.num_in_flight >= 0, "more places given back than taken"
+        if self._last_release_s is not None:
+            interval_s = (now_s - self._last_release_s) / num_places
+            mean_s = self._mean_release_s
+            self._mean_release_s = interval_s if mean_s is None else mean_s + _RATE_WEIGHT * (interval_s - mean_s)
+        self._last_release_s = now_s
+        return self._admit()
+
+    def give_up(self, request: int) -> list[int]:
+        """Take a waiting request out. Returns the requests that it stood in the way of."""
+        del self._waiting[request]
+        return self._admit()
+
+    def retry_after_s(self) -> float:
+        """When the queue should have moved by its own length, at the recent rate."""
+        mean_s = 1.0 if self._mean_release_s is None else self._mean_release_s
+        return min(max(mean_s * (len(self._waiting) + 1), MIN_RETRY_S), MAX_RETRY_S)
+
+    def _admit(self) -> list[int]:
+        admitted: list[int] = []
+        while self._waiting:
+            request, num_places = next(iter(self._waiting.items()))
+            if self.num_in_flight + num_places > self.max_in_flight:
+                break
+            del self._waiting[request]
+            self.num_in_flight += num_places
+            admitted.append(request)
+        return admitted
+
+
+class Admission:
+    """Tasks waiting on an `AdmissionQueue`."""
+
+    def __init__(self, queue: AdmissionQueue, clock: Callable[[], float] = time.monotonic) -> None:
+        self.queue = queue
+        self._clock = clock
+        self._turns: dict[int, tuple[asyncio.Future[None], int]] = {}
+        self._last_request = 0
+
+    @contextlib.asynccontextmanager
+    async def places(self, num_places: int) -> AsyncIterator[None]:
+        """Hold so many places; waits for its turn, and gives up its turn if the waiting task is cancelled."""
+        self._last_request += 1
+        if not self.queue.enter(self._last_request, num_places):
+            await self._wait_turn(self._last_request, num_places)
+        try:
+            yield
+        finally:
+            self._wake(self.queue.leave(num_places, self._clock()))
+
+    async def _wait_turn(self, request: int, num_places: int) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._turns[request] = (turn, num_places)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if self._turns.pop(request, None) is not None:
+                self._wake(self.queue.give_up(request))
+            elif not turn.cancelled():
+                # Admitted, then cancelled in the same loop turn: the places are its own and go back.
+                self._wake(self.queue.leave(num_places, self._clock()))
+            raise
+
+    def _wake(self, admitted: list[int]) -> None:
+        for request in admitted:
+            turn, num_places = self._turns.pop(request)
+            if turn.cancelled():
+                # Its task was cancelled and has not run yet: it will find its turn gone.
+                self._wake(self.queue.leave(num_places, self._clock()))
+            else:
+                turn.set_result(None)

@@ -1,0 +1,50 @@
+"""The router's settings. Defaults are those of a single machine; every field explains itself in `--help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from common.config import ServiceConfig
+
+
+class RouterConfig(ServiceConfig):
+    """The router: takes requests from clients and runs each through a prefill and a decode worker."""
+
+    service: ClassVar[str] = "router"
+
+    listen: str = Field("0.0.0.0:50051", description="host:port for clients.")
+    model_dir: Path = Field(description="Checkpoint directory (tokenizer and config.json; no weights are read).")
+    model_name: str = Field("", description="Name that requests may give; the directory's name if empty.")
+    prefill: tuple[str, ...] = Field((), description="host:port of each prefill worker.")
+    decode: tuple[str, ...] = Field((), description="host:port of each decode worker.")
+    workers_file: Path | None = Field(
+        None, description="TOML file with lists `prefill` and `decode` of more workers; read again when it changes."
+    )
+    max_in_flight: int = Field(512, ge=16, description="Sequences under way at once (a request with n has n).")
+    max_waiting: int = Field(1024, ge=0, description="Requests that may wait for a place; more are refused.")
+    max_timeout_s: float = Field(600.0, gt=0, description="Longest deadline of a request, and the default, seconds.")
+    max_message_bytes: int = Field(16 << 20, ge=1 << 16, description="Largest gRPC message, bytes.")
+    max_worker_losses: int = Field(3, ge=0, description="How often one sequence is sent again because a worker failed.")
+    placement_timeout_s: float = Field(5.0, ge=0, description="Wait of a new request for a ready pair, seconds.")
+    migration_timeout_s: float = Field(60.0, ge=0, description="Wait of a moving sequence for a ready pair, seconds.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; the i-th process adds i. 0 is off.")
+    processes: int = Field(1, ge=1, le=64, description="Processes that share the port (SO_REUSEPORT).")
+    reuse_port: bool = Field(False, description="Share the port with other processes; implied by --processes.")
+    drain_timeout_s: float = Field(30.0, ge=0, description="Time for requests under way after SIGTERM, seconds.")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged.")
+
+    @property
+    def served_model_name(self) -> str:
+        """The name that GetModelInfo reports."""
+        return self.model_name or self.model_dir.resolve().name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.prefill or self.decode or self.workers_file):
+            raise ValueError("no workers: set --prefill and --decode, or --workers-file")
+        if self.processes > 1 and self.listen.endswith(":0"):
+            raise ValueError("processes cannot share a port that the kernel chooses: name one in --listen")
+        return self

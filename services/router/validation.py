@@ -1,0 +1,217 @@
+"""Checks of a request at the edge: what passes here is good for everybody behind. Pure.
+
+`validate` sees the request alone; `resolve_sampling` runs when the prompt's tokens are counted. Both raise
+`InvalidArgument` naming field, value and limit, or `NotFound` for another model. Nothing has reached a worker by then.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from baton.v1 import inference_pb2, sampling_pb2
+
+from common.errors import InvalidArgument, NotFound
+from common.sampling import params
+
+MAX_CHOICES = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+MAX_TENANT_CHARS = 128
+MAX_REQUEST_ID_CHARS = 128
+MAX_ROLE_CHARS = 64
+# No tokenizer in use makes fewer tokens of a text than this; spares encoding what cannot fit anyway.
+MAX_CHARS_PER_TOKEN = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the served model allows."""
+
+    name: str
+    context_length: int  # tokens, prompt and output together
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatedRequest:
+    """A request within its limits. Exactly one of text, token_ids and chat is set."""
+
+    request_id: str
+    text: str | None
+    token_ids: tuple[int, ...] | None
+    chat: tuple[tuple[str, str], ...] | None  # (role, content), oldest first
+    add_generation_prompt: bool
+    sampling: sampling_pb2.SamplingParams  # as the client sent it, within bounds
+    seed: int
+    n: int
+    stop: tuple[str, ...]
+    tenant: str
+    include_stop_in_output: bool
+
+
+def validate(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> ValidatedRequest:
+    """The request as a value, or the first field that is out of bounds."""
+    if request.HasField("model") and request.model != limits.name:
+        raise NotFound(f"model {_short(request.model)!r} is not served here, {limits.name!r} is")
+    n = request.n if request.HasField("n") else 1
+    if not 1 <= n <= MAX_CHOICES:
+        raise InvalidArgument("n", n, f"1 to {MAX_CHOICES}")
+    if len(request.tenant) > MAX_TENANT_CHARS:
+        raise InvalidArgument("tenant", request.tenant, f"at most {MAX_TENANT_CHARS} characters")
+    _check_stop(request)
+    _check_prompt(request, limits)
+    seed = request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(64)
+    _check_sampling(request.sampling, limits, seed, limits.context_length - 1)
+    kind = request.WhichOneof("prompt")
+    chat = request.chat
+    return ValidatedRequest(
+        request_id=_request_id(request),
+        text=request.text if kind == "text" else None,
+        token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
+        chat=tuple((m.role, m.content) for m in chat.messages) if kind == "chat" else None,
+        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
+        sampling=request.sampling,
+        seed=seed,
+        n=n,
+        stop=tuple(request.stop),
+        tenant=request.tenant,
+        include_stop_in_output=request.include_stop_in_output,
+    )
+
+
+def resolve_sampling(
+    request: ValidatedRequest, num_prompt_tokens: int, limits: ModelLimits
+) -> sampling_pb2.SamplingParams:
+    """The sampling parameters with every field set, as workers want them."""
+    room = limits.context_length - num_prompt_tokens
+    if num_prompt_tokens == 0:
+        raise InvalidArgument(_prompt_field(request), "", "the prompt has no tokens")
+    if room < 1:
+        limit = f"at most {limits.context_length - 1} tokens (context length {limits.context_length})"
+        raise InvalidArgument(_prompt_field(request), f"{num_prompt_tokens} tokens", limit)
+    given = request.sampling
+    max_tokens = given.max_tokens if given.HasField("max_tokens") else room
+    if max_tokens > room:
+        limit = f"1 to {room} (context length {limits.context_length} - {num_prompt_tokens} prompt tokens)"
+        raise InvalidArgument("sampling.max_tokens", max_tokens, limit)
+    if given.min_tokens > max_tokens:
+        raise InvalidArgument("sampling.min_tokens", given.min_tokens, f"0 to {max_tokens} (max_tokens)")
+    return sampling_pb2.SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=given.min_tokens,
+        temperature=given.temperature if given.HasField("temperature") else 1.0,
+        top_p=given.top_p if given.HasField("top_p") else 1.0,
+        top_k=given.top_k,
+        min_p=given.min_p,
+        seed=request.seed,
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        repetition_penalty=given.repetition_penalty if given.HasField("repetition_penalty") else 1.0,
+        logit_bias=given.logit_bias,
+        logprobs=given.logprobs if given.HasField("logprobs") else None,
+        stop_token_ids=given.stop_token_ids,
+        ignore_eos=given.ignore_eos,
+    )
+
+
+def _check_sampling(given: sampling_pb2.SamplingParams, limits: ModelLimits, seed: int, longest_output: int) -> None:
+    sampling = params.SamplingParams(
+        max_tokens=given.max_tokens if given.HasField("max_tokens") else max(1, longest_output),
+        seed=seed,
+        min_tokens=given.min_tokens,
+        temperature=given.temperature if given.HasField("temperature") else 1.0,
+        top_p=given.top_p if given.HasField("top_p") else 1.0,
+        top_k=given.top_k,
+        min_p=given.min_p,
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        repetition_penalty=given.repetition_penalty if given.HasField("repetition_penalty") else 1.0,
+        logit_bias=tuple(given.logit_bias.items()),
+        logprobs=given.logprobs if given.HasField("logprobs") else None,
+        stop_token_ids=tuple(given.stop_token_ids),
+        ignore_eos=given.ignore_eos,
+    )
+    try:
+        params.validate(sampling, limits.vocab_size, max(1, longest_output))
+    except InvalidArgument as error:
+        raise InvalidArgument(f"sampling.{error.field}", _Shown(error.value), error.limit) from error
+
+
+def _check_stop(request: inference_pb2.GenerateRequest) -> None:
+    if len(request.stop) > MAX_STOP_STRINGS:
+        raise InvalidArgument("stop", len(request.stop), f"at most {MAX_STOP_STRINGS} strings")
+    for index, stop in enumerate(request.stop):
+        if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
+            raise InvalidArgument(f"stop[{index}]", stop, f"1 to {MAX_STOP_STRING_CHARS} characters")
+
+
+def _check_prompt(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> None:
+    kind = request.WhichOneof("prompt")
+    max_chars = limits.context_length * MAX_CHARS_PER_TOKEN
+    if kind == "text":
+        if not 1 <= len(request.text) <= max_chars:
+            raise InvalidArgument("text", _short(request.text), f"1 to {max_chars} characters")
+    elif kind == "token_ids":
+        _check_token_ids(request.token_ids.ids, limits)
+    elif kind == "chat":
+        _check_chat(request.chat, limits, max_chars)
+    else:
+        raise InvalidArgument("prompt", None, "one of text, token_ids and chat must be set")
+
+
+def _check_token_ids(ids: object, limits: ModelLimits) -> None:
+    token_ids = tuple(ids)  # type: ignore[arg-type, var-annotated]
+    longest = limits.context_length - 1
+    if not 1 <= len(token_ids) <= longest:
+        limit = f"1 to {longest} tokens (context length {limits.context_length})"
+        raise InvalidArgument("token_ids.ids", f"{len(token_ids)} tokens", limit)
+    if max(token_ids) >= limits.vocab_size:
+        index = next(i for i, token_id in enumerate(token_ids) if token_id >= limits.vocab_size)
+        raise InvalidArgument(f"token_ids.ids[{index}]", token_ids[index], f"0 to {limits.vocab_size - 1}")
+
+
+def _check_chat(chat: inference_pb2.ChatMessages, limits: ModelLimits, max_chars: int) -> None:
+    if not limits.has_chat_template:
+        raise InvalidArgument("chat", f"{len(chat.messages)} messages", "the checkpoint has no chat template")
+    if not 1 <= len(chat.messages) <= limits.context_length:
+        limit = f"1 to {limits.context_length} messages"
+        raise InvalidArgument("chat.messages", f"{len(chat.messages)} messages", limit)
+    num_chars = 0
+    for index, message in enumerate(chat.messages):
+        if not 1 <= len(message.role) <= MAX_ROLE_CHARS:
+            raise InvalidArgument(f"chat.messages[{index}].role", message.role, f"1 to {MAX_ROLE_CHARS} characters")
+        num_chars += len(message.content)
+    if num_chars > max_chars:
+        raise InvalidArgument("chat.messages", f"{num_chars} characters", f"at most {max_chars} characters in all")
+
+
+def _request_id(request: inference_pb2.GenerateRequest) -> str:
+    if not request.HasField("request_id"):
+        return secrets.token_hex(8)
+    name = request.request_id
+    if not (1 <= len(name) <= MAX_REQUEST_ID_CHARS and name.isascii() and name.isprintable()):
+        raise InvalidArgument("request_id", name, f"1 to {MAX_REQUEST_ID_CHARS} printable ASCII characters")
+    return name
+
+
+def _prompt_field(request: ValidatedRequest) -> str:
+    if request.text is not None:
+        return "text"
+    return "chat" if request.chat is not None else "token_ids.ids"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 64 else f"{text[:61]}..."
+
+
+class _Shown:
+    """A value that is a repr already."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text

@@ -1,0 +1,224 @@
+"""The workers that the router knows: who is there, who is ready, and how loaded each is.
+
+Addresses come from the settings and from a file that is read again when it changes. A worker is a candidate only
+while its status stream stands and says READY; a decode worker also needs its token stream. What this router has
+dispatched since the last status is counted on top of it. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import grpc
+from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+from common.rpc.client import open_channel
+from common.rpc.status import error_from_rpc
+from services.router.placement import Candidate
+from services.router.token_streams import FIRST_RETRY_S, LAST_RETRY_S, TokenStream
+
+_logger = logging.getLogger(__name__)
+
+WORKERS_FILE_INTERVAL_S = 1.0
+STATUS_INTERVAL_MS = 100
+
+
+class Role(enum.Enum):
+    """What a worker is for."""
+
+    PREFILL = worker_pb2.WORKER_ROLE_PREFILL
+    DECODE = worker_pb2.WORKER_ROLE_DECODE
+
+
+class Worker:
+    """One address: its channel, and its status while that is known."""
+
+    def __init__(self, address: str, role: Role, session_id: str, registry: WorkerRegistry) -> None:
+        self.address = address
+        self.role = role
+        self.status: worker_pb2.WorkerStatus | None = None
+        self._registry = registry
+        self._dispatched_load = 0  # since the last status
+        self._watch: grpc.aio.UnaryStreamCall[worker_pb2.WatchStatusRequest, worker_pb2.WorkerStatus] | None = None
+        self.channel = open_channel(address, registry.max_message_bytes)
+        self._status_stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self.channel)
+        self.prefill_stub: prefill_pb2_grpc.PrefillAsyncStub = prefill_pb2_grpc.PrefillStub(self.channel)
+        self.decode_stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(self.channel)
+        self.tokens = TokenStream(address, self.decode_stub, session_id, registry.notify)
+
+    @property
+    def name(self) -> str:
+        """The worker's own name, or its address while that is unknown."""
+        return self.status.worker_id if self.status is not None else self.address
+
+    @property
+    def candidate(self) -> Candidate | None:
+        """What placement sees; None if the worker takes no requests."""
+        status = self.status
+        if status is None or status.state != worker_pb2.WORKER_STATE_READY or status.role != self.role.value:
+            return None
+        if self.role is Role.PREFILL:
+            load = status.num_waiting_tokens
+        elif self.tokens.stands:
+            load = status.num_waiting + status.num_running
+        else:
+            return None
+        return Candidate(self.address, status.layout_fingerprint, load + self._dispatched_load)
+
+    def dispatched(self, load: int) -> None:
+        """Count tokens (prefill) or sequences (decode) that the next status will show."""
+        self._dispatched_load += load
+
+    def suspect(self) -> None:
+        """A call to it failed: no candidate until it has said its status anew."""
+        if self.status is not None and self._watch is not None:
+            self.status = None
+            self._watch.cancel()
+
+    async def run(self) -> None:
+        """Keep its streams up until cancelled; then the channel is closed."""
+        try:
+            async with asyncio.TaskGroup() as streams:
+                streams.create_task(self._watch_status())
+                if self.role is Role.DECODE:
+                    streams.create_task(self.tokens.run())
+        finally:
+            self.status = None
+            self._registry.notify()
+            await self.channel.close()
+
+    async def _watch_status(self) -> None:
+        retry_s = FIRST_RETRY_S
+        while True:
+            known = False
+            try:
+                request = worker_pb2.WatchStatusRequest(min_interval_ms=STATUS_INTERVAL_MS)
+                self._watch = self._status_stub.WatchStatus(request, wait_for_ready=True)
+                async for status in self._watch:
+                    known = True
+                    self._update(status)
+            except grpc.aio.AioRpcError as error:
+                if known:
+                    _logger.warning("status of %s ended: %s", self.address, error_from_rpc(error))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                known = True  # `suspect` cancelled the call, not us: ask again at once
+            finally:
+                self._watch.cancel() if self._watch is not None else None
+                self.status = None
+                self._registry.notify()
+            retry_s = FIRST_RETRY_S if known else min(2 * retry_s, LAST_RETRY_S)
+            await asyncio.sleep(retry_s)
+
+    def _update(self, status: worker_pb2.WorkerStatus) -> None:
+        if status.role != self.role.value:
+            _logger.error("%s is listed as %s worker and says it is none", self.address, self.role.name.lower())
+        self.status = status
+        self._dispatched_load = 0
+        self._registry.notify()
+
+
+class WorkerRegistry:
+    """All workers. `run` keeps their streams and the list itself up to date."""
+
+    def __init__(
+        self,
+        prefill: Iterable[str],
+        decode: Iterable[str],
+        *,
+        session_id: str,
+        max_message_bytes: int,
+        workers_file: Path | None = None,
+        file_interval_s: float = WORKERS_FILE_INTERVAL_S,
+    ) -> None:
+        self.session_id = session_id
+        self.max_message_bytes = max_message_bytes
+        self._static = {(address, Role.PREFILL) for address in prefill}
+        self._static |= {(address, Role.DECODE) for address in decode}
+        self._workers_file = workers_file
+        self._file_interval_s = file_interval_s
+        self._file_stamp: tuple[int, int] | None = None
+        self._workers: dict[tuple[str, Role], Worker] = {}
+        self._runs: dict[tuple[str, Role], asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+
+    def notify(self) -> None:
+        """Something changed that candidates depend on."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def wait_changed(self) -> None:
+        """Return at the next change."""
+        await self._changed.wait()
+
+    def candidates(self, role: Role) -> list[Candidate]:
+        """The workers of a role that take requests now."""
+        found = (worker.candidate for worker in self._workers.values() if worker.role is role)
+        return [candidate for candidate in found if candidate is not None]
+
+    def worker(self, role: Role, address: str) -> Worker:
+        """The worker of a candidate that was taken from `candidates` without an await in between."""
+        return self._workers[address, role]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block, as the first worker that is known says; 0 if none is."""
+        return next((w.status.block_size for w in self._workers.values() if w.status is not None), 0)
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether some prefill and some decode worker could take a request together now."""
+        fingerprints = [{c.layout_fingerprint for c in self.candidates(role)} for role in Role]
+        return bool(fingerprints[0] & fingerprints[1])
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as runs:
+            self._set_workers(runs, self._static)
+            while self._workers_file is not None:
+                listed = self._read_file(self._workers_file)
+                if listed is not None:
+                    self._set_workers(runs, self._static | listed)
+                await asyncio.sleep(self._file_interval_s)
+            await asyncio.Event().wait()
+
+    def _set_workers(self, runs: asyncio.TaskGroup, wanted: set[tuple[str, Role]]) -> None:
+        for key in wanted - self._workers.keys():
+            worker = self._workers[key] = Worker(*key, self.session_id, self)
+            self._runs[key] = runs.create_task(worker.run())
+        for key in self._workers.keys() - wanted:
+            self._runs.pop(key).cancel()
+            del self._workers[key]
+        self.notify()
+
+    def _read_file(self, path: Path) -> set[tuple[str, Role]] | None:
+        """The file's workers; None if it has not changed, or cannot be read (then the last ones stay)."""
+        try:
+            stat = path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if stamp == self._file_stamp:
+                return None
+            listed = _parse_workers(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            _logger.error("workers file %s cannot be read, the last list stays: %s", path, error)
+            return None
+        self._file_stamp = stamp
+        return listed
+
+
+def _parse_workers(text: str) -> set[tuple[str, Role]]:
+    content = tomllib.loads(text)
+    listed: set[tuple[str, Role]] = set()
+    for name, addresses in content.items():
+        role = {"prefill": Role.PREFILL, "decode": Role.DECODE}.get(name)
+        if role is None or not isinstance(addresses, list) or not all(isinstance(a, str) for a in addresses):
+            raise ValueError(f"{name}: expected `prefill` and `decode`, each a list of addresses")
+        listed |= {(address, role) for address in addresses}
+    return listed
