@@ -229,7 +229,8 @@ class Scheduler:
 
     def _complete_chunk(self, chunk: Chunk) -> None:
         prompt = chunk.prompt
-        assert prompt.blocks is not None and prompt.num_computed == chunk.begin
+        assert prompt.blocks is not None
+        assert prompt.num_computed == chunk.begin
         prompt.num_computed = chunk.end
         prompt.num_plans_in_flight -= 1
         block_size = self.kv.block_size

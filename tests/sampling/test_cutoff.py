@@ -43,9 +43,7 @@ weight_rows = st.lists(st.integers(0, 8), min_size=1, max_size=40).map(
     st.sampled_from([0.125, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0]),
     st.sampled_from([0.0, 0.1, 0.5, 1.0]),
 )
-def test_both_forms_keep_what_the_definition_keeps(
-    weights: np.ndarray, top_k: int, top_p: float, min_p: float
-) -> None:
+def test_both_forms_keep_what_the_definition_keeps(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> None:
     expected = kept_by_definition(weights, top_k, top_p, min_p) - set(np.flatnonzero(weights == 0).tolist())
     on_device = cutoffs_device(torch.from_numpy(weights).view(1, -1), [top_k], [top_p], [min_p])
     for cutoff in (row_cutoff(weights, top_k, top_p, min_p), float(on_device)):
