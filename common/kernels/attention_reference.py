@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch.nn import functional
 
-from common.kernels.batch import KVShape, Span
+from common.kernels.batch import BatchPlan, KVShape, Span
 
 _PIECE_ELEMENTS: Final = 1 << 19  # of gathered K and V: 2 MiB in float32, about a core's share of the cache
 
@@ -43,7 +43,7 @@ class _PrefillPiece:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchPlan:
+class ReferencePlan(BatchPlan):
     """What is the same in every layer of a step. Made by `plan_batch`, read by this backend only."""
 
     store_index: torch.Tensor  # [T * 2 * num_kv_heads] int64 into rows of head_dim elements
@@ -56,13 +56,13 @@ def plan_batch(
     shape: KVShape,
     dtype: torch.dtype,
     device: torch.device,
-) -> BatchPlan:
+) -> ReferencePlan:
     """Indices and masks for a batch whose tokens lie in the order of `spans`.
 
     Neighbouring decode spans of similar context length waste least. `windows`: those that the model's layers use.
     """
     planner = _Planner(spans, shape, dtype, device)
-    return BatchPlan(planner.store_index(), {window: planner.pieces(window) for window in windows})
+    return ReferencePlan(planner.store_index(), {window: planner.pieces(window) for window in windows})
 
 
 def attention(
@@ -73,14 +73,13 @@ def attention(
     q: [T, num_heads, head_dim]; kv_layer: [num_blocks, 2, num_kv_heads, block_size, head_dim].
     Returns [T, num_heads * head_dim]. Tokens outside a context are masked but read: they must be finite.
     """
+    assert isinstance(plan, ReferencePlan)
     num_tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
     rows = kv_layer.view(-1, block_size * head_dim)
     group = num_heads // num_kv_heads
-    out = torch.empty_like(q, memory_format=torch.contiguous_format).view(
-        num_tokens, num_kv_heads, group, head_dim
-    )
-    grouped = q.unflatten(1, (num_kv_heads, group))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format).view(num_tokens, num_kv_heads, group, head_dim)
+    grouped = q.view(num_tokens, num_kv_heads, group, head_dim)
     for piece in plan.pieces[window]:
         if isinstance(piece, _DecodePiece):
             _decode(grouped, rows, piece, scale, out)
@@ -89,9 +88,7 @@ def attention(
     return out.view(num_tokens, num_heads * head_dim)
 
 
-def _decode(
-    q: torch.Tensor, rows: torch.Tensor, piece: _DecodePiece, scale: float, out: torch.Tensor
-) -> None:
+def _decode(q: torch.Tensor, rows: torch.Tensor, piece: _DecodePiece, scale: float, out: torch.Tensor) -> None:
     """q, out: [T, num_kv_heads, group, head_dim]; rows: [num_blocks * 2 * num_kv_heads, block_size * head_dim]."""
     _, num_kv_heads, group, head_dim = q.shape
     own = slice(piece.first_token, piece.first_token + piece.num_sequences)
@@ -104,15 +101,11 @@ def _decode(
     out[own] = functional.scaled_dot_product_attention(q[own], keys, values, attn_mask=mask, scale=scale)
 
 
-def _prefill(
-    q: torch.Tensor, rows: torch.Tensor, piece: _PrefillPiece, scale: float, out: torch.Tensor
-) -> None:
+def _prefill(q: torch.Tensor, rows: torch.Tensor, piece: _PrefillPiece, scale: float, out: torch.Tensor) -> None:
     """As `_decode`. KV heads are the batch and a head's queries its heads, so that K and V are shared by stride."""
     _, num_kv_heads, group, head_dim = q.shape
     own = slice(piece.first_token, piece.first_token + piece.num_queries)
-    gathered = rows.index_select(0, piece.gather_index).view(
-        2, num_kv_heads, 1, piece.num_gathered, head_dim
-    )
+    gathered = rows.index_select(0, piece.gather_index).view(2, num_kv_heads, 1, piece.num_gathered, head_dim)
     keys, values = gathered[:, :, :, : piece.num_visible].expand(-1, -1, group, -1, -1).unbind()
     attended = functional.scaled_dot_product_attention(
         q[own].permute(1, 2, 0, 3), keys, values, piece.mask, is_causal=piece.mask is None, scale=scale
@@ -121,11 +114,9 @@ def _prefill(
 
 
 class _Planner:
-    """Builds a `BatchPlan`."""
+    """Builds a `ReferencePlan`."""
 
-    def __init__(
-        self, spans: Sequence[Span], shape: KVShape, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, spans: Sequence[Span], shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
         self._spans = spans
         self._shape = shape
         self._dtype = dtype
@@ -182,9 +173,7 @@ class _Planner:
 
     def _decode_piece(self, spans: list[Span], first_token: int, window: int | None) -> _DecodePiece:
         firsts = [self._first_block(span, window) for span in spans]
-        tables = [
-            span.block_ids[first : self._last_block(span)] for span, first in zip(spans, firsts, strict=True)
-        ]
+        tables = [span.block_ids[first : self._last_block(span)] for span, first in zip(spans, firsts, strict=True)]
         num_blocks = max(map(len, tables))
         padded = [table + [0] * (num_blocks - len(table)) for table in tables]
         num_gathered = num_blocks * self._shape.block_size
@@ -207,9 +196,7 @@ class _Planner:
         table = span.block_ids[first : self._last_block(span)]
         start = first * self._shape.block_size
         num_visible = span.context_length - start
-        needs_mask = span.num_queries < span.context_length or (
-            window is not None and window < span.context_length
-        )
+        needs_mask = span.num_queries < span.context_length or (window is not None and window < span.context_length)
         return _PrefillPiece(
             first_token=first_token,
             num_queries=span.num_queries,

@@ -1,13 +1,98 @@
-"""What a kernel backend provides, and which one serves a device. A backend is a module with these functions."""
+"""What a kernel backend provides, and which one serves a device. A backend is a module with these functions.
+
+Shapes and effects are documented at the reference, which every backend must match: `common.kernels.reference`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 
 from common.errors import InvalidArgument
 from common.kernels import reference
-from common.kernels.batch import KVShape, Span
-from common.kernels.attention_reference import BatchPlan
+from common.kernels.batch import BatchPlan, KVShape, Span
+
+
+class KernelBackend(Protocol):
+    """The operations of a decoder on one kind of device."""
+
+    def layout_weight(self, weight: torch.Tensor, /) -> torch.Tensor: ...
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, /) -> torch.Tensor: ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor: ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, /
+    ) -> torch.Tensor: ...
+
+    def silu_mul(self, gate_up: torch.Tensor, /) -> torch.Tensor: ...
+
+    def plan_batch(
+        self,
+        spans: Sequence[Span],
+        windows: Iterable[int | None],
+        shape: KVShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        /,
+    ) -> BatchPlan: ...
+
+    def qk_norm_rope_store(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+        kv_layer: torch.Tensor,
+        plan: BatchPlan,
+        /,
+    ) -> torch.Tensor: ...
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        kv_layer: torch.Tensor,
+        plan: BatchPlan,
+        window: int | None,
+        scale: float,
+        /,
+    ) -> torch.Tensor: ...
+
+    def gather_blocks(
+        self,
+        kv: torch.Tensor,
+        block_ids: torch.Tensor,
+        first_head: int,
+        num_heads: int,
+        payload: torch.Tensor,
+        /,
+    ) -> int: ...
+
+    def scatter_blocks(
+        self,
+        kv: torch.Tensor,
+        block_ids: torch.Tensor,
+        first_head: int,
+        num_heads: int,
+        payload: torch.Tensor,
+        /,
+    ) -> None: ...
+
+    def payload_digest(self, payload: torch.Tensor, /) -> int: ...
+
+
+_BACKENDS: dict[str, KernelBackend] = {"cpu": reference, "cuda": reference}
+
+
+def kernels_for(device: torch.device) -> KernelBackend:
+    """The backend of a device type; raises `InvalidArgument` for one that has none."""
+    backend = _BACKENDS.get(device.type)
+    if backend is None:
+        raise InvalidArgument("device", device, f"must be one of {', '.join(_BACKENDS)}")
+    return backend

@@ -22,3 +22,9 @@ class KVShape:
     num_kv_heads: int  # on this rank
     block_size: int
     head_dim: int
+
+
+class BatchPlan:
+    """What a backend works out once per step for all layers: indices, masks, tables. Opaque to everybody else."""
+
+    __slots__ = ()

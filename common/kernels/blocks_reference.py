@@ -54,7 +54,7 @@ def payload_digest(payload: torch.Tensor) -> int:
     keys = _piece_keys().to(words.device)
     digest = 0
     folded = torch.empty(min(DIGEST_PIECE_WORDS, words.numel()), dtype=torch.int64, device=words.device)
-    for number, piece in enumerate(words.split(DIGEST_PIECE_WORDS)):
+    for number, piece in enumerate(torch.split(words, DIGEST_PIECE_WORDS)):
         fold = folded[: piece.numel()]
         torch.bitwise_right_shift(piece, 32, out=fold)
         fold.bitwise_and_(_LOW_HALF).bitwise_xor_(piece).mul_(keys[: piece.numel()])

@@ -1,4 +1,4 @@
-"""The kernels of a decoder in plain torch: on the CPU this is the backend, elsewhere it is what the backend is tested against.
+"""The kernels of a decoder in plain torch: the CPU's backend, and what other backends are compared with.
 
 Every function has the signature that `common.kernels.backend.KernelBackend` fixes. Knows no model.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from common.kernels.attention_reference import BatchPlan, attention, plan_batch
+from common.kernels.attention_reference import ReferencePlan, attention, plan_batch
+from common.kernels.batch import BatchPlan
 from common.kernels.blocks_reference import gather_blocks, payload_digest, scatter_blocks
 
 __all__ = [
-    "BatchPlan",
     "add_rms_norm",
     "attention",
     "gather_blocks",
@@ -42,9 +42,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return functional.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Add x to `residual` in place and return the norm of the sum. x, residual: [T, n]; weight: [n]."""
     return rms_norm(residual.add_(x), weight, eps)
 
@@ -72,6 +70,7 @@ def qk_norm_rope_store(
     q_norm, k_norm: [head_dim]; kv_layer: [num_blocks, 2, num_kv_heads, block_size, head_dim].
     Returns [T, num_heads, head_dim], a view of qkv.
     """
+    assert isinstance(plan, ReferencePlan)
     _, _, num_kv_heads, _, head_dim = kv_layer.shape
     if q_norm is not None and k_norm is not None:
         q, k = qkv[:, :num_heads], qkv[:, num_heads : num_heads + num_kv_heads]

@@ -1,7 +1,8 @@
-"""What a Hugging Face `config.json` says about a decoder, as one frozen value; everything unsupported is refused by name.
+"""What a Hugging Face `config.json` says about a decoder, as one frozen value; what is unsupported is named.
 
 Covers Llama, Qwen2, Qwen3 and Mistral: they differ in flags, not in structure. Both the old keys (`rope_theta`,
-`rope_scaling`, `torch_dtype`) and those of transformers 5 (`rope_parameters`, `dtype`) are read. Knows neither torch nor weights.
+`rope_scaling`, `torch_dtype`) and those of transformers 5 (`rope_parameters`, `dtype`) are read. Knows neither torch
+nor weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rotary position embedding: the angles of a batch's positions, with the frequency scaling of `RopeConfig`.
 
 Angles are computed per step rather than tabled, as a table over a context of 128k tokens costs more than it saves.
-Formulas after the Hugging Face checkpoints' reference (`llama3`: wavelengths beyond the original context are stretched).
+`llama3` stretches wavelengths beyond the original context, as Llama 3.1 was trained.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
 def _stretch_long_waves(frequencies: torch.Tensor, config: RopeConfig) -> torch.Tensor:
     """Keep short waves, divide long ones by `factor`, and go over smoothly between the two."""
     waves_per_context = config.original_context_length * frequencies / (2 * math.pi)
-    share_kept = (waves_per_context - config.low_freq_factor) / (
-        config.high_freq_factor - config.low_freq_factor
-    )
+    share_kept = (waves_per_context - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
     share_kept = share_kept.clamp(0.0, 1.0)
     return share_kept * frequencies + (1.0 - share_kept) * frequencies / config.factor

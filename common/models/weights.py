@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, cast
 
 import torch
 from safetensors import safe_open
@@ -75,11 +75,10 @@ def load_weights(
         if config.tie_word_embeddings
         else reader.rows("lm_head.weight", shard.vocab, (config.vocab_size, hidden))
     )
-    num_read = reader.num_parameters
     padding = shard.vocab_stride - head.shape[0]
     if padding:
         head = torch.cat((head, head.new_zeros(padding, hidden)))
-    return ModelWeights(embedding, layers, final_norm, Linear(layout_weight(head), None), num_read)
+    return ModelWeights(embedding, layers, final_norm, Linear(layout_weight(head), None), reader.num_parameters)
 
 
 class _Loader:
@@ -122,10 +121,7 @@ class _Loader:
             o=self._rows(attention + "o_proj", self._q, all_q, config.o_bias),
             post_norm=norm(prefix + "post_attention_layernorm.weight", (hidden,)),
             gate_up=self._columns(
-                [
-                    (mlp + name, self._intermediate, config.intermediate_size)
-                    for name in ("gate_proj", "up_proj")
-                ],
+                [(mlp + name, self._intermediate, config.intermediate_size) for name in ("gate_proj", "up_proj")],
                 config.mlp_bias,
             ),
             down=self._rows(mlp + "down_proj", self._intermediate, config.intermediate_size, config.mlp_bias),
@@ -144,6 +140,12 @@ class _Loader:
         weight = self._reader.columns(f"{name}.weight", own, (hidden, total))
         bias = self._reader.whole(f"{name}.bias", (hidden,)) if has_bias and self._sums_bias else None
         return Linear(self._layout(weight), bias)
+
+
+class _Slice(Protocol):
+    """A tensor on disk; indexing reads."""
+
+    def __getitem__(self, index: slice | tuple[slice, slice], /) -> torch.Tensor: ...
 
 
 class _Reader:
@@ -166,12 +168,12 @@ class _Reader:
     def rows(self, name: str, own: range, shape: tuple[int, ...]) -> torch.Tensor:
         """Rows `own` of the tensor, which must have that shape."""
         entry = self._checked(name, shape)
-        return self._placed(self._open[entry.file].get_slice(name)[own.start : own.stop])
+        return self._placed(self._slice(entry, name)[own.start : own.stop])
 
     def columns(self, name: str, own: range, shape: tuple[int, ...]) -> torch.Tensor:
         """Columns `own` of the matrix, which must have that shape."""
         entry = self._checked(name, shape)
-        return self._placed(self._open[entry.file].get_slice(name)[:, own.start : own.stop])
+        return self._placed(self._slice(entry, name)[:, own.start : own.stop])
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
         entry = self._entries.get(name)
@@ -182,6 +184,9 @@ class _Reader:
         if entry.dtype not in _DTYPES:
             raise ModelError(f"tensor {name} has dtype {entry.dtype}, supported are {', '.join(_DTYPES)}")
         return entry
+
+    def _slice(self, entry: TensorEntry, name: str) -> _Slice:
+        return cast(_Slice, self._open[entry.file].get_slice(name))  # type: ignore[no-untyped-call]
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         self.num_parameters += tensor.numel()

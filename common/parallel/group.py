@@ -7,17 +7,33 @@ Knows neither models nor requests.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from common.errors import InvalidArgument, Unavailable
+
+
+class _Work(Protocol):
+    def wait(self) -> object: ...
+
+
+class _Collectives(Protocol):
+    """What is used of gloo's and NCCL's process groups, which torch's stubs leave out."""
+
+    def allreduce(self, tensors: list[torch.Tensor], options: dist.AllreduceOptions, /) -> _Work: ...
+
+    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], /) -> _Work: ...
+
+    def shutdown(self) -> None: ...
 
 
 class TensorParallelGroup:
     """One rank's view. Every rank must make the same calls in the same order, all from one thread each."""
 
-    def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None) -> None:
+    def __init__(self, rank: int, size: int, process_group: _Collectives | None) -> None:
         assert (process_group is None) == (size == 1), "a group of one needs no process group"
         self.rank = rank
         self.size = size
@@ -30,9 +46,7 @@ class TensorParallelGroup:
         return cls(0, 1, None)
 
     @classmethod
-    def open(
-        cls, rank: int, size: int, address: str, device: torch.device, timeout_s: float
-    ) -> TensorParallelGroup:
+    def open(cls, rank: int, size: int, address: str, device: torch.device, timeout_s: float) -> TensorParallelGroup:
         """Meet the other ranks at `address` (`host:port`, served by rank 0, or `file:///path`).
 
         `timeout_s` bounds the meeting and every collective. Raises `Unavailable` if a rank does not come.
@@ -76,21 +90,19 @@ class TensorParallelGroup:
             self._process_group.shutdown()
 
 
-def _store(rank: int, size: int, address: str, timeout: timedelta) -> dist.Store:
+def _store(rank: int, size: int, address: str, timeout: timedelta) -> Store:
     if address.startswith("file://"):
-        return dist.FileStore(address.removeprefix("file://"), size)
+        return FileStore(address.removeprefix("file://"), size)
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidArgument("group_address", address, "must be host:port or file:///path")
-    return dist.TCPStore(host, int(port), size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    return TCPStore(host, int(port), size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
 
 
-def _process_group(
-    rank: int, size: int, address: str, device: torch.device, timeout: timedelta
-) -> dist.ProcessGroup:
-    store = dist.PrefixStore("baton-tp", _store(rank, size, address, timeout))
+def _process_group(rank: int, size: int, address: str, device: torch.device, timeout: timedelta) -> _Collectives:
+    store = PrefixStore("baton-tp", _store(rank, size, address, timeout))
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, size, options)
-    return dist.ProcessGroupGloo(store, rank, size, timeout)
+        return cast(_Collectives, dist.ProcessGroupNCCL(store, rank, size, options))
+    return cast(_Collectives, dist.ProcessGroupGloo(store, rank, size, timeout))

@@ -40,9 +40,7 @@ def shard_of(config: ModelConfig, rank: int, size: int) -> Shard:
         size=size,
         heads=range(rank * num_heads, (rank + 1) * num_heads),
         kv_heads=heads_of_rank(config.num_kv_heads, size, rank),
-        intermediate=range(
-            rank * config.intermediate_size // size, (rank + 1) * config.intermediate_size // size
-        ),
+        intermediate=range(rank * config.intermediate_size // size, (rank + 1) * config.intermediate_size // size),
         vocab=range(min(rank * stride, config.vocab_size), min((rank + 1) * stride, config.vocab_size)),
         vocab_stride=stride,
     )

@@ -17,8 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from common.errors import BatonError, FailedPrecondition, InternalError
-from common.rpc.status import abort_with
+from common.errors import FailedPrecondition, InternalError
+from common.rpc.status import abort_with, find_baton_error
 
 _logger = logging.getLogger(__name__)
 _Servicer = TypeVar("_Servicer")
@@ -146,17 +146,7 @@ async def _abort(context: _Context, method: str, error: Exception) -> None:
         # The client is gone: there is nobody to tell, and a failed write to it is no fault of ours.
         _logger.debug("%s: ended after its client went away: %r", method, error)
         return
-    known = _baton_error_in(error)
+    known = find_baton_error(error)
     if known is None or isinstance(known, InternalError):
         _logger.error("%s: unexpected %s", method, type(error).__name__, exc_info=error)
     await abort_with(context, known or InternalError("internal error; see the server's log"))
-
-
-def _baton_error_in(error: Exception) -> BatonError | None:
-    """The error itself, or the first of ours in an ExceptionGroup (which is what a TaskGroup raises)."""
-    if isinstance(error, BatonError):
-        return error
-    if isinstance(error, ExceptionGroup):
-        found = (_baton_error_in(inner) for inner in error.exceptions)
-        return next((inner for inner in found if inner is not None), None)
-    return None

@@ -115,6 +115,16 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> BatonError:
     return _CLASS_BY_CODE.get(code, BatonError)(message)
 
 
+def find_baton_error(error: BaseException) -> BatonError | None:
+    """The error itself, or the first of ours in an exception group (which is what a TaskGroup raises)."""
+    if isinstance(error, BatonError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        found = (find_baton_error(inner) for inner in error.exceptions)
+        return next((inner for inner in found if inner is not None), None)
+    return None
+
+
 def _known_class(error: BatonError) -> type[BatonError]:
     return next(cls for cls in type(error).__mro__ if cls in CODE_BY_CLASS)
 

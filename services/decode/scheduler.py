@@ -1,4 +1,4 @@
-"""Which sequences decode, in which rows and blocks, and what the ranks compute next. Pure: no I/O, no clock, no tensors.
+"""Which sequences decode, in which rows and blocks, and what is computed next. Pure: no I/O, no clock, no tensors.
 
              open            reserve: all blocks or none      join             a row is free
     (router) ────▶ OPEN ───────────────▶ RECEIVING ─────────▶ READY ─────────────▶ RUNNING
@@ -149,7 +149,7 @@ class DecodeScheduler:
         self._next_serial += 1
         self._sequences[seq.key] = seq
         self._by_ticket[ticket_id] = seq
-        heapq.heappush(self._deadlines, (request.deadline_s, seq.serial, seq))
+        self._watch_deadline(seq)
         return seq
 
     def close(self, key: Key) -> bool:
@@ -250,6 +250,7 @@ class DecodeScheduler:
             if seq.state is _State.RUNNING and seq.num_planned < seq.max_steps and self._grow(seq):
                 planned.append(_PlannedRow(seq, seq.request.num_output_tokens + 1 + seq.num_planned))
                 segments.append(self._segment(seq, planned[-1].output_index))
+        self._grant_waiting()
         if not segments:
             return Plan(messages, None)
         step = StepPlan(self._next_step_id, segments)
@@ -305,6 +306,12 @@ class DecodeScheduler:
                 "sampling.max_tokens", request.sampling.max_tokens, f"at most {limit}: the KV cache holds no more"
             )
 
+    def _watch_deadline(self, seq: DecodeSequence) -> None:
+        if len(self._deadlines) > 2 * self._max_open:  # most are of sequences that are gone
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not _State.GONE]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (seq.request.deadline_s, seq.serial, seq))
+
     def _give_row(self, seq: DecodeSequence, now_s: float) -> AddRow:
         seq.row = self._free_rows.pop()
         seq.state = _State.RUNNING
@@ -346,7 +353,10 @@ class DecodeScheduler:
             others = [other for other in self._sequences.values() if other.state is state and other.blocks.block_ids]
             if others := [other for other in others if other is not seq]:
                 return max(others, key=lambda other: other.serial)
-        raise InternalError("a sequence that fits alone has no block, and nobody holds any")
+        # It received blocks that another had at the same time, and holds those too (see KVCacheManager). When it
+        # comes back, it finds them in the cache.
+        assert seq.blocks.anchors, "a sequence that fits alone has no block, and nobody else holds any"
+        return seq
 
     def _take_token(self, seq: DecodeSequence, output_index: int, sampled: SampledToken, now_s: float) -> None:
         seq.num_stepped += 1

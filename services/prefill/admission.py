@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.kvcache.kv_cache_manager import KVCacheManager
-from services.prefill.prompts import Prompt
+from services.prefill.request import Prompt
 
 Policy = Literal["shortest-remaining", "first-come"]
 

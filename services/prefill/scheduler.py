@@ -20,7 +20,7 @@ from common.worker.rank_messages import FrontStepMessage
 from common.worker.sequence import SequenceRequest
 from common.worker.step_plan import RemoveRow, SampledToken, Segment, StepPlan, StepResult
 from services.prefill.admission import Admission, Refusal, SchedulerLimits
-from services.prefill.prompts import (
+from services.prefill.request import (
     BlocksReady,
     Chunk,
     Event,

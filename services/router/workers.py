@@ -43,7 +43,10 @@ class Worker:
         self.role = role
         self.status: worker_pb2.WorkerStatus | None = None
         self._registry = registry
+        self.listed = True  # False: takes nothing new, and goes when the last sequence has left it
+        self._num_users = 0
         self._dispatched_load = 0  # since the last status
+        self._asked_anew = False
         self._watch: grpc.aio.UnaryStreamCall[worker_pb2.WatchStatusRequest, worker_pb2.WorkerStatus] | None = None
         self.channel = open_channel(address, registry.max_message_bytes)
         self._status_stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self.channel)
@@ -60,7 +63,9 @@ class Worker:
     def candidate(self) -> Candidate | None:
         """What placement sees; None if the worker takes no requests."""
         status = self.status
-        if status is None or status.state != worker_pb2.WORKER_STATE_READY or status.role != self.role.value:
+        if status is None or not self.listed or status.role != self.role.value:
+            return None
+        if status.state != worker_pb2.WORKER_STATE_READY:
             return None
         if self.role is Role.PREFILL:
             load = status.num_waiting_tokens
@@ -70,14 +75,27 @@ class Worker:
             return None
         return Candidate(self.address, status.layout_fingerprint, load + self._dispatched_load)
 
-    def dispatched(self, load: int) -> None:
-        """Count tokens (prefill) or sequences (decode) that the next status will show."""
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing that was dispatched to it is left."""
+        return self._num_users == 0
+
+    def acquire(self, load: int) -> None:
+        """A sequence comes; `load` (tokens for prefill, sequences for decode) is what the next status will show."""
+        self._num_users += 1
         self._dispatched_load += load
+
+    def release(self) -> None:
+        """A sequence has left."""
+        self._num_users -= 1
+        if not self.listed and self.is_idle:
+            self._registry.drop_unlisted()
 
     def suspect(self) -> None:
         """A call to it failed: no candidate until it has said its status anew."""
         if self.status is not None and self._watch is not None:
             self.status = None
+            self._asked_anew = True
             self._watch.cancel()
 
     async def run(self) -> None:
@@ -95,27 +113,34 @@ class Worker:
     async def _watch_status(self) -> None:
         retry_s = FIRST_RETRY_S
         while True:
-            known = False
-            try:
-                request = worker_pb2.WatchStatusRequest(min_interval_ms=STATUS_INTERVAL_MS)
-                self._watch = self._status_stub.WatchStatus(request, wait_for_ready=True)
-                async for status in self._watch:
-                    known = True
-                    self._update(status)
-            except grpc.aio.AioRpcError as error:
-                if known:
-                    _logger.warning("status of %s ended: %s", self.address, error_from_rpc(error))
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                known = True  # `suspect` cancelled the call, not us: ask again at once
-            finally:
-                self._watch.cancel() if self._watch is not None else None
-                self.status = None
-                self._registry.notify()
-            retry_s = FIRST_RETRY_S if known else min(2 * retry_s, LAST_RETRY_S)
+            was_known = await self._watch_once()
+            self.status = None
+            self._registry.notify()
+            if self._asked_anew:
+                self._asked_anew = False
+                continue
+            retry_s = FIRST_RETRY_S if was_known else min(2 * retry_s, LAST_RETRY_S)
             await asyncio.sleep(retry_s)
+
+    async def _watch_once(self) -> bool:
+        """One status stream from its start to its end; whether it brought anything."""
+        request = worker_pb2.WatchStatusRequest(min_interval_ms=STATUS_INTERVAL_MS)
+        self._watch = self._status_stub.WatchStatus(request, wait_for_ready=True)
+        was_known = False
+        try:
+            async for status in self._watch:
+                was_known = True
+                self._update(status)
+        except grpc.aio.AioRpcError as error:
+            if was_known:
+                _logger.warning("status of %s ended: %s", self.address, error_from_rpc(error))
+        except asyncio.CancelledError:
+            # Either the call was cancelled, by `suspect`, or this task.
+            if not self._asked_anew:
+                raise
+        finally:
+            self._watch.cancel()
+        return was_known
 
     def _update(self, status: worker_pb2.WorkerStatus) -> None:
         if status.role != self.role.value:
@@ -189,13 +214,20 @@ class WorkerRegistry:
                 await asyncio.sleep(self._file_interval_s)
             await asyncio.Event().wait()
 
+    def drop_unlisted(self) -> None:
+        """Let go of workers that are no longer listed and that no sequence uses."""
+        for key, worker in list(self._workers.items()):
+            if not worker.listed and worker.is_idle:
+                self._runs.pop(key).cancel()
+                del self._workers[key]
+
     def _set_workers(self, runs: asyncio.TaskGroup, wanted: set[tuple[str, Role]]) -> None:
         for key in wanted - self._workers.keys():
             worker = self._workers[key] = Worker(*key, self.session_id, self)
             self._runs[key] = runs.create_task(worker.run())
-        for key in self._workers.keys() - wanted:
-            self._runs.pop(key).cancel()
-            del self._workers[key]
+        for key, worker in self._workers.items():
+            worker.listed = key in wanted
+        self.drop_unlisted()
         self.notify()
 
     def _read_file(self, path: Path) -> set[tuple[str, Role]] | None:

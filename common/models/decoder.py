@@ -1,0 +1,135 @@
+"""The forward pass of a decoder over a ragged batch, on one tensor-parallel rank.
+
+Reads the order of a layer top to bottom; what differs between families are flags of `ModelConfig`, what differs between
+devices is in the kernel backend. Knows neither requests nor sampling.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from common.kernels.backend import KernelBackend, kernels_for
+from common.kernels.batch import BatchPlan
+from common.models.config import ModelConfig
+from common.models.rope import RotaryEmbedding, Rotation
+from common.models.weights import LayerWeights, ModelWeights, load_weights
+from common.parallel.group import TensorParallelGroup
+from common.parallel.sharding import Shard, shard_of
+
+
+class Decoder:
+    """A model's shard on a device. `kernels` is the backend that its weights are laid out for."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shard: Shard,
+        weights: ModelWeights,
+        kernels: KernelBackend,
+        group: TensorParallelGroup,
+    ) -> None:
+        self.config = config
+        self.shard = shard
+        self.kernels = kernels
+        self.dtype = weights.embedding.dtype
+        self.device = weights.embedding.device
+        self.num_parameters = weights.num_parameters
+        self._weights = weights
+        self._group = group
+        self._rope = RotaryEmbedding(config.rope, config.head_dim, self.dtype, self.device)
+        self._scale = config.head_dim**-0.5
+        self._num_heads = len(shard.heads)
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: TensorParallelGroup,
+    ) -> Decoder:
+        """Read this rank's shard of a Hugging Face directory. Raises `ModelError`."""
+        shard = shard_of(config, group.rank, group.size)
+        kernels = kernels_for(device)
+        weights = load_weights(model_dir, config, shard, dtype, device, kernels.layout_weight)
+        return cls(config, shard, weights, kernels, group)
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: BatchPlan, kv: torch.Tensor
+    ) -> torch.Tensor:
+        """Run all layers and store the tokens' K and V.
+
+        token_ids, positions: [T] int64; kv: [num_layers, num_blocks, 2, local KV heads, block_size, head_dim].
+        Returns the hidden states before the final norm, [T, hidden].
+        """
+        rotation = self._rope.rotation(positions)
+        residual = self._embed(token_ids)
+        eps = self.config.rms_norm_eps
+        added: torch.Tensor | None = None
+        for layer, window, kv_layer in zip(self._weights.layers, self.config.windows, kv.unbind(), strict=True):
+            if added is None:
+                x = self.kernels.rms_norm(residual, layer.input_norm, eps)
+            else:
+                x = self.kernels.add_rms_norm(added, residual, layer.input_norm, eps)
+            x = self._attention(x, layer, window, rotation, kv_layer, plan)
+            x = self.kernels.add_rms_norm(x, residual, layer.post_norm, eps)
+            added = self._mlp(x, layer)
+        return residual if added is None else residual.add_(added)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [n, hidden] as `forward` returned it. Returns [n, vocab] float32, the same on every rank."""
+        x = self.kernels.rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
+        own = self.kernels.linear(x, self._weights.head.weight, None)
+        if self.shard.size == 1:
+            return own.float()
+        gathered = self._group.all_gather(own)  # [size, n, vocab_stride]
+        joined = gathered.transpose(0, 1).reshape(hidden.shape[0], -1)
+        return joined[:, : self.config.vocab_size].float()
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[T] → [T, hidden]; each rank adds the rows of its part of the vocabulary."""
+        if self.shard.size == 1:
+            return functional.embedding(token_ids, self._weights.embedding)
+        own = self.shard.vocab
+        local = token_ids - own.start
+        mine = (local >= 0) & (local < len(own))
+        if not own:
+            return self._group.all_reduce(
+                torch.zeros((*token_ids.shape, self.config.hidden_size), dtype=self.dtype, device=self.device)
+            )
+        rows = functional.embedding(local.clamp_(0, len(own) - 1), self._weights.embedding)
+        return self._group.all_reduce(rows.mul_(mine.unsqueeze(1)))
+
+    def _attention(
+        self,
+        x: torch.Tensor,
+        layer: LayerWeights,
+        window: int | None,
+        rotation: Rotation,
+        kv_layer: torch.Tensor,
+        plan: BatchPlan,
+    ) -> torch.Tensor:
+        """x: [T, hidden], normalised. Returns [T, hidden]."""
+        qkv = self.kernels.linear(x, layer.qkv.weight, layer.qkv.bias)
+        q = self.kernels.qk_norm_rope_store(
+            qkv.view(x.shape[0], -1, self.config.head_dim),
+            self._num_heads,
+            rotation.cos,
+            rotation.sin,
+            layer.q_norm,
+            layer.k_norm,
+            self.config.rms_norm_eps,
+            kv_layer,
+            plan,
+        )
+        attended = self.kernels.attention(q, kv_layer, plan, window, self._scale)
+        return self._group.all_reduce(self.kernels.linear(attended, layer.o.weight, layer.o.bias))
+
+    def _mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
+        """x: [T, hidden], normalised. Returns [T, hidden]."""
+        gated = self.kernels.silu_mul(self.kernels.linear(x, layer.gate_up.weight, layer.gate_up.bias))
+        return self._group.all_reduce(self.kernels.linear(gated, layer.down.weight, layer.down.bias))

@@ -1,0 +1,209 @@
+"""Runs step plans on one rank: rows, their block tables and last tokens, one ragged forward pass, one sampling pass.
+
+Logits are gathered on every rank and sampling is a function of them and of counters, so that all ranks choose the same
+token without telling each other. Bounds are checked before anything is computed: a segment that breaks them gets an
+error of its own, the others run. Decides nothing: which rows run, and in which blocks, is the plan's.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from common.errors import InternalError
+from common.kernels.batch import Span
+from common.kvcache.storage import KVStorage
+from common.models.decoder import Decoder
+from common.sampling.sampler import BatchSampler, SampleOutput
+from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class _Row:
+    """A sequence's state besides sampling."""
+
+    has_last_token: bool
+    block_ids: list[int] = field(default_factory=list)
+
+
+class PendingStep:
+    """A step that has been launched. Its tokens are on the device and already are the next step's input."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        errors: dict[int, str],
+        sampled: list[Segment],
+        output: SampleOutput | None,
+        started_ns: int,
+    ) -> None:
+        self._plan = plan
+        self._errors = errors
+        self._sampled = sampled
+        self._output = output
+        self._started_ns = started_ns
+
+    def result(self) -> StepResult:
+        """Wait for the device and read back what was sampled."""
+        by_row = {row: SampledToken(row, -1, error=error) for row, error in self._errors.items()}
+        if self._output is not None:
+            errors = self._output.errors
+            values = zip(self._sampled, self._output.token_ids.tolist(), self._output.logprobs, strict=True)
+            for index, (segment, token_id, logprobs) in enumerate(values):
+                if index in errors:
+                    by_row[segment.row] = SampledToken(segment.row, -1, error=errors[index])
+                elif logprobs is None:
+                    by_row[segment.row] = SampledToken(segment.row, token_id)
+                else:
+                    by_row[segment.row] = SampledToken(segment.row, token_id, logprobs[0], logprobs[1])
+        sampled = [by_row[segment.row] for segment in self._plan.segments if segment.row in by_row]
+        return StepResult(self._plan.step_id, sampled, time.perf_counter_ns() - self._started_ns)
+
+
+class ModelRunner:
+    """One rank's part of a worker's engine. Not thread-safe: everything is called from the step thread."""
+
+    def __init__(self, decoder: Decoder, storage: KVStorage, sampler: BatchSampler, max_rows: int) -> None:
+        self._decoder = decoder
+        self._storage = storage
+        self._sampler = sampler
+        self._shape = storage.shape
+        self._windows = frozenset(decoder.config.windows)
+        self._rows: list[_Row | None] = [None] * max_rows
+        self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=decoder.device)
+
+    def add_row(self, message: AddRow) -> None:
+        """Give the row to a sequence and rebuild its sampling state."""
+        if self._rows[message.row] is not None:
+            raise InternalError(f"row {message.row} is taken")
+        outputs = message.output_token_ids
+        self._sampler.add(message.row, message.sampling, message.prompt_token_ids, outputs)
+        self._rows[message.row] = _Row(has_last_token=bool(outputs))
+        if outputs:
+            self._last_tokens[message.row] = outputs[-1]
+
+    def remove_row(self, row: int) -> None:
+        """Take the row back."""
+        if self._rows[row] is None:
+            raise InternalError(f"row {row} is not taken")
+        self._sampler.remove(row)
+        self._rows[row] = None
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a step and wait for its tokens."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Enqueue a step on the device; on a device that runs asynchronously this returns before it is done."""
+        started_ns = time.perf_counter_ns()
+        errors: dict[int, str] = {}
+        runnable: list[tuple[Segment, Span]] = []
+        for segment in plan.segments:
+            error = self._refusal(segment)
+            if error:
+                errors[segment.row] = error
+            else:
+                runnable.append((segment, self._span(segment)))
+        if not runnable:
+            return PendingStep(plan, errors, [], None, started_ns)
+        # Decode first and by context length: attention takes neighbours together and pads to the longest.
+        runnable.sort(key=_decode_first)
+        hidden = self._forward(runnable)
+        sampled = [segment for segment, _ in runnable if segment.sample]
+        output = self._sample(hidden, runnable, sampled) if sampled else None
+        return PendingStep(plan, errors, sampled, output, started_ns)
+
+    def _forward(self, batch: list[tuple[Segment, Span]]) -> torch.Tensor:
+        """Returns [T, hidden], tokens in the order of the batch."""
+        decoder = self._decoder
+        positions = [
+            position
+            for segment, span in batch
+            for position in range(segment.position, segment.position + span.num_queries)
+        ]
+        plan = decoder.kernels.plan_batch(
+            [span for _, span in batch], self._windows, self._shape, decoder.dtype, decoder.device
+        )
+        return decoder.forward(self._input_ids(batch), self._tensor(positions), plan, self._storage.kv)
+
+    def _input_ids(self, batch: list[tuple[Segment, Span]]) -> torch.Tensor:
+        """[T] int64: given tokens from the plan, the others from what the rows sampled last."""
+        given: list[int] = []
+        places: list[int] = []
+        rows: list[int] = []
+        for segment, _ in batch:
+            if segment.token_ids is None:
+                places.append(len(given))
+                rows.append(segment.row)
+                given.append(0)
+            else:
+                given.extend(segment.token_ids)
+        if len(rows) == len(given):
+            return self._last_tokens.index_select(0, self._tensor(rows))
+        token_ids = self._tensor(given)
+        if rows:
+            last = self._last_tokens.index_select(0, self._tensor(rows))
+            token_ids.index_copy_(0, self._tensor(places), last)
+        return token_ids
+
+    def _sample(self, hidden: torch.Tensor, batch: list[tuple[Segment, Span]], sampled: list[Segment]) -> SampleOutput:
+        """hidden: [T, hidden]. Sampled tokens become their rows' last tokens."""
+        ends: list[int] = []
+        end = 0
+        for segment, span in batch:
+            end += span.num_queries
+            if segment.sample:
+                ends.append(end - 1)
+        if len(ends) < hidden.shape[0]:
+            hidden = hidden.index_select(0, self._tensor(ends))
+        rows = [segment.row for segment in sampled]
+        output = self._sampler.sample(rows, self._decoder.logits(hidden), [segment.output_index for segment in sampled])
+        self._last_tokens.index_copy_(0, self._tensor(rows), output.token_ids)
+        for row in rows:
+            state = self._rows[row]
+            assert state is not None
+            state.has_last_token = True
+        return output
+
+    def _span(self, segment: Segment) -> Span:
+        """The segment's place in attention. Appends its new blocks to the row's table."""
+        row = self._rows[segment.row]
+        assert row is not None
+        row.block_ids += segment.new_block_ids
+        return Span(segment.num_tokens, segment.position + segment.num_tokens, row.block_ids)
+
+    def _refusal(self, segment: Segment) -> str:
+        """Why the segment cannot run, or nothing."""
+        row = self._rows[segment.row] if 0 <= segment.row < len(self._rows) else None
+        if row is None:
+            return f"row {segment.row} holds no sequence"
+        end = segment.position + segment.num_tokens
+        num_blocks = len(row.block_ids) + len(segment.new_block_ids)
+        if segment.position < 0 or segment.num_tokens < 1:
+            return f"{segment.num_tokens} tokens at position {segment.position}"
+        if end > self._decoder.config.context_length:
+            return f"position {end - 1} is beyond the context of {self._decoder.config.context_length} tokens"
+        if end > num_blocks * self._shape.block_size:
+            return f"{num_blocks} blocks do not cover {end} tokens"
+        if _outside(segment.new_block_ids, self._shape.num_blocks):
+            return f"a block id is not within {self._shape.num_blocks} blocks"
+        if segment.token_ids is None:
+            return "" if row.has_last_token else "the row has sampled no token yet"
+        if _outside(segment.token_ids, self._decoder.config.vocab_size):
+            return f"a token id is not within the vocabulary of {self._decoder.config.vocab_size}"
+        return ""
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._decoder.device)
+
+
+def _decode_first(item: tuple[Segment, Span]) -> tuple[bool, int]:
+    span = item[1]
+    return span.num_queries > 1, span.context_length
+
+
+def _outside(ids: list[int], limit: int) -> bool:
+    return bool(ids) and not 0 <= min(ids) <= max(ids) < limit

@@ -1,0 +1,134 @@
+"""The token streams of the router processes: what is pending is merged per sequence, so a slow router costs memory
+for its sequences, not for its steps.
+
+Knows neither blocks nor ranks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from baton.v1 import decode_pb2, sampling_pb2
+
+from common.errors import Cancelled, FailedPrecondition, ResourceExhausted
+from services.decode.request import End, SequenceEnded, TokenSampled
+
+_PROTO_END = {
+    End.FINISHED: decode_pb2.SEQUENCE_END_FINISHED,
+    End.PREEMPTED: decode_pb2.SEQUENCE_END_PREEMPTED,
+    End.LOST: decode_pb2.SEQUENCE_END_LOST,
+    End.DEADLINE: decode_pb2.SEQUENCE_END_DEADLINE,
+    End.FAILED: decode_pb2.SEQUENCE_END_FAILED,
+}
+
+
+class Session:
+    """One router process while its stream stands."""
+
+    def __init__(self, session_id: str, max_pending: int) -> None:
+        self.session_id = session_id
+        self._max_pending = max_pending
+        self._pending: dict[int, decode_pb2.SequenceTokens] = {}
+        self._flushed = asyncio.Event()
+        self._error: Cancelled | ResourceExhausted | None = None
+
+    async def batches(self) -> AsyncIterator[decode_pb2.TokenBatch]:
+        """An empty batch, then what is new after each `flush`. Raises what ended the session."""
+        yield decode_pb2.TokenBatch()
+        while True:
+            await self._flushed.wait()
+            self._flushed.clear()
+            if self._error is not None:
+                raise self._error
+            pending, self._pending = self._pending, {}
+            yield decode_pb2.TokenBatch(sequences=pending.values())
+
+    def add_token(self, event: TokenSampled) -> None:
+        """Append a token to what is pending of its sequence."""
+        entry = self._entry(event.key[1])
+        if not entry.token_ids:
+            entry.first_position = event.position
+        entry.token_ids.append(event.token_id)
+        if event.logprob is not None:
+            entry.logprobs.append(_logprobs(event.token_id, event.logprob, event.top_logprobs))
+
+    def add_end(self, event: SequenceEnded) -> None:
+        """Say how a sequence ended, after its last token."""
+        entry = self._entry(event.key[1])
+        entry.end = _PROTO_END[event.end]
+        entry.finish_reason = sampling_pb2.FinishReason.ValueType(event.finish_reason)
+        entry.error = event.error
+        entry.decode_queue_ns = event.decode_queue_ns
+        entry.decode_ns = event.decode_ns
+
+    def flush(self) -> None:
+        """Let the stream have what is pending; end it if that is more than a router may owe us."""
+        if len(self._pending) > self._max_pending:
+            self.end(ResourceExhausted(f"{len(self._pending)} sequences wait for a router that does not read"))
+        elif self._pending:
+            self._flushed.set()
+
+    def end(self, error: Cancelled | ResourceExhausted) -> None:
+        """The stream raises this next."""
+        self._error = error
+        self._flushed.set()
+
+    def _entry(self, sequence_id: int) -> decode_pb2.SequenceTokens:
+        entry = self._pending.get(sequence_id)
+        if entry is None:
+            entry = self._pending[sequence_id] = decode_pb2.SequenceTokens(sequence_id=sequence_id)
+        return entry
+
+
+class Sessions:
+    """All router sessions. `max_pending` bounds the sequences with something unread, per session."""
+
+    def __init__(self, max_pending: int, max_sessions: int = 256) -> None:
+        self._max_pending = max_pending
+        self._max_sessions = max_sessions
+        self._sessions: dict[str, Session] = {}
+
+    def begin(self, session_id: str) -> Session:
+        """Open a session; one of the same name ends with `Cancelled`."""
+        previous = self._sessions.pop(session_id, None)
+        if previous is not None:
+            previous.end(Cancelled("another stream of this session replaced this one"))
+        if len(self._sessions) >= self._max_sessions:
+            raise ResourceExhausted(f"{self._max_sessions} routers are subscribed")
+        session = self._sessions[session_id] = Session(session_id, self._max_pending)
+        return session
+
+    def finish(self, session: Session) -> bool:
+        """The stream is over. False if another had replaced it."""
+        if self._sessions.get(session.session_id) is not session:
+            return False
+        del self._sessions[session.session_id]
+        return True
+
+    def require(self, session_id: str) -> None:
+        """Raises `FailedPrecondition` unless the session's stream stands."""
+        if session_id not in self._sessions:
+            raise FailedPrecondition("the session has no Subscribe stream")
+
+    def publish(self, event: TokenSampled | SequenceEnded) -> None:
+        """Queue an event for its router, if that is still there. Call `flush` after a step's events."""
+        session = self._sessions.get(event.key[0])
+        if session is None:
+            return
+        if isinstance(event, TokenSampled):
+            session.add_token(event)
+        elif event.end is not End.CLOSED:
+            session.add_end(event)
+
+    def flush(self) -> None:
+        """Let every stream have what is pending: one batch per router and step."""
+        for session in self._sessions.values():
+            session.flush()
+
+
+def _logprobs(token_id: int, logprob: float, top: Sequence[tuple[int, float]]) -> sampling_pb2.PositionLogprobs:
+    return sampling_pb2.PositionLogprobs(
+        chosen=sampling_pb2.TokenLogprob(token_id=token_id, logprob=logprob),
+        top=[sampling_pb2.TokenLogprob(token_id=other, logprob=value) for other, value in top],
+    )

@@ -1,0 +1,102 @@
+"""The Handoff stream to a decode worker: one channel per address, one stream per sequence, errors of our own tree.
+
+Knows gRPC, and nothing of what is said on the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+from baton.v1 import decode_pb2_grpc, kv_pb2
+
+from common.errors import Unavailable
+from common.rpc.client import open_channel
+from common.rpc.status import error_from_rpc
+
+_Call = grpc.aio.StreamStreamCall[kv_pb2.HandoffRequest, kv_pb2.HandoffResponse]
+
+
+class HandoffStream:
+    """One hand-off's messages. One task receives; any may send."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._sending = asyncio.Lock()
+
+    async def send(self, request: kv_pb2.HandoffRequest) -> None:
+        """Raises what the stream ended with. Cancelling it breaks the stream."""
+        async with self._sending:
+            try:
+                await self._call.write(request)
+            except grpc.aio.AioRpcError as error:
+                raise error_from_rpc(error) from error
+            except asyncio.InvalidStateError:
+                await self._raise_end()
+
+    async def receive(self) -> kv_pb2.HandoffResponse:
+        """Raises what the stream ended with; a stream that just ends is `Unavailable`. Cancelling it breaks the
+        stream."""
+        try:
+            response = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        if response is grpc.aio.EOF:
+            await self._raise_end()
+        assert isinstance(response, kv_pb2.HandoffResponse)
+        return response
+
+    async def _raise_end(self) -> None:
+        status = await self._call.code()
+        if status is not grpc.StatusCode.OK:
+            raise error_from_rpc(
+                grpc.aio.AioRpcError(
+                    status,
+                    await self._call.initial_metadata(),
+                    await self._call.trailing_metadata(),
+                    await self._call.details(),
+                )
+            )
+        raise Unavailable("the decode worker ended the hand-off")
+
+
+class DecodePeers:
+    """Channels to decode workers by address, at most `max_idle` of them unused. Close it when all streams are over."""
+
+    def __init__(self, max_message_bytes: int, max_idle: int) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._max_idle = max_idle
+        self._channels: dict[str, grpc.aio.Channel] = {}  # least recently used first
+        self._num_streams: dict[str, int] = {}
+
+    @contextlib.asynccontextmanager
+    async def open(self, address: str) -> AsyncIterator[HandoffStream]:
+        """A stream to the decode worker; leaving the context breaks it, unless both ends were done."""
+        channel = self._channels.pop(address, None) or open_channel(address, self._max_message_bytes)
+        self._channels[address] = channel
+        self._num_streams[address] = self._num_streams.get(address, 0) + 1
+        call = decode_pb2_grpc.DecodeStub(channel).Handoff()
+        try:
+            yield HandoffStream(call)
+        finally:
+            call.cancel()
+            self._num_streams[address] -= 1
+            await self._close_idle()
+
+    async def close(self) -> None:
+        """Close every channel, and with it what is left of its streams."""
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            await channel.close()
+
+    async def _close_idle(self) -> None:
+        idle = [address for address in self._channels if not self._num_streams[address]]
+        excess = idle[: max(0, len(idle) - self._max_idle)]
+        closing = []
+        for address in excess:
+            closing.append(self._channels.pop(address))
+            del self._num_streams[address]
+        for channel in closing:
+            await channel.close()

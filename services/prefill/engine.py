@@ -1,0 +1,182 @@
+"""The step loop of one incarnation of the ranks: schedule, submit, await the result, tell the jobs.
+
+Two plans are in flight at most, so that the ranks never wait for the front: a chunk does not depend on what the chunk
+before it yields. Knows neither gRPC nor the hand-off; those await a `PrefillJob`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from common import errors
+from common.telemetry.counters import Counters
+from common.worker.rank_group import RankGroup
+from common.worker.sequence import SequenceRequest
+from common.worker.step_plan import SampledToken
+from services.prefill.request import BlocksReady, Event, FirstTokenSampled, Prompt, SamplingFailed, Scheduled
+from services.prefill.scheduler import Scheduler
+
+MAX_PLANS_IN_FLIGHT = 2
+
+
+class PrefillJob:
+    """One prompt in the engine, as its request awaits it. Times are of `time.monotonic_ns`; 0 until it happened."""
+
+    def __init__(self, prompt: Prompt, received_ns: int) -> None:
+        self.prompt = prompt
+        self.received_ns = received_ns
+        self.scheduled_ns = 0
+        self.sampled_ns = 0
+        self.num_cached_tokens = 0
+        self._num_ready_blocks = 0
+        self._token: SampledToken | None = None
+        self._error: errors.BatonError | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def num_blocks(self) -> int:
+        return self.prompt.num_blocks
+
+    def block_ids(self, first_block: int, num_blocks: int) -> list[int]:
+        """Blocks of the prompt, by their index within it. Ready ones only."""
+        assert self.prompt.blocks is not None
+        assert first_block + num_blocks <= self._num_ready_blocks
+        return self.prompt.blocks.block_ids[first_block : first_block + num_blocks]
+
+    async def ready_blocks(self, beyond: int) -> int:
+        """Wait until more than `beyond` leading blocks are ready; how many are. Raises what the job failed with."""
+        while self._num_ready_blocks <= beyond:
+            await self._wait()
+        return self._num_ready_blocks
+
+    async def first_token(self) -> SampledToken:
+        """Wait for the token after the prompt. Raises what the job failed with."""
+        while self._token is None:
+            await self._wait()
+        return self._token
+
+    def fail(self, error: errors.BatonError) -> None:
+        """Whoever waits gets the error, now and later. The first one stays."""
+        self._error = self._error or error
+        self._wake()
+
+    def take(self, event: Event, now_ns: int) -> None:
+        """Note what the scheduler reported."""
+        if isinstance(event, Scheduled):
+            self.scheduled_ns = now_ns
+            self.num_cached_tokens = event.num_cached_tokens
+        elif isinstance(event, BlocksReady):
+            self._num_ready_blocks = event.end_block
+        elif isinstance(event, FirstTokenSampled):
+            self.sampled_ns = now_ns
+            self._token = event.token
+        elif isinstance(event, SamplingFailed):
+            self.fail(errors.InternalError(f"sampling failed: {event.reason}"))
+        self._wake()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        await self._changed.wait()
+
+    def _wake(self) -> None:
+        """Everybody who waits now looks again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class PrefillEngine:
+    """Drives one `RankGroup`. All methods run on one event loop; nothing but `run` awaits."""
+
+    def __init__(
+        self,
+        ranks: RankGroup,
+        scheduler: Scheduler,
+        counters: Counters,
+        on_change: Callable[[], None],
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.scheduler = scheduler
+        self._ranks = ranks
+        self._counters = counters
+        self._on_change = on_change
+        self._now_ns = now_ns
+        self._jobs: dict[Prompt, PrefillJob] = {}
+        self._error: errors.BatonError | None = None
+        self._pump_is_due = False
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._jobs)
+
+    def submit(self, request: SequenceRequest) -> PrefillJob:
+        """Queue a sequence. Raises `Unavailable` if the ranks are lost, and what `Scheduler.add` raises."""
+        if self._error is not None:
+            raise self._error
+        prompt = self.scheduler.add(request)
+        job = PrefillJob(prompt, self._now_ns())
+        self._jobs[prompt] = job
+        self._pump_soon()
+        return job
+
+    def release(self, job: PrefillJob) -> None:
+        """The job is over, however it ended. Its blocks are free once no plan and no send uses them. Idempotent."""
+        if self._jobs.pop(job.prompt, None) is not None:
+            self.scheduler.release(job.prompt)
+            self._pump_soon()
+
+    def begin_read(self, job: PrefillJob) -> None:
+        """See `Scheduler.begin_read`."""
+        self.scheduler.begin_read(job.prompt)
+
+    def end_read(self, job: PrefillJob) -> None:
+        """See `Scheduler.end_read`."""
+        self.scheduler.end_read(job.prompt)
+        self._pump_soon()
+
+    async def run(self) -> None:
+        """Step until the ranks are lost: raises `Unavailable`. However it ends, every job has failed then."""
+        try:
+            while True:
+                result = await self._ranks.next_result()
+                self.scheduler.complete(result)
+                self._counters.inc("steps")
+                self._counters.inc("compute_ns", result.compute_ns)
+                self._pump()
+        except errors.BatonError as error:
+            self.fail_all(error)
+            raise
+        finally:
+            self.fail_all(errors.Unavailable("the worker is stopping"))
+
+    def fail_all(self, error: errors.BatonError) -> None:
+        """Every job, and every later one, fails with this. The first error stays."""
+        self._error = self._error or error
+        for job in self._jobs.values():
+            job.fail(self._error)
+
+    def _pump_soon(self) -> None:
+        """Pump once the callbacks that are due now have run, so that requests that come together are planned
+        together."""
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Plan as far ahead as is allowed, and send it."""
+        self._pump_is_due = False
+        if self._error is not None:
+            return
+        while self.scheduler.num_in_flight < MAX_PLANS_IN_FLIGHT and self.scheduler.plan():
+            pass
+        for message in self.scheduler.take_messages():
+            self._ranks.submit(message)
+        now_ns = self._now_ns()
+        for event in self.scheduler.take_events():
+            if isinstance(event, Scheduled):
+                self._counters.inc("prompt_tokens", event.prompt.num_tokens)
+                self._counters.inc("cached_tokens", event.num_cached_tokens)
+            self._jobs[event.prompt].take(event, now_ns)
+        self._on_change()

@@ -1,0 +1,195 @@
+"""Send slots, and the sends that fill them: one send gathers a chunk on every rank and puts it on the wire.
+
+             acquire               every leg is done, slot free
+    FREE ───────────────▶ TAKEN ───────────────────────────────▶ FREE
+                            │ a leg is in doubt (timed out)         ▲
+                            ▼                                       │ SlotDrained of every leg in doubt
+                        QUARANTINED ────────────────────────────────┘
+
+A send outlives the request that started it: cancelling the request never frees a slot or a block that a rank still
+reads. Its blocks are read until all legs are done; `on_read_done` says so. Knows no gRPC and no schedule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common import errors
+from common.kvcache.grant import SlotHandle
+from common.kvcache.slot_pool import SlotPool
+from common.worker.rank_group import Operation, RankGroup, error_of
+from common.worker.rank_messages import ConnectDone, ConnectPeer, RankKVMessage, SendDone, SendLeg, SlotDrained
+
+_MAX_WAITERS = 1 << 16  # each is a chunk in flight of an admitted prompt, which the scheduler bounds
+
+
+@dataclass(frozen=True, slots=True)
+class RankLeg:
+    """One leg of a chunk: what `rank` gathers into [offset, offset + num_bytes) of its slot and sends."""
+
+    rank: int
+    address: str
+    offset: int
+    num_bytes: int
+    tag: int
+    first_local_head: int
+    num_heads: int
+
+
+class Sends:
+    """The slots of one `RankGroup`, in lock-step on all ranks. Sends run as tasks of `run`."""
+
+    def __init__(self, ranks: RankGroup, num_slots: int, on_change: Callable[[], None]) -> None:
+        self._ranks = ranks
+        self._slots: SlotPool[asyncio.Future[SlotHandle]] = SlotPool(
+            num_slots, num_ranks=1, max_waiters=_MAX_WAITERS, nonce=lambda: 0
+        )
+        self._on_change = on_change
+        self._tasks: asyncio.TaskGroup | None = None
+
+    @property
+    def num_slots_free(self) -> int:
+        return self._slots.num_free
+
+    @property
+    def num_slots_in_use(self) -> int:
+        return self._slots.num_granted
+
+    @property
+    def num_slots_quarantined(self) -> int:
+        return self._slots.num_quarantined
+
+    @property
+    def num_waiting(self) -> int:
+        return self._slots.num_waiting
+
+    async def run(self) -> None:
+        """Parent of all sends, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                self._tasks = None
+
+    async def connect(self, rank: int, address: str, timeout_s: float) -> str:
+        """Connect a rank to a decode rank, or find that it is; returns the lane. Raises `PeerLost`,
+        `TransferTimeout` or `Unavailable`. Cancelling it leaves a connection at most."""
+        operation = self._ranks.begin(rank, ConnectPeer(self._ranks.next_op_id(), address, timeout_s))
+        try:
+            done = await operation.reply()
+        finally:
+            operation.close()
+        assert isinstance(done, ConnectDone)
+        if done.error_kind:
+            raise error_of(done.error_kind, done.detail)
+        return done.lane
+
+    async def acquire(self) -> SlotHandle:
+        """The next free slot, first come first served. Cancelling it leaves nothing behind."""
+        waiter: asyncio.Future[SlotHandle] = asyncio.get_running_loop().create_future()
+        handle = self._slots.request(waiter)
+        if handle is not None:
+            return handle
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if not self._slots.cancel(waiter) and not waiter.cancelled():
+                self.give_back(waiter.result())
+            raise
+
+    def give_back(self, handle: SlotHandle) -> None:
+        """Return a slot that no send was started with."""
+        self._slots.release(handle)
+        self._hand_out()
+
+    def start(
+        self,
+        handle: SlotHandle,
+        legs: Sequence[RankLeg],
+        block_ids: Sequence[int],
+        timeout_s: float,
+        on_read_done: Callable[[], None],
+        on_failure: Callable[[errors.BatonError], None],
+    ) -> None:
+        """Gather the blocks into the slot and send them; the slot comes back by itself.
+
+        `on_read_done` is called exactly once, when no rank reads the blocks any more; `on_failure` if the legs did
+        not all leave.
+        """
+        if self._tasks is None:
+            on_read_done()
+            on_failure(errors.Unavailable("the worker is stopping"))
+            return
+        messages = [
+            SendLeg(
+                self._ranks.next_op_id(),
+                leg.address,
+                handle.slot,
+                leg.offset,
+                leg.num_bytes,
+                leg.tag,
+                list(block_ids),
+                leg.first_local_head,
+                leg.num_heads,
+                timeout_s,
+            )
+            for leg in legs
+        ]
+        ranks = [leg.rank for leg in legs]
+        self._tasks.create_task(self._send(handle, ranks, messages, on_read_done, on_failure))
+
+    async def _send(
+        self,
+        handle: SlotHandle,
+        ranks: Sequence[int],
+        messages: Sequence[SendLeg],
+        on_read_done: Callable[[], None],
+        on_failure: Callable[[errors.BatonError], None],
+    ) -> None:
+        operations: list[Operation] = []
+        try:
+            try:
+                for rank, message in zip(ranks, messages, strict=True):
+                    operations.append(self._ranks.begin(rank, message))
+                replies = [_sent(await operation.reply()) for operation in operations]
+            finally:
+                on_read_done()
+            failed = next((reply for reply in replies if reply.error_kind), None)
+            if failed is not None:
+                on_failure(error_of(failed.error_kind, failed.detail))
+            doubtful = [op for op, reply in zip(operations, replies, strict=True) if not reply.slot_free]
+            await self._settle(handle, doubtful)
+        except errors.Unavailable as error:
+            on_failure(error)  # the ranks are lost, and the slots with them
+        finally:
+            for operation in operations:
+                operation.close()
+
+    async def _settle(self, handle: SlotHandle, doubtful: Sequence[Operation]) -> None:
+        """Free the slot, at once or when every leg in doubt has drained."""
+        if doubtful:
+            self._slots.quarantine(handle)
+            self._on_change()
+            for operation in doubtful:
+                drained = await operation.reply()
+                assert isinstance(drained, SlotDrained)
+            self._slots.end_quarantine(handle)
+            self._hand_out()
+        else:
+            self.give_back(handle)
+
+    def _hand_out(self) -> None:
+        for waiter, handle in self._slots.grant_waiting():
+            if waiter.done():  # cancelled, but its task has not run since
+                self.give_back(handle)
+            else:
+                waiter.set_result(handle)
+        self._on_change()
+
+
+def _sent(reply: RankKVMessage) -> SendDone:
+    assert isinstance(reply, SendDone)
+    return reply

@@ -1,0 +1,131 @@
+"""One of a request's outputs: its token log, its text, and what of both the client has not been sent yet.
+
+Plain synchronous state. Tokens come in order (see `sequence_receiver`) and go out merged: however slow the client is,
+what waits for it is one message. Knows nothing of workers or gRPC calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from baton.v1 import inference_pb2, sampling_pb2
+
+from services.router.served_model import Detokenizer, StopMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceLimits:
+    """What ends an output, beside its stop strings."""
+
+    max_tokens: int
+    ending_token_ids: frozenset[int]  # end of sequence, unless ignored, and stop tokens
+    include_stop_in_output: bool
+
+
+class Choice:
+    """`accept` and `end` change it, `on_change` tells that there is something to `take`."""
+
+    def __init__(
+        self,
+        index: int,
+        limits: ChoiceLimits,
+        detokenizer: Detokenizer,
+        stop_matcher: StopMatcher | None,
+        on_change: Callable[[Choice], None],
+    ) -> None:
+        self.index = index
+        self.tokens: list[int] = []  # the token log: everything that was generated
+        self.finish_reason: sampling_pb2.FinishReason = sampling_pb2.FINISH_REASON_UNSPECIFIED
+        self.lifetime = inference_pb2.Lifetime()
+        self.is_complete = False  # ended, and its lifetime is final
+        self._limits = limits
+        self._detokenizer = detokenizer
+        self._stop_matcher = stop_matcher
+        self._on_change = on_change
+        self._pending_text = ""
+        self._pending_logprobs: list[sampling_pb2.PositionLogprobs] = []
+        self._num_taken = 0  # tokens that `take` has handed out
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish_reason != sampling_pb2.FINISH_REASON_UNSPECIFIED
+
+    def accept(self, token_ids: Sequence[int], logprobs: Sequence[sampling_pb2.PositionLogprobs]) -> None:
+        """The next tokens of the log. What comes after the token that ends the output is dropped."""
+        if self.has_ended:
+            return
+        if self._stop_matcher is None:
+            self._accept_run(token_ids)
+        else:
+            for token_id in token_ids:
+                self._accept_run((token_id,))
+                if self.has_ended:
+                    break
+        if logprobs:
+            num_accepted = len(self.tokens) - self._num_taken - len(self._pending_logprobs)
+            self._pending_logprobs += logprobs[:num_accepted]
+        self._on_change(self)
+
+    def end(self, reason: sampling_pb2.FinishReason) -> None:
+        """No token follows. Keeps an earlier reason."""
+        if self.has_ended:
+            return
+        self._push_text(self._detokenizer.flush())
+        if self._stop_matcher is not None and not self.has_ended:
+            self._pending_text += self._stop_matcher.flush()
+        if not self.has_ended:
+            self.finish_reason = reason
+
+    def complete(self) -> None:
+        """Ended, and the lifetime is final: the last message may go."""
+        assert self.has_ended, "completed before its end"
+        self.is_complete = True
+        self._on_change(self)
+
+    def take(self) -> inference_pb2.GenerateResponse | None:
+        """Everything that waits, as one message; None while there is nothing, or the end is not complete."""
+        if self.has_ended and not self.is_complete:
+            return None
+        num_tokens = len(self.tokens)
+        if num_tokens == self._num_taken and not self._pending_text and not self.is_complete:
+            return None
+        response = inference_pb2.GenerateResponse(
+            choice=self.index, text_delta=self._pending_text, token_ids=self.tokens[self._num_taken :]
+        )
+        if self._pending_logprobs:
+            response.logprobs.extend(self._pending_logprobs)
+            self._pending_logprobs = []
+        self._pending_text = ""
+        self._num_taken = num_tokens
+        if self.is_complete:
+            response.finish_reason = self.finish_reason
+        return response
+
+    def _accept_run(self, token_ids: Sequence[int]) -> None:
+        """Tokens of which only the last may complete a stop string."""
+        limits = self._limits
+        room = limits.max_tokens - len(self.tokens)
+        reason = sampling_pb2.FINISH_REASON_UNSPECIFIED
+        if len(token_ids) >= room:
+            token_ids = token_ids[:room]
+            reason = sampling_pb2.FINISH_REASON_LENGTH
+        text_ids = token_ids
+        if not limits.ending_token_ids.isdisjoint(token_ids):
+            position = next(i for i, token_id in enumerate(token_ids) if token_id in limits.ending_token_ids)
+            token_ids = token_ids[: position + 1]
+            text_ids = token_ids if limits.include_stop_in_output else token_ids[:position]
+            reason = sampling_pb2.FINISH_REASON_STOP
+        self.tokens.extend(token_ids)
+        self._push_text(self._detokenizer.push(text_ids))
+        if reason != sampling_pb2.FINISH_REASON_UNSPECIFIED:
+            self.end(reason)
+
+    def _push_text(self, text: str) -> None:
+        if self._stop_matcher is None:
+            self._pending_text += text
+        elif text:
+            emitted, matched = self._stop_matcher.push(text)
+            self._pending_text += emitted
+            if matched:
+                self.finish_reason = sampling_pb2.FINISH_REASON_STOP

@@ -1,0 +1,74 @@
+"""Writes a request's choices to its client: whatever waits is merged, so a slow client costs bounded memory.
+
+One task, the call's own handler, writes; choices only mark themselves as changed. Knows nothing of workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from baton.v1 import inference_pb2
+
+from services.router.choice import Choice
+
+
+class OutputStream:
+    """The messages of one call. `choices` is filled by the caller before `write_to`."""
+
+    def __init__(self, request_id: str, seed: int, num_prompt_tokens: int, clock_ns: Callable[[], int]) -> None:
+        self.choices: list[Choice] = []
+        self.first_token_ns: int | None = None  # when the first message of the stream was written
+        self.num_messages = 0
+        self._request_id = request_id
+        self._seed = seed
+        self._num_prompt_tokens = num_prompt_tokens
+        self._clock_ns = clock_ns
+        self._first_sent_ns: dict[int, int] = {}
+        self._changed: dict[Choice, None] = {}  # an ordered set
+        self._num_open = 0
+        self._wake = asyncio.Event()
+
+    def on_change(self, choice: Choice) -> None:
+        """A choice has something to send."""
+        self._changed[choice] = None
+        self._wake.set()
+
+    async def write_to(
+        self, write: Callable[[inference_pb2.GenerateResponse], Awaitable[None]], received_ns: int
+    ) -> None:
+        """Write until every choice's last message is out."""
+        self._num_open = len(self.choices)
+        while self._num_open:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._changed:
+                choice = next(iter(self._changed))
+                del self._changed[choice]
+                response = choice.take()
+                if response is not None:
+                    self._finish_message(choice, response, received_ns)
+                    await write(response)
+
+    def _finish_message(self, choice: Choice, response: inference_pb2.GenerateResponse, received_ns: int) -> None:
+        if choice.index not in self._first_sent_ns:
+            self._first_sent_ns[choice.index] = now_ns = self._clock_ns()
+            if self.first_token_ns is None:
+                self.first_token_ns = now_ns
+                response.request_id = self._request_id
+                response.seed = self._seed
+        self.num_messages += 1
+        if choice.is_complete:
+            choice.lifetime.time_to_first_token_ns = self._first_sent_ns[choice.index] - received_ns
+            choice.lifetime.total_ns = self._clock_ns() - received_ns
+            response.lifetime.CopyFrom(choice.lifetime)
+            self._num_open -= 1
+            if not self._num_open:
+                response.usage.CopyFrom(self._usage())
+
+    def _usage(self) -> inference_pb2.Usage:
+        return inference_pb2.Usage(
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=sum(len(choice.tokens) for choice in self.choices),
+            num_cached_tokens=sum(choice.lifetime.num_cached_tokens for choice in self.choices),
+        )

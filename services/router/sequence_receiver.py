@@ -1,0 +1,103 @@
+"""Puts the tokens of one sequence in order: the first from prefill, the rest from decode, each exactly once.
+
+The two come over different connections, so decode's may be here first: those are held until the gap closes.
+Positions are indices in the choice's token log. Knows nothing of calls or workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baton.v1 import decode_pb2, prefill_pb2, sampling_pb2
+
+from services.router.choice import Choice
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a sequence ended. `by_worker` is False if decode still holds it: then it must be closed there."""
+
+    end: decode_pb2.SequenceEnd
+    by_worker: bool
+    error: str = ""
+    decode_queue_ns: int = 0
+    decode_ns: int = 0
+
+
+class SequenceReceiver:
+    """A `TokenReceiver`. `ended` resolves once; what comes later is dropped."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self.num_decode_entries = 0
+        self._choice = choice
+        self._first_position = len(choice.tokens)
+        self._held: list[decode_pb2.SequenceTokens] = []
+
+    @property
+    def has_first_token(self) -> bool:
+        return len(self._choice.tokens) > self._first_position
+
+    def on_first_token(self, token: prefill_pb2.FirstToken) -> None:
+        """Prefill's one token."""
+        if self.ended.done() or self.has_first_token:
+            return
+        self._choice.accept((token.token_id,), (token.logprobs,) if token.HasField("logprobs") else ())
+        if token.finish_reason != sampling_pb2.FINISH_REASON_UNSPECIFIED:
+            self._choice.end(token.finish_reason)
+        if self._choice.has_ended:
+            self._resolve(Ending(decode_pb2.SEQUENCE_END_FINISHED, by_worker=False))
+            return
+        held, self._held = self._held, []
+        for entry in held:
+            self.on_tokens(entry)
+
+    def on_tokens(self, entry: decode_pb2.SequenceTokens) -> None:
+        """Decode's tokens, its end, or both."""
+        if self.ended.done():
+            return
+        self.num_decode_entries += 1
+        finished = entry.end == decode_pb2.SEQUENCE_END_FINISHED
+        if entry.token_ids:
+            if not self._accept(entry) and (finished or entry.end == decode_pb2.SEQUENCE_END_UNSPECIFIED):
+                return
+        elif finished and (self._held or not self.has_first_token):
+            self._held.append(entry)
+            return
+        if finished:
+            self._choice.end(entry.finish_reason or sampling_pb2.FINISH_REASON_STOP)
+        if entry.end != decode_pb2.SEQUENCE_END_UNSPECIFIED:
+            self._resolve(_ending(entry, self._choice.has_ended))
+        elif self._choice.has_ended:
+            self._resolve(Ending(decode_pb2.SEQUENCE_END_FINISHED, by_worker=False))
+
+    def on_lost(self) -> None:
+        """Decode, and all that it held, is gone."""
+        self._resolve(Ending(decode_pb2.SEQUENCE_END_LOST, by_worker=True, error="token stream broke"))
+
+    def _accept(self, entry: decode_pb2.SequenceTokens) -> bool:
+        """Whether the entry's tokens are in the log now; they are held if there is a gap before them."""
+        num_known = len(self._choice.tokens)
+        first_position = entry.first_position
+        if first_position > num_known or not self.has_first_token:
+            self._held.append(entry)
+            return False
+        token_ids: Sequence[int] = entry.token_ids
+        logprobs: Sequence[sampling_pb2.PositionLogprobs] = entry.logprobs
+        if first_position < num_known:
+            token_ids = token_ids[num_known - first_position :]
+            logprobs = logprobs[num_known - first_position :]
+        self._choice.accept(token_ids, logprobs)
+        return True
+
+    def _resolve(self, ending: Ending) -> None:
+        if not self.ended.done():
+            self.ended.set_result(ending)
+
+
+def _ending(entry: decode_pb2.SequenceTokens, has_output_ended: bool) -> Ending:
+    # An output whose last token is here is finished, whatever became of the worker after it.
+    end = decode_pb2.SEQUENCE_END_FINISHED if has_output_ended else entry.end
+    return Ending(end, True, entry.error, entry.decode_queue_ns, entry.decode_ns)

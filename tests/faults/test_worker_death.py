@@ -1,0 +1,99 @@
+"""Workers killed with SIGKILL: requests fail over or end typed, tokens come exactly once, the others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cli.deployment import Deployment, DeploymentSpec, ManagedProcess
+from common.errors import Unavailable
+from tests.faults.settling import SETTLE_S, holds_nothing, watching
+from tests.integration.conftest import deployed
+from tests.integration.reference import Reference
+from tests.integration.requests import ask, ask_all, greedy_request
+
+FLOAT32 = ("--dtype", "float32")
+SLOW_PREFILL = (*FLOAT32, "--max-step-tokens", "128")
+
+
+async def _busy(deployment: Deployment, workers: list[ManagedProcess]) -> ManagedProcess:
+    """The first worker that has a request running."""
+    while True:
+        for worker in workers:
+            status = await deployment.status(worker)
+            if status.num_running:
+                return worker
+
+
+async def test_request_fails_over_when_its_prefill_worker_is_killed_during_a_transfer(
+    shipped_model: Path, shipped_reference: Reference
+) -> None:
+    spec = DeploymentSpec(
+        model=shipped_model, num_prefill=2, prefill_args=SLOW_PREFILL, decode_args=FLOAT32, restart=False
+    )
+    (short, long) = shipped_reference.prompts((80, 1900), seed=31)
+    async with deployed(spec) as (deployment, client), watching(deployment.decode[0]) as decode:
+        beside = asyncio.create_task(ask(client, greedy_request(short, 200)))
+        await decode.until(lambda status: status.num_running > 0, 10.0)
+        request = asyncio.create_task(ask(client, greedy_request(long, 10)))
+        await decode.until(lambda status: status.num_slots_in_use > 0, 10.0)
+        victim = await _busy(deployment, deployment.prefill)
+        os.kill(victim.pid, signal.SIGKILL)
+        answer = await request
+        assert answer.tokens == shipped_reference.greedy(long, 10)
+        assert answer.lifetime.num_migrations >= 1
+        assert answer.lifetime.prefill_worker != victim.name
+        assert (await beside).tokens == shipped_reference.greedy(short, 200)
+        await decode.until(holds_nothing, SETTLE_S)
+
+
+async def test_request_ends_unavailable_when_the_only_prefill_worker_is_killed(
+    shipped_model: Path, shipped_reference: Reference
+) -> None:
+    spec = DeploymentSpec(model=shipped_model, prefill_args=SLOW_PREFILL, decode_args=FLOAT32, restart=False)
+    (short, long) = shipped_reference.prompts((80, 1900), seed=32)
+    async with deployed(spec) as (deployment, client), watching(deployment.decode[0]) as decode:
+        beside = asyncio.create_task(ask(client, greedy_request(short, 200)))
+        await decode.until(lambda status: status.num_running > 0, 10.0)
+        request = asyncio.create_task(ask(client, greedy_request(long, 10)))
+        await decode.until(lambda status: status.num_slots_in_use > 0, 10.0)
+        os.kill(deployment.prefill[0].pid, signal.SIGKILL)
+        with pytest.raises(Unavailable):
+            await request
+        assert (await beside).tokens == shipped_reference.greedy(short, 200)
+        await decode.until(holds_nothing, SETTLE_S)
+
+
+async def test_tokens_come_once_and_in_order_when_the_decode_worker_is_killed(
+    shipped_model: Path, shipped_reference: Reference
+) -> None:
+    spec = DeploymentSpec(model=shipped_model, num_decode=2, prefill_args=FLOAT32, decode_args=FLOAT32, restart=False)
+    prompts = shipped_reference.prompts((80, 130, 64, 200), seed=33)
+    async with deployed(spec) as (deployment, client), watching(deployment.decode[0]) as decode:
+        requests = asyncio.create_task(ask_all(client, [greedy_request(prompt, 150) for prompt in prompts]))
+        await decode.until(lambda status: status.num_running > 0, 20.0)
+        os.kill(deployment.decode[0].pid, signal.SIGKILL)
+        answers = await requests
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert answer.tokens == shipped_reference.greedy(prompt, 150)
+        assert sum(answer.lifetime.num_migrations for answer in answers) >= 1
+        async with watching(deployment.decode[1]) as survivor:
+            await survivor.until(holds_nothing, SETTLE_S)
+
+
+async def test_a_killed_rank_is_replaced_and_its_sequences_go_on(
+    shipped_model: Path, shipped_reference: Reference
+) -> None:
+    spec = DeploymentSpec(model=shipped_model, decode_tp=2, prefill_args=FLOAT32, decode_args=FLOAT32)
+    (prompt,) = shipped_reference.prompts((100,), seed=34)
+    async with deployed(spec) as (deployment, client), watching(deployment.decode[0]) as decode:
+        request = asyncio.create_task(ask(client, greedy_request(prompt, 200), timeout_s=60.0))
+        await decode.until(lambda status: status.num_running > 0, 10.0)
+        os.kill(decode.latest.rank_pids[1], signal.SIGKILL)
+        answer = await request
+        assert answer.tokens == shipped_reference.greedy(prompt, 200)
+        await decode.until(holds_nothing, SETTLE_S)

@@ -1,0 +1,40 @@
+"""What the transport tests send, and how they wait for a moment inside a transfer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import torch
+
+from common.transport.base import PostedReceive
+from common.transport.posted import Receive, ReceiveState
+
+MIB = 1 << 20
+CANARY = 0xC5
+
+
+def pattern(num_bytes: int, seed: int) -> torch.Tensor:
+    """Bytes that tell the messages apart: uint8 [num_bytes]."""
+    return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def canary(num_bytes: int) -> torch.Tensor:
+    return torch.full((num_bytes,), CANARY, dtype=torch.uint8)
+
+
+def untouched(buffer: torch.Tensor) -> bool:
+    return bool((buffer == CANARY).all())
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Turn the event loop until the condition holds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def until_arriving(receive: PostedReceive) -> None:
+    assert isinstance(receive, Receive)
+    await until(lambda: receive.state is not ReceiveState.POSTED)
+    assert receive.state is ReceiveState.ARRIVING
