@@ -97,9 +97,7 @@ def reexports(root: Path, files: list[PurePosixPath]) -> dict[str, str]:
 def _exported(tree: ast.Module) -> set[str] | None:
     """The names in a literal `__all__`, or None."""
     for node in tree.body:
-        names = (
-            [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
-        )
+        names = [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
         if isinstance(node, ast.Assign) and "__all__" in names:
             values = [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
             return {value for value in values if isinstance(value, str)}

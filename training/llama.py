@@ -58,9 +58,7 @@ class LlamaShape:
 def rotary_tables(shape: LlamaShape, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, each float32 [context_tokens, head_dim]; the second half repeats the first."""
     exponent = torch.arange(0, shape.head_dim, 2, device=device, dtype=torch.float32) / shape.head_dim
-    angles = torch.outer(
-        torch.arange(shape.context_tokens, device=device).float(), shape.rope_theta**-exponent
-    )
+    angles = torch.outer(torch.arange(shape.context_tokens, device=device).float(), shape.rope_theta**-exponent)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -149,11 +147,14 @@ class Llama(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.num_layers) ** 0.5 if residual else 0.02)
 
-    def forward(self, ids: Tensor, targets: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Mean cross-entropy of `targets` given `ids`, both int64 [batch, num_tokens]; float32 []."""
+    def logits(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """ids int64 [batch, num_tokens] → [batch, num_tokens, vocab_size]; tables as rotary_tables makes them."""
         cos, sin = cos[: ids.shape[1]], sin[: ids.shape[1]]
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
-        logits = F.linear(self.model.norm(x), self.model.embed_tokens.weight)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+
+    def forward(self, ids: Tensor, targets: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Mean cross-entropy of `targets` given `ids`, both int64 [batch, num_tokens]; float32 []."""
+        return F.cross_entropy(self.logits(ids, cos, sin).float().flatten(0, 1), targets.flatten())

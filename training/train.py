@@ -73,7 +73,7 @@ def precision(device: torch.device) -> AbstractContextManager[object]:
 
 @torch.no_grad()
 def evaluate(model: Llama, loss_of: Loss, stream: Stream, max_windows: int) -> float:
-    """Mean loss (nats a token) over evenly spaced windows that start at documents, without dropout."""
+    """Mean loss (nats a token) over evenly spaced windows, without dropout."""
     model.eval()
     stride = max(VALIDATION_TOKENS, len(stream.ids) // max_windows)
     offsets = torch.arange(0, max(1, len(stream.ids) - VALIDATION_TOKENS), stride, device=stream.ids.device)
@@ -164,9 +164,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--batch-divisor", type=int, default=1, help="take fewer windows a batch")
     arguments = parser.parse_args()
-    plan = Plan(
-        arguments.steps, arguments.minutes, arguments.peak_rate, arguments.seed, arguments.batch_divisor
-    )
+    plan = Plan(arguments.steps, arguments.minutes, arguments.peak_rate, arguments.seed, arguments.batch_divisor)
 
     torch.manual_seed(plan.seed)
     torch.set_float32_matmul_precision("high")

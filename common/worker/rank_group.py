@@ -94,7 +94,7 @@ class RankGroup:
 
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
-        self._results: asyncio.Queue[StepResult] = asyncio.Queue()
+        self._results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # None: the group is lost
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._op_ids = itertools.count(1)
         self._readers: list[asyncio.Task[None]] = []
@@ -151,16 +151,11 @@ class RankGroup:
 
     async def next_result(self) -> StepResult:
         """The next plan's result, from rank 0. Raises `Unavailable` if the group is lost. One caller at a time."""
-        if self._results.empty():
-            getter = asyncio.ensure_future(self._results.get())
-            try:
-                await asyncio.wait({getter, self._lost}, return_when=asyncio.FIRST_COMPLETED)
-                if not getter.done():
-                    raise errors.Unavailable(self._lost.result())
-                return getter.result()
-            finally:
-                getter.cancel()
-        return self._results.get_nowait()
+        result = await self._results.get()
+        if result is None:
+            self._results.put_nowait(None)  # for every later call
+            raise errors.Unavailable(self._lost.result())
+        return result
 
     def next_op_id(self) -> int:
         """A number for a KV operation."""
@@ -231,6 +226,7 @@ class RankGroup:
         if self._lost.done():
             return
         self._lost.set_result(reason)
+        self._results.put_nowait(None)
         for rank in self._ranks:
             for operation in rank.operations.values():
                 operation.lose(reason)

@@ -24,6 +24,7 @@ import torch
 from common import errors
 from common.transport.base import Endpoint
 from common.transport.registry import open_endpoint
+from common.transport.ucx_worker import Progress
 from common.worker.framing import AsyncFrames, BlockingFrames
 from common.worker.rank_messages import (
     FrontKVMessage,
@@ -163,7 +164,10 @@ class _KVThread:
         self._main = asyncio.current_task()
         frames = await AsyncFrames.open(self._socket)
         endpoint = await open_endpoint(
-            self._start.transport_url, self._start.peer_name, progress=self._start.transport_progress
+            self._start.transport_url,
+            self._start.peer_name,
+            progress=Progress(self._start.transport_progress),
+            memory="cuda" if self._runtime.device.type == "cuda" else "host",
         )
         slots = torch.empty(
             (self._start.num_slots, self._start.slot_bytes), dtype=torch.uint8, device=self._runtime.device

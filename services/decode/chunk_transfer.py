@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from baton.v1 import kv_pb2
 
-from common.errors import TransferTimeout
+from common.errors import TransferTimeout, Unavailable
 from common.kvcache.grant import SlotHandle
 from common.kvcache.layout import Coverage, KVLayout, Leg, heads_of_rank
 from common.worker.rank_group import Operation, RankGroup, error_of
@@ -109,7 +109,8 @@ class ChunkTransfer:
             replies = [task.result() for task in done]
         finally:
             for task in waits:
-                task.cancel()
+                if not task.cancel() and not task.cancelled():
+                    task.exception()  # the first failure is raised; asyncio must not report the others
         if pending:
             raise TransferTimeout(f"{len(pending)} of {len(waits)} legs did not arrive within {timeout_s:.1f} s")
         coverage = Coverage(receive.leg for receive in self._receives)
@@ -124,6 +125,8 @@ class ChunkTransfer:
         Returns the outcome of each leg that was taken back, and by rank the operations in doubt, still open: each gets
         a `SlotDrained`. Raises `Unavailable` if a rank is lost.
         """
+        if self._group.lost_reason is not None:
+            raise Unavailable(self._group.lost_reason)
         unsettled = [receive for receive in self._receives if not receive.settled]
         for receive in unsettled:
             self._group.follow_up(

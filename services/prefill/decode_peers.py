@@ -16,6 +16,7 @@ from common.errors import Unavailable
 from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
 
+_FINISH_TIMEOUT_S = 1.0
 _Call = grpc.aio.StreamStreamCall[kv_pb2.HandoffRequest, kv_pb2.HandoffResponse]
 
 
@@ -47,6 +48,13 @@ class HandoffStream:
             await self._raise_end()
         assert isinstance(response, kv_pb2.HandoffResponse)
         return response
+
+    async def finish(self) -> None:
+        """Say that nothing follows and let the other end do the same. What becomes of the stream matters no more."""
+        with contextlib.suppress(TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            async with asyncio.timeout(_FINISH_TIMEOUT_S):
+                await self._call.done_writing()
+                await self._call.code()
 
     async def _raise_end(self) -> None:
         status = await self._call.code()

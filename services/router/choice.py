@@ -36,7 +36,7 @@ class Choice:
     ) -> None:
         self.index = index
         self.tokens: list[int] = []  # the token log: everything that was generated
-        self.finish_reason: sampling_pb2.FinishReason = sampling_pb2.FINISH_REASON_UNSPECIFIED
+        self.finish_reason: sampling_pb2.FinishReason.ValueType = sampling_pb2.FINISH_REASON_UNSPECIFIED
         self.lifetime = inference_pb2.Lifetime()
         self.is_complete = False  # ended, and its lifetime is final
         self._limits = limits
@@ -55,6 +55,7 @@ class Choice:
         """The next tokens of the log. What comes after the token that ends the output is dropped."""
         if self.has_ended:
             return
+        num_before = len(self.tokens)
         if self._stop_matcher is None:
             self._accept_run(token_ids)
         else:
@@ -63,11 +64,10 @@ class Choice:
                 if self.has_ended:
                     break
         if logprobs:
-            num_accepted = len(self.tokens) - self._num_taken - len(self._pending_logprobs)
-            self._pending_logprobs += logprobs[:num_accepted]
+            self._pending_logprobs += logprobs[: len(self.tokens) - num_before]
         self._on_change(self)
 
-    def end(self, reason: sampling_pb2.FinishReason) -> None:
+    def end(self, reason: sampling_pb2.FinishReason.ValueType) -> None:
         """No token follows. Keeps an earlier reason."""
         if self.has_ended:
             return
@@ -106,7 +106,7 @@ class Choice:
         """Tokens of which only the last may complete a stop string."""
         limits = self._limits
         room = limits.max_tokens - len(self.tokens)
-        reason = sampling_pb2.FINISH_REASON_UNSPECIFIED
+        reason: sampling_pb2.FinishReason.ValueType = sampling_pb2.FINISH_REASON_UNSPECIFIED
         if len(token_ids) >= room:
             token_ids = token_ids[:room]
             reason = sampling_pb2.FINISH_REASON_LENGTH

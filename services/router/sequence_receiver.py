@@ -19,7 +19,7 @@ from services.router.choice import Choice
 class Ending:
     """How a sequence ended. `by_worker` is False if decode still holds it: then it must be closed there."""
 
-    end: decode_pb2.SequenceEnd
+    end: decode_pb2.SequenceEnd.ValueType
     by_worker: bool
     error: str = ""
     decode_queue_ns: int = 0
@@ -32,22 +32,24 @@ class SequenceReceiver:
     def __init__(self, choice: Choice) -> None:
         self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self.num_decode_entries = 0
-        self._choice = choice
+        self.is_cut_short = False  # ended by its first token, and prefill does not know
+        self.choice = choice
         self._first_position = len(choice.tokens)
         self._held: list[decode_pb2.SequenceTokens] = []
 
     @property
     def has_first_token(self) -> bool:
-        return len(self._choice.tokens) > self._first_position
+        return len(self.choice.tokens) > self._first_position
 
     def on_first_token(self, token: prefill_pb2.FirstToken) -> None:
         """Prefill's one token."""
         if self.ended.done() or self.has_first_token:
             return
-        self._choice.accept((token.token_id,), (token.logprobs,) if token.HasField("logprobs") else ())
+        self.choice.accept((token.token_id,), (token.logprobs,) if token.HasField("logprobs") else ())
         if token.finish_reason != sampling_pb2.FINISH_REASON_UNSPECIFIED:
-            self._choice.end(token.finish_reason)
-        if self._choice.has_ended:
+            self.choice.end(token.finish_reason)
+        if self.choice.has_ended:
+            self.is_cut_short = token.finish_reason == sampling_pb2.FINISH_REASON_UNSPECIFIED
             self._resolve(Ending(decode_pb2.SEQUENCE_END_FINISHED, by_worker=False))
             return
         held, self._held = self._held, []
@@ -67,10 +69,10 @@ class SequenceReceiver:
             self._held.append(entry)
             return
         if finished:
-            self._choice.end(entry.finish_reason or sampling_pb2.FINISH_REASON_STOP)
+            self.choice.end(entry.finish_reason or sampling_pb2.FINISH_REASON_STOP)
         if entry.end != decode_pb2.SEQUENCE_END_UNSPECIFIED:
-            self._resolve(_ending(entry, self._choice.has_ended))
-        elif self._choice.has_ended:
+            self._resolve(_ending(entry, self.choice.has_ended))
+        elif self.choice.has_ended:
             self._resolve(Ending(decode_pb2.SEQUENCE_END_FINISHED, by_worker=False))
 
     def on_lost(self) -> None:
@@ -79,7 +81,7 @@ class SequenceReceiver:
 
     def _accept(self, entry: decode_pb2.SequenceTokens) -> bool:
         """Whether the entry's tokens are in the log now; they are held if there is a gap before them."""
-        num_known = len(self._choice.tokens)
+        num_known = len(self.choice.tokens)
         first_position = entry.first_position
         if first_position > num_known or not self.has_first_token:
             self._held.append(entry)
@@ -89,7 +91,7 @@ class SequenceReceiver:
         if first_position < num_known:
             token_ids = token_ids[num_known - first_position :]
             logprobs = logprobs[num_known - first_position :]
-        self._choice.accept(token_ids, logprobs)
+        self.choice.accept(token_ids, logprobs)
         return True
 
     def _resolve(self, ending: Ending) -> None:

@@ -1,0 +1,65 @@
+"""What a rank computes with, built once from its `StartRank`: process group, weights, KV blocks, sampler, runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.kvcache.storage import KVStorage
+from common.models.decoder import Decoder
+from common.parallel.group import TensorParallelGroup
+from common.sampling.sampler import BatchSampler
+from common.worker.model_runner import ModelRunner
+from common.worker.rank_messages import StartRank
+from common.worker.worker_model import read_worker_model
+
+_COLLECTIVE_TIMEOUT_S = (
+    60.0  # meeting at start, and every collective: a rank that is gone is noticed by the front first
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RankRuntime:
+    """One rank's state on its device. `storage` is shared with the KV thread; everything else is the step thread's."""
+
+    device: torch.device
+    runner: ModelRunner
+    storage: KVStorage
+    layout_fingerprint: str
+    num_parameters: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.storage.num_bytes
+
+
+def build_runtime(start: StartRank) -> RankRuntime:
+    """Meet the other ranks, load this rank's shard, reserve its blocks. Raises `ModelError`, `Unavailable`."""
+    torch.set_num_threads(1)  # one thread per rank: see docs/performance.md
+    device = _device(start)
+    model = read_worker_model(Path(start.model_dir), start.device, start.dtype, start.block_size, start.tp_size)
+    group = TensorParallelGroup.open(start.rank, start.tp_size, start.group_address, device, _COLLECTIVE_TIMEOUT_S)
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    decoder = Decoder.load(Path(start.model_dir), model.config, dtype, device, group)
+    storage = KVStorage(
+        num_layers=model.config.num_layers,
+        num_blocks=start.num_blocks,
+        num_kv_heads=len(decoder.shard.kv_heads),
+        block_size=start.block_size,
+        head_dim=model.config.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    sampler = BatchSampler(model.config.vocab_size, start.max_rows, device)
+    runner = ModelRunner(decoder, storage, sampler, start.max_rows)
+    return RankRuntime(device, runner, storage, model.fingerprint, decoder.num_parameters)
+
+
+def _device(start: StartRank) -> torch.device:
+    if start.device != "cuda":
+        return torch.device(start.device)
+    device = torch.device("cuda", start.rank)
+    torch.cuda.set_device(device)
+    return device

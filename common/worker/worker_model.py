@@ -1,0 +1,52 @@
+"""The model as a front needs to know it: limits, KV layout and fingerprint, read without torch and without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import InvalidArgument, ModelError
+from common.kvcache.layout import DTYPE_BYTES, KVLayout, heads_of_rank
+from common.models.checkpoint import model_digest
+from common.models.config import ModelConfig, read_model_config
+
+PROTOCOL_VERSION = 1  # of hand-off messages and payloads; part of the layout fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerModel:
+    """What a worker serves. `dtype` is resolved: of weights, activations and KV cache."""
+
+    name: str
+    config: ModelConfig
+    dtype: str
+    layout: KVLayout
+    digest: bytes
+    fingerprint: str
+
+
+def read_worker_model(model_dir: Path, device: str, dtype: str, block_size: int, tp_size: int) -> WorkerModel:
+    """Read `model_dir` for a worker with `tp_size` ranks. `dtype` may be `auto`.
+
+    Raises `ModelError` for a checkpoint that cannot be served, `InvalidArgument` for a setting that does not fit it.
+    """
+    if not model_dir.is_dir():
+        raise ModelError(f"{model_dir} is not a directory")
+    config = read_model_config(model_dir)
+    resolved = resolve_dtype(dtype, device, config)
+    heads_of_rank(config.num_kv_heads, tp_size, 0)
+    if config.num_heads % tp_size:
+        raise InvalidArgument("tp_size", tp_size, f"must divide the model's {config.num_heads} attention heads")
+    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, resolved)
+    digest = model_digest(model_dir)
+    fingerprint = layout.fingerprint(digest, PROTOCOL_VERSION)
+    return WorkerModel(model_dir.resolve().name, config, resolved, layout, digest, fingerprint)
+
+
+def resolve_dtype(dtype: str, device: str, config: ModelConfig) -> str:
+    """`auto` is the checkpoint's dtype, but float32 on a CPU, whose half precision is slow and inexact."""
+    if dtype == "auto":
+        return "float32" if device == "cpu" else config.dtype
+    if dtype not in DTYPE_BYTES:
+        raise InvalidArgument("dtype", dtype, f"must be auto or one of {', '.join(DTYPE_BYTES)}")
+    return dtype

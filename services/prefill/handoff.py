@@ -1,0 +1,320 @@
+"""The prefill end of one sequence's hand-off: offers chunks as they are computed, fills what decode grants.
+
+    offered ──Grant──► granted ──slot──► sending ──ChunkVerified──► done
+       ▲                  │ no slot in time  │ leg failed
+       │                  └─► ChunkAborted ◄─┘      │
+       └──────────── ChunkRejected ◄────────────────┘   offered again with the same index, a few times
+
+A grant is answered exactly once, by ChunkVerified or ChunkRejected; ChunkAborted only hastens that. What cancelling a
+hand-off leaves behind, in any state: the stream breaks at once, which releases the decode end; a send that has begun
+goes on in `Sends`, which keeps its slot and its blocks until no rank reads them; everything else is forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from baton.v1 import kv_pb2
+
+from common import errors
+from common.kvcache.layout import HEADER_BYTES, KVLayout, Leg, heads_of_rank, plan_legs
+from services.prefill.decode_peers import HandoffStream
+from services.prefill.engine import PrefillEngine, PrefillJob
+from services.prefill.sends import RankLeg, Sends
+
+# How long decode may take, after the grant's time, to say what became of a chunk.
+ANSWER_GRACE_S = 5.0
+
+_ERROR_BY_REASON: dict[int, type[errors.TransferError]] = {
+    kv_pb2.CHUNK_REJECT_REASON_DIGEST_MISMATCH: errors.DigestMismatch,
+    kv_pb2.CHUNK_REJECT_REASON_TRUNCATED: errors.Truncated,
+    kv_pb2.CHUNK_REJECT_REASON_TIMEOUT: errors.TransferTimeout,
+    kv_pb2.CHUNK_REJECT_REASON_PEER_LOST: errors.PeerLost,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffSetup:
+    """What is the same for all hand-offs of one incarnation of the ranks."""
+
+    worker_id: str
+    incarnation: str
+    layout: KVLayout
+    layout_fingerprint: str
+    rank_peer_names: tuple[str, ...]
+    slot_bytes: int
+    max_chunks_in_flight: int
+    max_chunk_resends: int
+    connect_timeout_s: float
+
+    @property
+    def tp_size(self) -> int:
+        return len(self.rank_peer_names)
+
+
+@dataclass(slots=True)
+class HandoffStats:
+    """What was measured; see `PrefillCompleted`."""
+
+    grant_ns: int = 0
+    transfer_ns: int = 0
+    verify_ns: int = 0
+    num_blocks_shipped: int = 0
+    bytes_shipped: int = 0
+    num_blocks_reused: int = 0
+    num_chunks_resent: int = 0
+    transport: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _SendFailed:
+    """Our own send of the attempt failed."""
+
+    attempt: int
+    error: errors.BatonError
+
+
+_Answer = kv_pb2.ChunkGrant | kv_pb2.ChunkVerified | kv_pb2.ChunkRejected | _SendFailed
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Blocks [first_block, first_block + num_blocks) on their way."""
+
+    index: int
+    first_block: int
+    num_blocks: int
+    inbox: asyncio.Queue[_Answer]
+    attempt: int = 0
+
+
+class Handoff:
+    """One sequence. `run` is the whole life of it; `stats` may be read at any time."""
+
+    def __init__(
+        self,
+        setup: HandoffSetup,
+        engine: PrefillEngine,
+        sends: Sends,
+        job: PrefillJob,
+        ticket: kv_pb2.Ticket,
+        stream: HandoffStream,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.stats = HandoffStats()
+        self._setup = setup
+        self._engine = engine
+        self._sends = sends
+        self._job = job
+        self._ticket = ticket
+        self._stream = stream
+        self._now_ns = now_ns
+        num_kv_heads = setup.layout.num_kv_heads
+        self._legs = plan_legs(num_kv_heads, setup.tp_size, len(ticket.rank_addresses))
+        loop = asyncio.get_running_loop()
+        self._accepted: asyncio.Future[kv_pb2.HandoffAccepted] = loop.create_future()
+        self._joined: asyncio.Future[None] = loop.create_future()
+        self._connecting: asyncio.Task[None] | None = None
+        self._chunks: dict[int, _Chunk] = {}
+
+    async def run(self) -> None:
+        """Hand off everything and return once decode has joined the sequence. Raises one error of the tree."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reading = tasks.create_task(self._read())
+                self._connecting = tasks.create_task(self._connect())
+                await self._stream.send(kv_pb2.HandoffRequest(begin=self._begin()))
+                await self._ship_all()
+                token = await self._job.first_token()
+                finish = kv_pb2.HandoffFinish(first_token_id=token.token_id, num_blocks=self._job.num_blocks)
+                await self._stream.send(kv_pb2.HandoffRequest(finish=finish))
+                await self._joined
+                await self._stream.finish()
+                reading.cancel()
+        except* errors.BatonError as group:
+            raise _first_of(group) from None
+
+    def _begin(self) -> kv_pb2.HandoffBegin:
+        return kv_pb2.HandoffBegin(
+            ticket_id=self._ticket.ticket_id,
+            prefill_worker_id=self._setup.worker_id,
+            prefill_incarnation=self._setup.incarnation,
+            prefill_tp_size=self._setup.tp_size,
+            layout_fingerprint=self._setup.layout_fingerprint,
+            rank_peer_names=self._setup.rank_peer_names,
+        )
+
+    async def _read(self) -> None:
+        while not self._joined.done():
+            response = await self._stream.receive()
+            kind = response.WhichOneof("message")
+            if kind == "accepted" and not self._accepted.done():
+                self._accepted.set_result(response.accepted)
+            elif kind == "joined":
+                self._joined.set_result(None)
+            elif kind in ("grant", "chunk_verified", "chunk_rejected"):
+                answer: _Answer = getattr(response, kind)
+                chunk = self._chunks.get(answer.chunk_index)
+                if chunk is not None:  # else: about an attempt that ended otherwise
+                    chunk.inbox.put_nowait(answer)
+            else:
+                raise errors.TransferError(f"decode sent an unexpected {kind}")
+
+    async def _connect(self) -> None:
+        """Connect every rank to the decode ranks that it has legs to; notes the lanes."""
+        pairs = sorted({(leg.prefill_rank, leg.decode_rank) for leg in self._legs})
+        connects = (
+            self._sends.connect(rank, self._ticket.rank_addresses[peer], self._setup.connect_timeout_s)
+            for rank, peer in pairs
+        )
+        self.stats.transport = ",".join(sorted(set(await asyncio.gather(*connects))))
+
+    async def _ship_all(self) -> None:
+        accepted = await self._accepted
+        size = min(accepted.max_blocks_per_chunk, self._slot_capacity())
+        if size < 1:
+            raise errors.FailedPrecondition("a staging slot is smaller than one block")
+        self.stats.num_blocks_reused = accepted.num_blocks_reused
+        in_flight = asyncio.Semaphore(self._setup.max_chunks_in_flight)
+        first_block = accepted.num_blocks_reused
+        async with asyncio.TaskGroup() as tasks:
+            while first_block < self._job.num_blocks:
+                await in_flight.acquire()  # meanwhile blocks become ready, and travel together
+                num_ready = await self._job.ready_blocks(first_block)
+                num_blocks = min(size, num_ready - first_block)
+                chunk = _Chunk(len(self._chunks), first_block, num_blocks, asyncio.Queue())
+                self._chunks[chunk.index] = chunk
+                tasks.create_task(self._ship(chunk, in_flight))
+                first_block += num_blocks
+
+    async def _ship(self, chunk: _Chunk, in_flight: asyncio.Semaphore) -> None:
+        """Bring one chunk over, offering it again after failures that may pass."""
+        while (error := await self._attempt(chunk)) is not None:
+            if chunk.attempt >= self._setup.max_chunk_resends:
+                raise error
+            chunk.attempt += 1
+            self.stats.num_chunks_resent += 1
+            if isinstance(error, errors.PeerLost):
+                await self._connect()
+        self.stats.num_blocks_shipped += chunk.num_blocks
+        in_flight.release()
+
+    async def _attempt(self, chunk: _Chunk) -> errors.BatonError | None:
+        """Offer the chunk once, fill the grant, and wait for the verdict. None: decode has it."""
+        offer = kv_pb2.ChunkReady(chunk_index=chunk.index, first_block=chunk.first_block, num_blocks=chunk.num_blocks)
+        offered_ns = self._now_ns()
+        await self._stream.send(kv_pb2.HandoffRequest(chunk_ready=offer))
+        answer = await self._answer(chunk)
+        self.stats.grant_ns += self._now_ns() - offered_ns
+        if isinstance(answer, kv_pb2.ChunkGrant):
+            granted_ns = self._now_ns()
+            deadline_s = asyncio.get_running_loop().time() + answer.timeout_ns / 1e9
+            await self._fill(chunk, answer, deadline_s)
+            answer = await self._verdict(chunk, deadline_s)
+            self.stats.transfer_ns += self._now_ns() - granted_ns
+        if isinstance(answer, kv_pb2.ChunkRejected):
+            return _ERROR_BY_REASON.get(answer.reason, errors.TransferError)(answer.detail)
+        if not isinstance(answer, kv_pb2.ChunkVerified):
+            raise errors.TransferError(f"decode granted chunk {chunk.index} twice")
+        self.stats.transfer_ns -= answer.verify_ns  # that part of the time is reported as its own
+        self.stats.verify_ns += answer.verify_ns
+        return None
+
+    async def _answer(self, chunk: _Chunk) -> _Answer:
+        """The next message of decode about the chunk; a failure of our own send is passed on as ChunkAborted."""
+        while True:
+            answer = await chunk.inbox.get()
+            if not isinstance(answer, _SendFailed):
+                return answer
+            if answer.attempt == chunk.attempt:
+                await self._abort(chunk, str(answer.error))
+
+    async def _verdict(self, chunk: _Chunk, deadline_s: float) -> _Answer:
+        try:
+            async with asyncio.timeout_at(deadline_s + ANSWER_GRACE_S):
+                return await self._answer(chunk)
+        except TimeoutError as error:
+            raise errors.TransferTimeout(f"decode did not say what became of chunk {chunk.index}") from error
+
+    async def _fill(self, chunk: _Chunk, grant: kv_pb2.ChunkGrant, deadline_s: float) -> None:
+        """Take a slot and start the send. If none is free in time, give the grant back."""
+        legs = self._rank_legs(chunk, grant)
+        assert self._connecting is not None
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                await asyncio.shield(self._connecting)
+                handle = await self._sends.acquire()
+        except TimeoutError:
+            await self._abort(chunk, "no send slot was free in time")
+            return
+        attempt = chunk.attempt
+        self.stats.bytes_shipped += sum(leg.num_bytes for leg in legs)
+        self._engine.begin_read(self._job)
+        self._sends.start(
+            handle,
+            legs,
+            self._job.block_ids(chunk.first_block, chunk.num_blocks),
+            max(0.0, deadline_s - asyncio.get_running_loop().time()),
+            on_read_done=lambda: self._engine.end_read(self._job),
+            on_failure=lambda error: chunk.inbox.put_nowait(_SendFailed(attempt, error)),
+        )
+
+    async def _abort(self, chunk: _Chunk, reason: str) -> None:
+        aborted = kv_pb2.ChunkAborted(chunk_index=chunk.index, reason=reason)
+        await self._stream.send(kv_pb2.HandoffRequest(chunk_aborted=aborted))
+
+    def _slot_capacity(self) -> int:
+        """Blocks of which all legs of each rank fit into its slot."""
+        layout = self._setup.layout
+        capacities = []
+        for rank in {leg.prefill_rank for leg in self._legs}:
+            own = [leg for leg in self._legs if leg.prefill_rank == rank]
+            block_bytes = layout.block_bytes(sum(leg.num_heads for leg in own))
+            capacities.append((self._setup.slot_bytes - len(own) * HEADER_BYTES) // block_bytes)
+        return min(capacities)
+
+    def _rank_legs(self, chunk: _Chunk, grant: kv_pb2.ChunkGrant) -> list[RankLeg]:
+        """The grant's legs, packed into the slot of each rank. Raises `TransferError` if they are not the expected
+        ones: a rank must never be told to send what is not there."""
+        layout = self._setup.layout
+        granted = [Leg(leg.prefill_rank, leg.decode_rank, leg.first_head, leg.num_heads) for leg in grant.legs]
+        sizes = [layout.leg_bytes(chunk.num_blocks, leg.num_heads) for leg in granted]
+        if sorted(granted, key=_leg_order) != sorted(self._legs, key=_leg_order) or sizes != [
+            leg.num_bytes for leg in grant.legs
+        ]:
+            raise errors.TransferError(f"the grant of chunk {chunk.index} has other legs than the layout says")
+        offsets = dict.fromkeys(range(self._setup.tp_size), 0)
+        legs = []
+        for leg in grant.legs:
+            rank = leg.prefill_rank
+            first_own_head = heads_of_rank(layout.num_kv_heads, self._setup.tp_size, rank).start
+            address = self._ticket.rank_addresses[leg.decode_rank]
+            legs.append(
+                RankLeg(
+                    rank=rank,
+                    address=address,
+                    offset=offsets[rank],
+                    num_bytes=leg.num_bytes,
+                    tag=leg.tag,
+                    first_local_head=leg.first_head - first_own_head,
+                    num_heads=leg.num_heads,
+                )
+            )
+            offsets[rank] += leg.num_bytes
+        return legs
+
+
+def _leg_order(leg: Leg) -> tuple[int, int]:
+    return leg.decode_rank, leg.first_head
+
+
+def _first_of(group: BaseExceptionGroup[errors.BatonError]) -> errors.BatonError:
+    """The error that came first; the others followed from it."""
+    found: Sequence[BaseException] = group.exceptions
+    while isinstance(found[0], BaseExceptionGroup):
+        found = found[0].exceptions
+    assert isinstance(found[0], errors.BatonError)
+    return found[0]

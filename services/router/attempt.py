@@ -1,0 +1,240 @@
+"""One attempt at one sequence: Open on decode and Prefill on prefill, as one structured task.
+
+If either leg fails, times out, or the client goes away, the other is cancelled and decode is told to Close. An attempt
+ends with the output finished, with `Moved` (the sequence goes on elsewhere), or with a final error.
+Knows nothing of what comes before or after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+from baton.v1 import decode_pb2, kv_pb2, prefill_pb2, sampling_pb2
+
+from common.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidArgument,
+    TransferError,
+    Unavailable,
+)
+from common.rpc.status import error_from_rpc
+from services.router import lifetime
+from services.router.choice import Choice
+from services.router.sequence_receiver import Ending, SequenceReceiver
+from services.router.workers import Worker
+
+_logger = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_S = 5.0  # registering is book-keeping: a worker that takes longer hangs
+CLOSE_TIMEOUT_S = 2.0
+COMPLETION_TIMEOUT_S = 1.0  # for PrefillCompleted, once the output has ended
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPlan:
+    """What all outputs of a request have in common."""
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    sampling: sampling_pb2.SamplingParams  # every field set
+    tenant: str
+    eos_token_ids: tuple[int, ...]  # empty under ignore_eos
+    deadline_s: float  # of time.monotonic()
+
+    def remaining_s(self) -> float:
+        """Time left; raises `DeadlineExceeded` if there is none."""
+        remaining_s = self.deadline_s - time.monotonic()
+        if remaining_s <= 0:
+            raise DeadlineExceeded("the request's deadline has passed")
+        return remaining_s
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Where one attempt goes."""
+
+    prefill: Worker
+    decode: Worker
+    layout_fingerprint: str
+
+
+class Moved(Exception):  # noqa: N818  (no error: the sequence goes on elsewhere)
+    """One attempt is over and the sequence is not."""
+
+    def __init__(self, cause: BatonError, blamed: tuple[Worker, ...], *, preempted: bool = False) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.blamed = blamed
+        self.preempted = preempted
+
+
+class Attempts:
+    """Makes attempts, and owns the Close calls that outlive them."""
+
+    def __init__(self, session_id: str) -> None:
+        self._session_id = session_id
+        self._sequence_ids = itertools.count(1)
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def aclose(self) -> None:
+        """Wait for the last Close calls; each has a deadline of its own."""
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    async def attempt(self, plan: RequestPlan, choice: Choice, pair: Pair, on_prefilled: Callable[[], None]) -> Ending:
+        """Send the sequence to the pair and wait for its end. Raises `Moved` or a final error.
+
+        `on_prefilled` is called when the prompt's blocks are cached on both workers.
+        """
+        sequence = self._sequence(plan, choice)
+        sequence_id = sequence.sequence_id
+        receiver = SequenceReceiver(choice)
+        pair.prefill.acquire(len(sequence.token_ids))
+        pair.decode.acquire(1)
+        ending: Ending | None = None
+        was_opened = False
+        try:
+            pair.decode.tokens.add(sequence_id, receiver)
+            was_opened = True
+            async with asyncio.TaskGroup() as legs:
+                ticket = await self._open(plan, pair.decode, sequence)
+                prefilling = legs.create_task(self._prefill(plan, pair, sequence, ticket, receiver, on_prefilled))
+                ending = await receiver.ended
+                _raise_unless_finished(ending, pair.decode)
+                if not ending.by_worker:
+                    self._close_later(pair.decode, sequence_id)
+                if not receiver.is_cut_short and not prefilling.done():
+                    # PrefillCompleted may come after the last token.
+                    await asyncio.wait((prefilling,), timeout=COMPLETION_TIMEOUT_S)
+                prefilling.cancel()
+            return ending
+        except Unavailable as error:
+            raise Moved(error, (pair.decode,)) from error
+        except BaseExceptionGroup as group:
+            raise _outcome(group) from group
+        finally:
+            pair.decode.tokens.remove(sequence_id)
+            if was_opened and ending is None:
+                self._close_later(pair.decode, sequence_id)
+            pair.prefill.release()
+            pair.decode.release()
+
+    def _sequence(self, plan: RequestPlan, choice: Choice) -> kv_pb2.Sequence:
+        sequence = kv_pb2.Sequence(
+            request_id=plan.request_id,
+            sequence_id=next(self._sequence_ids),
+            token_ids=plan.prompt_ids,
+            num_prompt_tokens=len(plan.prompt_ids),
+            sampling=plan.sampling,
+            choice=choice.index,
+            tenant=plan.tenant,
+            timeout_ns=int(plan.remaining_s() * 1e9),
+            eos_token_ids=plan.eos_token_ids,
+        )
+        sequence.token_ids.extend(choice.tokens)
+        return sequence
+
+    async def _open(self, plan: RequestPlan, decode: Worker, sequence: kv_pb2.Sequence) -> kv_pb2.Ticket:
+        request = decode_pb2.OpenRequest(session_id=self._session_id, sequence=sequence)
+        remaining_s = plan.remaining_s()
+        try:
+            response = await decode.decode_stub.Open(request, timeout=min(remaining_s, OPEN_TIMEOUT_S))
+        except grpc.aio.AioRpcError as rpc_error:
+            error = error_from_rpc(rpc_error)
+            if isinstance(error, DeadlineExceeded) and remaining_s > OPEN_TIMEOUT_S:
+                error = Unavailable(f"{decode.name} did not answer Open within {OPEN_TIMEOUT_S} s")
+            raise _leg_failure(error, decode) from rpc_error
+        return response.ticket
+
+    async def _prefill(
+        self,
+        plan: RequestPlan,
+        pair: Pair,
+        sequence: kv_pb2.Sequence,
+        ticket: kv_pb2.Ticket,
+        receiver: SequenceReceiver,
+        on_prefilled: Callable[[], None],
+    ) -> None:
+        request = prefill_pb2.PrefillRequest(sequence=sequence, ticket=ticket)
+        call = pair.prefill.prefill_stub.Prefill(request, timeout=plan.remaining_s())
+        try:
+            async for response in call:
+                if response.HasField("first_token"):
+                    receiver.on_first_token(response.first_token)
+                elif response.HasField("completed"):
+                    lifetime.add_prefill(receiver.choice.lifetime, response.completed)
+                    on_prefilled()
+                    break
+        except grpc.aio.AioRpcError as rpc_error:
+            error = error_from_rpc(rpc_error)
+            if receiver.num_decode_entries and receiver.has_first_token:
+                # Decode has taken over: all that is missing are measurements.
+                _logger.warning("%s: %s after the hand-off: %s", plan.request_id, pair.prefill.name, error)
+                return
+            blamed = (pair.prefill, pair.decode) if isinstance(error, TransferError) else (pair.prefill,)
+            raise _leg_failure(error, *blamed) from rpc_error
+        finally:
+            call.cancel()
+        if not receiver.has_first_token:
+            raise _leg_failure(InternalError(f"{pair.prefill.name} sent no first token"), pair.prefill)
+
+    def _close_later(self, decode: Worker, sequence_id: int) -> None:
+        """Close without holding up whoever is being cancelled; `aclose` waits for it."""
+        decode.acquire(0)
+        task = asyncio.get_running_loop().create_task(self._close(decode, sequence_id))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _close(self, decode: Worker, sequence_id: int) -> None:
+        request = decode_pb2.CloseRequest(session_id=self._session_id, sequence_id=sequence_id)
+        try:
+            await decode.decode_stub.Close(request, timeout=CLOSE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            # The worker is gone, and the sequence with it; or its end of our token stream will release it.
+            _logger.info("%s: Close of sequence %d failed: %s", decode.name, sequence_id, error_from_rpc(error))
+        finally:
+            decode.release()
+
+
+def _leg_failure(error: BatonError, *blamed: Worker) -> Exception:
+    """What a failed leg means: a move, unless the request itself is at fault or out of time."""
+    if isinstance(error, InvalidArgument | DeadlineExceeded):
+        return error
+    if isinstance(error, Cancelled):
+        # We did not cancel it: the worker is shutting down.
+        error = Unavailable(str(error))
+    return Moved(error, blamed)
+
+
+def _raise_unless_finished(ending: Ending, decode: Worker) -> None:
+    if ending.end == decode_pb2.SEQUENCE_END_FINISHED:
+        return
+    if ending.end == decode_pb2.SEQUENCE_END_PREEMPTED:
+        raise Moved(Unavailable(f"preempted by {decode.name}"), (), preempted=True)
+    if ending.end == decode_pb2.SEQUENCE_END_LOST:
+        raise Moved(Unavailable(f"lost by {decode.name}: {ending.error}"), (decode,))
+    if ending.end == decode_pb2.SEQUENCE_END_DEADLINE:
+        raise DeadlineExceeded("the request's deadline has passed")
+    raise InternalError(f"{decode.name}: {ending.error or 'the sequence failed'}")
+
+
+def _outcome(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one thing that a failed attempt means; a final error outweighs a move."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = list(group.exceptions)
+    while pending:
+        error = pending.pop()
+        if isinstance(error, BaseExceptionGroup):
+            pending += error.exceptions
+        else:
+            leaves.append(error)
+    return min(leaves, key=lambda error: isinstance(error, Moved))

@@ -1,0 +1,153 @@
+"""Runs each output of a request through a prefill and a decode worker, and again through others when it must move.
+
+The choice's token log is all the state that a move needs. What one attempt does is in `attempt`.
+
+    place ──► Open ──► Prefill + tokens ──► FINISHED ──► the choice is complete
+      ▲                     │
+      └── prompt + log ◄────┴─ PREEMPTED, LOST, or a worker that failed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.errors import Unavailable
+from services.router import lifetime
+from services.router.attempt import Attempts, Moved, Pair, RequestPlan
+from services.router.choice import Choice
+from services.router.placement import place
+from services.router.workers import Role, WorkerRegistry
+
+_logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.05
+LAST_BACKOFF_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchLimits:
+    """How patient the dispatcher is."""
+
+    max_worker_losses: int
+    placement_timeout_s: float
+    migration_timeout_s: float
+
+
+class Dispatcher:
+    """Finds a pair for every attempt, and decides whether a failed one is followed by another."""
+
+    def __init__(self, registry: WorkerRegistry, rng: random.Random, limits: DispatchLimits) -> None:
+        self._registry = registry
+        self._rng = rng
+        self.limits = limits
+        self.attempts = Attempts(registry.session_id)
+
+    async def run(self, plan: RequestPlan, choices: Sequence[Choice]) -> None:
+        """Complete all choices. The first leads: the others start on its pair once its prompt is cached there."""
+        leader = _ChoiceRun(self, plan, choices[0])
+        if len(choices) == 1:
+            await leader.run()
+            return
+        async with asyncio.TaskGroup() as runs:
+            runs.create_task(leader.run())
+            await leader.prefilled.wait()
+            for choice in choices[1:]:
+                runs.create_task(_ChoiceRun(self, plan, choice).run(leader.pair))
+
+    async def aclose(self) -> None:
+        """Wait for the Close calls that are still under way."""
+        await self.attempts.aclose()
+
+    async def place(self, plan: RequestPlan, choice: Choice, avoid: set[str], pinned: str | None) -> Pair:
+        """The next pair, waiting for one to become ready if there is none. Raises `Unavailable`."""
+        limits = self.limits
+        patience_s = limits.migration_timeout_s if choice.tokens else limits.placement_timeout_s
+        give_up_s = time.monotonic() + patience_s
+        registry = self._registry
+        while True:
+            prefills, decodes = registry.candidates(Role.PREFILL), registry.candidates(Role.DECODE)
+            placed = place(prefills, decodes, self._rng, avoid, pinned if choice.tokens else None)
+            if placed is not None:
+                prefill, decode = placed
+                return Pair(
+                    registry.worker(Role.PREFILL, prefill.address),
+                    registry.worker(Role.DECODE, decode.address),
+                    decode.layout_fingerprint,
+                )
+            try:
+                async with asyncio.timeout(max(0.0, give_up_s - time.monotonic())):
+                    await registry.wait_changed()
+            except TimeoutError as error:
+                raise Unavailable("no ready pair of a prefill and a decode worker that fit") from error
+
+
+class _ChoiceRun:
+    """One output, over as many attempts as it takes."""
+
+    def __init__(self, dispatcher: Dispatcher, plan: RequestPlan, choice: Choice) -> None:
+        self.choice = choice
+        self.pair: Pair | None = None
+        self.prefilled = asyncio.Event()  # the prompt's blocks are cached where `pair` says, or never will be
+        self._dispatcher = dispatcher
+        self._plan = plan
+        self._num_losses = 0
+        self._num_stalls = 0  # attempts in a row that brought no token
+
+    async def run(self, preferred: Pair | None = None) -> None:
+        """Until the choice is complete. Raises what the client is to be told."""
+        choice = self.choice
+        avoid: set[str] = set()
+        try:
+            while True:
+                pair = preferred if preferred is not None and _is_ready(preferred) else None
+                preferred = None
+                if pair is None:
+                    pinned = self.pair.layout_fingerprint if self.pair is not None else None
+                    pair = await self._dispatcher.place(self._plan, choice, avoid, pinned)
+                self.pair = pair
+                num_tokens = len(choice.tokens)
+                try:
+                    ending = await self._dispatcher.attempts.attempt(self._plan, choice, pair, self.prefilled.set)
+                    lifetime.add_decode(choice.lifetime, ending)
+                    break
+                except Moved as moved:
+                    _raise_if_cancelled()
+                    avoid = {worker.address for worker in moved.blamed}
+                    if choice.has_ended:
+                        break
+                    await self._prepare_move(moved, len(choice.tokens) - num_tokens)
+            choice.lifetime.prefill_worker = pair.prefill.name
+            choice.lifetime.decode_worker = pair.decode.name
+            choice.complete()
+        finally:
+            self.prefilled.set()
+
+    async def _prepare_move(self, moved: Moved, num_new_tokens: int) -> None:
+        if not moved.preempted:
+            self._num_losses += 1
+            for worker in moved.blamed:
+                if isinstance(moved.cause, Unavailable):
+                    worker.suspect()
+            if self._num_losses > self._dispatcher.limits.max_worker_losses:
+                raise moved.cause
+        self.choice.lifetime.num_migrations += 1
+        _logger.info("%s: choice %d moves: %s", self._plan.request_id, self.choice.index, moved.cause)
+        self._num_stalls = 0 if num_new_tokens else self._num_stalls + 1
+        if self._num_stalls > 1:
+            await asyncio.sleep(min(FIRST_BACKOFF_S * 2**self._num_stalls, LAST_BACKOFF_S))
+
+
+def _is_ready(pair: Pair) -> bool:
+    return pair.prefill.candidate is not None and pair.decode.candidate is not None
+
+
+def _raise_if_cancelled() -> None:
+    """A TaskGroup that is cancelled while a leg of it fails reports the failure alone; the cancellation stands."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -1,0 +1,33 @@
+"""Adds what the workers measured to an output's Lifetime. A sequence that moved adds up over its attempts."""
+
+from __future__ import annotations
+
+from baton.v1 import inference_pb2, prefill_pb2
+
+from services.router.sequence_receiver import Ending
+
+_SUMMED_FIELDS = (
+    "queue_ns",
+    "prefill_ns",
+    "grant_ns",
+    "transfer_ns",
+    "verify_ns",
+    "num_blocks_shipped",
+    "bytes_shipped",
+    "num_blocks_reused",
+    "num_cached_tokens",
+    "num_chunks_resent",
+)
+
+
+def add_prefill(lifetime: inference_pb2.Lifetime, completed: prefill_pb2.PrefillCompleted) -> None:
+    """Count one completed prefill and the hand-off after it."""
+    for name in _SUMMED_FIELDS:
+        setattr(lifetime, name, getattr(lifetime, name) + getattr(completed, name))
+    lifetime.transport = completed.transport or lifetime.transport
+
+
+def add_decode(lifetime: inference_pb2.Lifetime, ending: Ending) -> None:
+    """Count the time on one decode worker."""
+    lifetime.decode_queue_ns += ending.decode_queue_ns
+    lifetime.decode_ns += ending.decode_ns

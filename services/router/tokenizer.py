@@ -1,0 +1,188 @@
+"""Text to token ids and back, as a checkpoint's `tokenizer.json` says. Text exists in the router only.
+
+Built on the `tokenizers` library, which releases the interpreter lock: encode long prompts in a thread.
+This module knows nothing of requests, streams or chat.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, cast
+
+import tokenizers
+
+from common.errors import InvalidArgument, ModelError
+from services.router.token_pieces import BytePieces, TextPieces, token_pieces
+
+Json = Mapping[str, object]
+
+_NAMED_SPECIAL: Final = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_NO_TOKENIZER: Final = "there is no tokenizer.json"
+_CONVERT: Final = (
+    "there is a sentencepiece tokenizer.model but no tokenizer.json; convert it once with transformers: "
+    "AutoTokenizer.from_pretrained(directory, use_fast=True).save_pretrained(directory)"
+)
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer. Safe to share between threads: nothing changes after it is built."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        pieces: BytePieces | TextPieces,
+        special_tokens: Mapping[str, str],
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self._backend = backend
+        self.pieces = pieces
+        self.special_tokens = dict(special_tokens)  # by role: {"bos_token": "<s>", ...}, as chat templates want it
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_token_ids = _special_ids(backend)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """Read tokenizer.json and, where they exist, the configuration files beside it. Raises `ModelError`."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            hint = _CONVERT if (directory / "tokenizer.model").is_file() else _NO_TOKENIZER
+            raise ModelError(f"{directory.name}: {hint}")
+        backend = _load(path)
+        config = read_json(directory / "tokenizer_config.json")
+        special_tokens = read_special_tokens(directory)
+        _add_missing_tokens(backend, config)
+        _mark_special(backend, special_tokens, config)
+        decoder = read_json(path).get("decoder")
+        if decoder is not None and not isinstance(decoder, dict):
+            raise ModelError("tokenizer.json: the decoder is not an object")
+        pieces = token_pieces(backend, decoder, _special_ids(backend))
+        return cls(backend, pieces, special_tokens, _eos_ids(directory, backend, special_tokens))
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest id that has a text. A model's own vocabulary may be padded beyond it."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. `add_special_tokens` lets the post-processor add BOS and the like; a rendered chat has them."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument("text", text[error.start], "must be valid Unicode") from error
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence; ids that have no text are left out. For a stream see `detokenizer`."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_id(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's spelling of a token (`Ġthe`, `▁the`, `<0x0A>`), None for an id without one."""
+        return self._backend.id_to_token(token_id)
+
+    def check_token_ids(self, field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+        """Raise `InvalidArgument` if an id is outside the model's vocabulary."""
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidArgument(field, token_id, f"token ids are in [0, {vocab_size - 1}]")
+
+
+def read_json(path: Path) -> Json:
+    """A JSON object, empty if there is no such file. Raises `ModelError` for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.name} is not a JSON object")
+    return value
+
+
+def read_special_tokens(directory: Path) -> dict[str, str]:
+    """Special tokens by role; tokenizer_config.json wins over special_tokens_map.json."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        config = read_json(directory / name)
+        for role in _NAMED_SPECIAL:
+            content = _content(config.get(role))
+            if content is not None:
+                found[role] = content
+    return found
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no exception type of its own
+        raise ModelError(f"{path.name} cannot be read: {error}") from error
+    # Some checkpoints were saved with a training script's truncation; a server must never shorten a prompt.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _content(token: object) -> str | None:
+    """The text of a token that is written as a string or as an object with `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Json) -> None:
+    """Add the tokens that tokenizer_config.json lists and tokenizer.json lacks, at the ids it gives them."""
+    listed = config.get("added_tokens_decoder")
+    if not isinstance(listed, dict):
+        return
+    for token_id, entry in sorted((int(key), value) for key, value in listed.items()):
+        content = _content(entry)
+        if content is None or backend.token_to_id(content) is not None:
+            continue
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        options = {flag: bool(entry[flag]) for flag in flags if flag in entry}
+        backend.add_tokens([tokenizers.AddedToken(content, **options)])
+        if backend.token_to_id(content) != token_id:
+            raise ModelError(f"tokenizer_config.json: {content!r} cannot have the id {token_id}")
+
+
+def _mark_special(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], config: Json) -> None:
+    """Tokens with a special role are special, whether or not tokenizer.json says so."""
+    tokens = list(special_tokens.values())
+    more = config.get("additional_special_tokens")
+    if isinstance(more, list):
+        tokens += [content for content in map(_content, more) if content is not None]
+    known = {added.content for added in backend.get_added_tokens_decoder().values() if added.special}
+    for token in tokens:
+        if token not in known and backend.token_to_id(token) is not None:
+            backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
+
+
+def _special_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    return frozenset(i for i, added in backend.get_added_tokens_decoder().items() if added.special)
+
+
+def _eos_ids(directory: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> tuple[int, ...]:
+    """generation_config.json first, since chat models end turns with more than one token; then the others."""
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(directory / name).get("eos_token_id")
+        if isinstance(value, int):
+            return (value,)
+        if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+            return tuple(cast("list[int]", value))
+    eos = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
+    return () if eos is None else (eos,)
