@@ -63,7 +63,7 @@ class KVReceiver:
         # One thread: scatters run one after the other, beside the event loop and the compute thread.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scatter")
         device = context.slots.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def handle(self, message: FrontKVMessage) -> None:
         """Start an operation; its replies follow. Never blocks, never raises."""

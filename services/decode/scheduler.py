@@ -110,6 +110,10 @@ class DecodeScheduler:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
+    @property
+    def has_events(self) -> bool:
+        return bool(self._events)
+
     def kv_stats(self) -> KVCacheStats:
         return self._kv.stats()
 

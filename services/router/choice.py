@@ -11,16 +11,20 @@ from dataclasses import dataclass
 
 from baton.v1 import inference_pb2, sampling_pb2
 
-from services.router.served_model import Detokenizer, StopMatcher
+from services.router.detokenizer import IncrementalDetokenizer
+from services.router.stop_strings import StopStringMatcher
+from services.router.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceLimits:
-    """What ends an output, beside its stop strings."""
+    """What ends an output, and how it becomes text."""
 
     max_tokens: int
     ending_token_ids: frozenset[int]  # end of sequence, unless ignored, and stop tokens
+    stop: tuple[str, ...]
     include_stop_in_output: bool
+    continues_text: bool  # the output goes on from a text, not from a chat's turn
 
 
 class Choice:
@@ -30,8 +34,7 @@ class Choice:
         self,
         index: int,
         limits: ChoiceLimits,
-        detokenizer: Detokenizer,
-        stop_matcher: StopMatcher | None,
+        tokenizer: Tokenizer,
         on_change: Callable[[Choice], None],
     ) -> None:
         self.index = index
@@ -40,8 +43,9 @@ class Choice:
         self.lifetime = inference_pb2.Lifetime()
         self.is_complete = False  # ended, and its lifetime is final
         self._limits = limits
-        self._detokenizer = detokenizer
-        self._stop_matcher = stop_matcher
+        self._tokenizer = tokenizer
+        self._detokenizer = IncrementalDetokenizer(tokenizer, continues_text=limits.continues_text)
+        self._stop_matcher = StopStringMatcher(limits.stop) if limits.stop else None
         self._on_change = on_change
         self._pending_text = ""
         self._pending_logprobs: list[sampling_pb2.PositionLogprobs] = []
@@ -114,12 +118,14 @@ class Choice:
         if not limits.ending_token_ids.isdisjoint(token_ids):
             position = next(i for i, token_id in enumerate(token_ids) if token_id in limits.ending_token_ids)
             token_ids = token_ids[: position + 1]
-            text_ids = token_ids if limits.include_stop_in_output else token_ids[:position]
+            text_ids = token_ids[:position]
             reason = sampling_pb2.FINISH_REASON_STOP
         self.tokens.extend(token_ids)
         self._push_text(self._detokenizer.push(text_ids))
         if reason != sampling_pb2.FINISH_REASON_UNSPECIFIED:
             self.end(reason)
+            if limits.include_stop_in_output and len(text_ids) < len(token_ids):
+                self._pending_text += self._tokenizer.decode(token_ids[-1:], skip_special_tokens=False)
 
     def _push_text(self, text: str) -> None:
         if self._stop_matcher is None:
@@ -128,4 +134,6 @@ class Choice:
             emitted, matched = self._stop_matcher.push(text)
             self._pending_text += emitted
             if matched:
+                if self._limits.include_stop_in_output:
+                    self._pending_text += self._stop_matcher.matched or ""
                 self.finish_reason = sampling_pb2.FINISH_REASON_STOP

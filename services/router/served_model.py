@@ -2,60 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
-from services.router.validation import ModelLimits
-
-
-class Detokenizer(Protocol):
-    """Token ids of one output to text, a piece at a time."""
-
-    def push(self, ids: Sequence[int]) -> str:
-        """New text; never ends inside a character."""
-        ...
-
-    def flush(self) -> str:
-        """What is left at the end."""
-        ...
-
-
-class StopMatcher(Protocol):
-    """Watches one output for its stop strings."""
-
-    def push(self, delta: str) -> tuple[str, bool]:
-        """Text that may go to the client, and whether a stop string is complete."""
-        ...
-
-    def flush(self) -> str:
-        """Text that was held back because it might have become a stop string."""
-        ...
-
-
-class TextCodec(Protocol):
-    """A checkpoint's tokenizer and chat template."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids with the tokenizer's special tokens."""
-        ...
-
-    def encode_chat(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> list[int]:
-        """Token ids of a rendered conversation of (role, content). Raises `InvalidArgument`."""
-        ...
-
-    def detokenizer(self) -> Detokenizer:
-        """For one output."""
-        ...
-
-    def stop_matcher(self, stops: Sequence[str], include_stop: bool) -> StopMatcher:
-        """For one output; `include_stop` keeps the stop string in the text."""
-        ...
+from common.models.config import read_model_config
+from services.router.chat_template import ChatTemplate
+from services.router.tokenizer import Tokenizer
+from services.router.validation import ModelLimits, ValidatedRequest
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The one model that a router serves."""
+    """The one model that a router serves. Safe to share between threads."""
 
     limits: ModelLimits
-    codec: TextCodec
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+
+    def prompt_ids(self, request: ValidatedRequest) -> list[int]:
+        """The prompt as token ids. Takes a while for long text. Raises `InvalidArgument`."""
+        if request.token_ids is not None:
+            return list(request.token_ids)
+        if request.text is not None:
+            return self.tokenizer.encode(request.text)
+        assert self.chat_template is not None
+        assert request.chat is not None
+        messages = [{"role": role, "content": content} for role, content in request.chat]
+        text = self.chat_template.render(messages, add_generation_prompt=request.add_generation_prompt)
+        # The template writes the special tokens itself.
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def load_served_model(name: str, model_dir: Path) -> ServedModel:
+    """Read the configuration, the tokenizer and the chat template. Raises `ModelError`."""
+    config = read_model_config(model_dir)
+    tokenizer = Tokenizer.from_directory(model_dir)
+    chat_template = ChatTemplate.from_directory(model_dir, tokenizer)
+    limits = ModelLimits(
+        name=name,
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids or tokenizer.eos_token_ids,
+        has_chat_template=chat_template is not None,
+    )
+    return ServedModel(limits, tokenizer, chat_template)

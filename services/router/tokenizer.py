@@ -49,6 +49,8 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)  # by role: {"bos_token": "<s>", ...}, as chat templates want it
         self.eos_token_ids = eos_token_ids
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        # The largest id that has a text; a model's own vocabulary may be padded beyond it.
+        self.max_token_id = max(backend.get_vocab(with_added_tokens=True).values())
         self.special_token_ids = _special_ids(backend)
 
     @classmethod
@@ -69,11 +71,6 @@ class Tokenizer:
             raise ModelError("tokenizer.json: the decoder is not an object")
         pieces = token_pieces(backend, decoder, _special_ids(backend))
         return cls(backend, pieces, special_tokens, _eos_ids(directory, backend, special_tokens))
-
-    @property
-    def max_token_id(self) -> int:
-        """The largest id that has a text. A model's own vocabulary may be padded beyond it."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids. `add_special_tokens` lets the post-processor add BOS and the like; a rendered chat has them."""

@@ -13,10 +13,9 @@ from baton.v1 import inference_pb2, sampling_pb2
 
 from common.errors import InvalidArgument, NotFound
 from common.sampling import params
+from services.router.stop_strings import validate_stop_strings
 
 MAX_CHOICES = 16
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_CHARS = 256
 MAX_TENANT_CHARS = 128
 MAX_REQUEST_ID_CHARS = 128
 MAX_ROLE_CHARS = 64
@@ -61,7 +60,7 @@ def validate(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> Val
         raise InvalidArgument("n", n, f"1 to {MAX_CHOICES}")
     if len(request.tenant) > MAX_TENANT_CHARS:
         raise InvalidArgument("tenant", request.tenant, f"at most {MAX_TENANT_CHARS} characters")
-    _check_stop(request)
+    validate_stop_strings(tuple(request.stop))
     _check_prompt(request, limits)
     seed = request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(64)
     _check_sampling(request.sampling, limits, seed, limits.context_length - 1)
@@ -138,14 +137,6 @@ def _check_sampling(given: sampling_pb2.SamplingParams, limits: ModelLimits, see
         params.validate(sampling, limits.vocab_size, max(1, longest_output))
     except InvalidArgument as error:
         raise InvalidArgument(f"sampling.{error.field}", _Shown(error.value), error.limit) from error
-
-
-def _check_stop(request: inference_pb2.GenerateRequest) -> None:
-    if len(request.stop) > MAX_STOP_STRINGS:
-        raise InvalidArgument("stop", len(request.stop), f"at most {MAX_STOP_STRINGS} strings")
-    for index, stop in enumerate(request.stop):
-        if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
-            raise InvalidArgument(f"stop[{index}]", stop, f"1 to {MAX_STOP_STRING_CHARS} characters")
 
 
 def _check_prompt(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> None:

@@ -118,7 +118,7 @@ def test_completion_is_the_one_in_the_model_card(model: Llama, tokenizer: Tokeni
 
 
 def test_loss_is_far_below_chance_on_python_it_never_saw(model: Llama, tokenizer: Tokenizer) -> None:
-    assert loss(model, tokenizer.encode(NEVER_SEEN).ids) < 4.0  # chance is ln 4096 = 8.3
+    assert loss(model, tokenizer.encode(NEVER_SEEN).ids) < 3.0  # chance is ln 4096 = 8.3
 
 
 def test_transformers_loads_the_folder_and_agrees(model: Llama, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,6 @@
 """A peer in a process of its own, to be killed: `python -m tests.transport.sending_peer ADDRESS NUM_BYTES`.
 
-Sends one message under tag 1 when a line arrives on its standard input, and then hangs until it is killed. Tag 2 is posted.
+Tag 2 is posted. Sends one message under tag 1 when a line arrives on its standard input, then waits to be killed.
 """
 
 from __future__ import annotations

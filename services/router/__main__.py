@@ -1,0 +1,33 @@
+"""`python -m services.router`: the only place of the router where the environment is read."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+
+from common.config import load_config_or_exit
+from common.errors import BatonError
+from services.router.config import RouterConfig
+from services.router.process import run_router
+from services.router.supervisor import own_command, supervise
+
+
+def main() -> None:
+    """Run one router process, or a supervisor of several."""
+    argv = sys.argv[1:]
+    config = load_config_or_exit(RouterConfig, argv, os.environ)
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    try:
+        if config.processes > 1:
+            asyncio.run(supervise(own_command(), argv, config))
+        else:
+            asyncio.run(run_router(config))
+    except BatonError as error:
+        sys.stderr.write(f"baton router: {error}\n")
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""One router process: puts the parts together, runs them, and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+import signal
+from collections.abc import AsyncIterator
+
+from baton.v1 import inference_pb2_grpc
+
+from common.rpc.server import RpcServer
+from services.router.admission import Admission, AdmissionQueue
+from services.router.config import RouterConfig
+from services.router.dispatcher import Dispatcher, DispatchLimits
+from services.router.metrics import RouterMetrics
+from services.router.served_model import ServedModel, load_served_model
+from services.router.server import InferenceServicer
+from services.router.workers import Role, WorkerRegistry
+
+_logger = logging.getLogger(__name__)
+
+SERVICE_NAME = "baton.v1.Inference"
+
+
+class RouterProcess:
+    """`async with` starts it and stops it; `drain` is what comes before a stop that clients should not notice."""
+
+    def __init__(self, config: RouterConfig, model: ServedModel, rng: random.Random) -> None:
+        self.port = 0
+        self.metrics = RouterMetrics()
+        self.admission = Admission(AdmissionQueue(config.max_in_flight, config.max_waiting))
+        self.registry = WorkerRegistry(
+            config.prefill,
+            config.decode,
+            session_id=secrets.token_hex(16),
+            max_message_bytes=config.max_message_bytes,
+            workers_file=config.workers_file,
+        )
+        limits = DispatchLimits(config.max_worker_losses, config.placement_timeout_s, config.migration_timeout_s)
+        self._dispatcher = Dispatcher(self.registry, rng, limits)
+        self._server = RpcServer(
+            config.listen, max_message_bytes=config.max_message_bytes, so_reuseport=config.reuse_port
+        )
+        servicer = InferenceServicer(
+            model, self.admission, self._dispatcher, self.registry, self.metrics, config.max_timeout_s
+        )
+        self._server.add(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, SERVICE_NAME)
+        self._watch_gauges()
+
+    def _watch_gauges(self) -> None:
+        queue, registry, watch = self.admission.queue, self.registry, self.metrics.watch
+        watch("in_flight", "Sequences under way.", lambda: queue.num_in_flight)
+        watch("waiting", "Requests waiting to be admitted.", lambda: queue.num_waiting)
+        watch("prefill_workers", "Prefill workers ready.", lambda: len(registry.candidates(Role.PREFILL)))
+        watch("decode_workers", "Decode workers ready.", lambda: len(registry.candidates(Role.DECODE)))
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serve while the context is open; on leaving, calls that are still there are cancelled."""
+        async with asyncio.TaskGroup() as background:
+            tasks = [
+                background.create_task(self.registry.run()),
+                background.create_task(self._report_health()),
+            ]
+            try:
+                self.port = await self._server.start()
+                yield
+            finally:
+                await self._server.stop(0)
+                await self._dispatcher.aclose()
+                for task in tasks:
+                    task.cancel()
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new calls and give those under way so much time."""
+        await self._server.stop(grace_s)
+
+    async def _report_health(self) -> None:
+        was_serving: bool | None = None
+        while True:
+            serving = self.registry.has_pair
+            if serving is not was_serving:
+                await self._server.set_serving(serving)
+                _logger.info("serving" if serving else "not serving: no ready pair of workers")
+                was_serving = serving
+            await self.registry.wait_changed()
+
+
+async def run_router(config: RouterConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain."""
+    model = load_served_model(config.served_model_name, config.model_dir)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    router = RouterProcess(config, model, random.Random(secrets.randbits(64)))
+    if config.metrics_port:
+        router.metrics.serve(config.metrics_port)
+    async with router.running():
+        _logger.info("%s on port %d", model.limits.name, router.port)
+        await stopping.wait()
+        _logger.info("draining for at most %g s", config.drain_timeout_s)
+        await router.drain(config.drain_timeout_s)

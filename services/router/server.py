@@ -1,0 +1,181 @@
+"""The Inference service: each call is validated, admitted, tokenised and dispatched here, in this order.
+
+The handler's own task writes to the client; everything else about the call is a child of it and ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import grpc
+from baton.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
+
+from common.errors import DeadlineExceeded
+from common.rpc.status import find_baton_error
+from services.router.admission import Admission
+from services.router.attempt import RequestPlan
+from services.router.choice import Choice, ChoiceLimits
+from services.router.dispatcher import Dispatcher
+from services.router.metrics import RouterMetrics
+from services.router.output_stream import OutputStream
+from services.router.served_model import ServedModel
+from services.router.validation import ValidatedRequest, resolve_sampling, validate
+from services.router.workers import Role, WorkerRegistry
+
+_request_log = logging.getLogger("baton.router.request")
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+LONG_TEXT_CHARS = 4096  # above this, tokenising takes long enough to be worth a thread
+
+
+@dataclass(slots=True)
+class _Record:
+    """What is known of a call when it ends, for the log and the counters."""
+
+    received_ns: int = field(default_factory=time.monotonic_ns)
+    request_id: str = ""
+    num_prompt_tokens: int = 0
+    output: OutputStream | None = None
+    outcome: str = "ok"
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """What clients call."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        admission: Admission,
+        dispatcher: Dispatcher,
+        registry: WorkerRegistry,
+        metrics: RouterMetrics,
+        max_timeout_s: float,
+    ) -> None:
+        self._model = model
+        self._admission = admission
+        self._dispatcher = dispatcher
+        self._registry = registry
+        self._metrics = metrics
+        self._max_timeout_s = max_timeout_s
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: inference_pb2.GetModelInfoRequest, context: _Context
+    ) -> inference_pb2.GetModelInfoResponse:
+        limits = self._model.limits
+        return inference_pb2.GetModelInfoResponse(
+            model=limits.name,
+            context_length=limits.context_length,
+            vocab_size=limits.vocab_size,
+            eos_token_ids=limits.eos_token_ids,
+            has_chat_template=limits.has_chat_template,
+            block_size=self._registry.block_size,
+            num_prefill_workers=len(self._registry.candidates(Role.PREFILL)),
+            num_decode_workers=len(self._registry.candidates(Role.DECODE)),
+        )
+
+    async def Generate(  # type: ignore[override]  # noqa: N802
+        self, request: inference_pb2.GenerateRequest, context: _Context
+    ) -> None:
+        with self._recorded() as record:
+            validated = validate(request, self._model.limits)
+            record.request_id = validated.request_id
+            remaining_s = context.time_remaining()
+            timeout_s = self._max_timeout_s if remaining_s is None else min(remaining_s, self._max_timeout_s)
+            if timeout_s <= 0:
+                raise DeadlineExceeded("the request's deadline had passed when it came")
+            deadline_s = time.monotonic() + timeout_s
+            try:
+                async with asyncio.timeout(timeout_s), self._admission.places(validated.n):
+                    await self._generate(validated, context, record, deadline_s)
+            except TimeoutError as error:
+                raise DeadlineExceeded(f"not done within {timeout_s:.3f} s") from error
+
+    async def _generate(self, request: ValidatedRequest, context: _Context, record: _Record, deadline_s: float) -> None:
+        admitted_ns = time.monotonic_ns()
+        prompt_ids = await self._prompt_ids(request)
+        record.num_prompt_tokens = len(prompt_ids)
+        sampling = resolve_sampling(request, len(prompt_ids), self._model.limits)
+        plan = RequestPlan(
+            request_id=request.request_id,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            tenant=request.tenant,
+            eos_token_ids=() if sampling.ignore_eos else self._model.limits.eos_token_ids,
+            deadline_s=deadline_s,
+        )
+        output = OutputStream(request.request_id, request.seed, len(prompt_ids), time.monotonic_ns)
+        output.choices = self._choices(request, sampling, output)
+        for choice in output.choices:
+            choice.lifetime.queue_ns = admitted_ns - record.received_ns
+        record.output = output
+        async with asyncio.TaskGroup() as call:
+            call.create_task(self._dispatcher.run(plan, output.choices))
+            await output.write_to(context.write, record.received_ns)
+
+    async def _prompt_ids(self, request: ValidatedRequest) -> list[int]:
+        contents = (content for _, content in request.chat or ())
+        num_chars = len(request.text or "") + sum(map(len, contents))
+        if num_chars > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(self._model.prompt_ids, request)
+        return self._model.prompt_ids(request)
+
+    def _choices(
+        self, request: ValidatedRequest, sampling: sampling_pb2.SamplingParams, output: OutputStream
+    ) -> list[Choice]:
+        eos_token_ids = () if sampling.ignore_eos else self._model.limits.eos_token_ids
+        limits = ChoiceLimits(
+            max_tokens=sampling.max_tokens,
+            ending_token_ids=frozenset((*eos_token_ids, *sampling.stop_token_ids)),
+            stop=request.stop,
+            include_stop_in_output=request.include_stop_in_output,
+            continues_text=request.chat is None,
+        )
+        tokenizer = self._model.tokenizer
+        return [Choice(index, limits, tokenizer, output.on_change) for index in range(request.n)]
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[_Record]:
+        record = _Record()
+        try:
+            yield record
+        except BaseException as error:
+            known = find_baton_error(error)
+            record.outcome = type(known or error).__name__
+            raise
+        finally:
+            self._count(record)
+
+    def _count(self, record: _Record) -> None:
+        metrics, output = self._metrics, record.output
+        choices = output.choices if output is not None else []
+        num_output_tokens = sum(len(choice.tokens) for choice in choices)
+        num_migrations = sum(choice.lifetime.num_migrations for choice in choices)
+        metrics.requests.labels(record.outcome).inc()
+        metrics.prompt_tokens.inc(record.num_prompt_tokens)
+        metrics.output_tokens.inc(num_output_tokens)
+        metrics.migrations.inc(num_migrations)
+        first_token_ns = None
+        if output is not None:
+            metrics.messages.inc(output.num_messages)
+            if output.first_token_ns is not None:
+                first_token_ns = output.first_token_ns - record.received_ns
+                metrics.first_token.observe(first_token_ns / 1e9)
+        if _request_log.isEnabledFor(logging.INFO):
+            line = {
+                "request_id": record.request_id,
+                "outcome": record.outcome,
+                "choices": len(choices),
+                "prompt_tokens": record.num_prompt_tokens,
+                "output_tokens": num_output_tokens,
+                "migrations": num_migrations,
+                "first_token_ms": None if first_token_ns is None else round(first_token_ns / 1e6, 3),
+                "total_ms": round((time.monotonic_ns() - record.received_ns) / 1e6, 3),
+            }
+            _request_log.info("%s", json.dumps(line))

@@ -1,0 +1,72 @@
+"""Several router processes behind one port: starts them, starts those that die again, and stops them together.
+
+The kernel spreads connections over the processes (SO_REUSEPORT). Knows nothing of what the processes do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from services.router.config import RouterConfig
+
+_logger = logging.getLogger(__name__)
+
+FIRST_RESTART_S = 0.5
+LAST_RESTART_S = 10.0
+HEALTHY_AFTER_S = 30.0  # a process that lived so long starts again without a growing delay
+
+
+def child_argv(argv: Sequence[str], config: RouterConfig, index: int) -> list[str]:
+    """The arguments of the index-th process: those of the parent, and what differs."""
+    metrics_port = config.metrics_port + index if config.metrics_port else 0
+    return [*argv, "--processes", "1", "--reuse-port", "--metrics-port", str(metrics_port)]
+
+
+async def supervise(command: Sequence[str], argv: Sequence[str], config: RouterConfig) -> None:
+    """Run `config.processes` children of `command` until SIGTERM or SIGINT, which is passed on to them."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    async with asyncio.TaskGroup() as children:
+        for index in range(config.processes):
+            arguments = [*command, *child_argv(argv, config, index)]
+            children.create_task(_keep_running(arguments, stopping, config.drain_timeout_s))
+
+
+async def _keep_running(arguments: Sequence[str], stopping: asyncio.Event, drain_timeout_s: float) -> None:
+    restart_s = FIRST_RESTART_S
+    loop = asyncio.get_running_loop()
+    stop = asyncio.create_task(stopping.wait())
+    while not stopping.is_set():
+        started_s = loop.time()
+        child = await asyncio.create_subprocess_exec(*arguments)
+        died = asyncio.create_task(child.wait())
+        await asyncio.wait((died, stop), return_when=asyncio.FIRST_COMPLETED)
+        if stopping.is_set():
+            await _stop(child, died, drain_timeout_s)
+            return
+        _logger.error("process %d ended with status %s", child.pid, child.returncode)
+        if loop.time() - started_s > HEALTHY_AFTER_S:
+            restart_s = FIRST_RESTART_S
+        await asyncio.wait((stop,), timeout=restart_s)
+        restart_s = min(2 * restart_s, LAST_RESTART_S)
+
+
+async def _stop(child: asyncio.subprocess.Process, died: asyncio.Task[int], drain_timeout_s: float) -> None:
+    """SIGTERM, and SIGKILL for one that does not end in its time."""
+    if child.returncode is None:
+        child.send_signal(signal.SIGTERM)
+        done, _ = await asyncio.wait((died,), timeout=drain_timeout_s + 5.0)
+        if not done:
+            child.kill()
+    await died
+
+
+def own_command() -> list[str]:
+    """How this very module was started, without its arguments."""
+    return [sys.executable, "-m", "services.router"]

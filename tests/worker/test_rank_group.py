@@ -1,0 +1,116 @@
+"""A group of rank processes: it answers, and whatever goes wrong it ends typed and leaves no process."""
+
+import os
+import signal
+
+import pytest
+
+from common.errors import InternalError, ModelError, Unavailable
+from common.worker.rank_group import RankGroup, error_of
+from common.worker.rank_messages import ConnectDone, ConnectPeer, StartRank
+from common.worker.step_plan import Segment, StepPlan
+
+MODULE = "tests.worker.fake_rank"
+
+
+def _specs(behaviour: str, count: int = 2) -> list[StartRank]:
+    return [
+        StartRank(
+            rank=rank,
+            tp_size=count,
+            group_address="127.0.0.1:1",
+            model_dir=behaviour,
+            device="cpu",
+            dtype="float32",
+            num_blocks=1,
+            block_size=64,
+            max_rows=1,
+            max_step_tokens=1,
+            num_slots=1,
+            slot_bytes=1,
+            transport_url="inproc://x",
+            transport_progress="event",
+            peer_name="peer",
+        )
+        for rank in range(count)
+    ]
+
+
+def _plan(step_id: int) -> StepPlan:
+    return StepPlan(step_id, [Segment(0, None, step_id * 10, [], True, 0)])
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_plans_are_answered_in_order_by_the_first_rank() -> None:
+    group = await RankGroup.start(MODULE, _specs("echo"), 30.0)
+    async with group:
+        assert [info.transport_address for info in group.infos] == ["fake://0", "fake://1"]
+        for step_id in range(3):
+            group.submit(_plan(step_id))
+        results = [await group.next_result() for _ in range(3)]
+    assert [(result.step_id, result.sampled[0].token_id) for result in results] == [(0, 0), (1, 10), (2, 20)]
+
+
+async def test_every_reply_of_an_operation_arrives_in_order() -> None:
+    group = await RankGroup.start(MODULE, _specs("echo"), 30.0)
+    async with group:
+        operation = group.begin(1, ConnectPeer(group.next_op_id(), "fake://9", 1.0))
+        replies = [await operation.reply(), await operation.reply()]
+    assert replies == [ConnectDone(operation.op_id, "first"), ConnectDone(operation.op_id, "second")]
+
+
+async def test_leaving_the_group_ends_its_processes() -> None:
+    group = await RankGroup.start(MODULE, _specs("echo"), 30.0)
+    pids = group.pids
+    async with group:
+        assert all(_alive(pid) for pid in pids)
+    assert not any(_alive(pid) for pid in pids)
+
+
+async def test_killed_rank_fails_waits_and_operations_with_its_name() -> None:
+    group = await RankGroup.start(MODULE, _specs("echo"), 30.0)
+    async with group:
+        operation = group.begin(0, ConnectPeer(group.next_op_id(), "fake://9", 1.0))
+        await operation.reply()
+        await operation.reply()
+        os.kill(group.pids[1], signal.SIGKILL)
+        assert "rank 1" in await group.wait_lost()
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="rank 1"):
+                await group.next_result()
+        with pytest.raises(Unavailable, match="rank 1"):
+            await operation.reply()
+        with pytest.raises(Unavailable, match="rank 1"):
+            group.begin(0, ConnectPeer(group.next_op_id(), "fake://9", 1.0))
+
+
+async def test_rank_that_fails_a_step_loses_the_group_with_its_reason() -> None:
+    group = await RankGroup.start(MODULE, _specs("fail-step", count=1), 30.0)
+    async with group:
+        group.submit(_plan(0))
+        with pytest.raises(Unavailable, match="boom"):
+            await group.next_result()
+        assert group.lost_reason is not None
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error", "match"),
+    [("refuse", ModelError, "lm_head"), ("die", Unavailable, "died while starting"), ("hang", Unavailable, "ready")],
+)
+async def test_group_that_cannot_start_says_why(behaviour: str, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        await RankGroup.start(MODULE, _specs(behaviour, count=1), 1.0 if behaviour == "hang" else 30.0)
+
+
+def test_error_is_restored_by_name() -> None:
+    assert isinstance(error_of("ModelError", "x"), ModelError)
+    unknown = error_of("ZeroDivisionError", "division by zero")
+    assert isinstance(unknown, InternalError)
+    assert "ZeroDivisionError" in str(unknown)
