@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from common import errors
 from common.telemetry.counters import Counters
@@ -56,6 +57,11 @@ class PrefillJob:
         while self._token is None:
             await self._wait()
         return self._token
+
+    async def watch(self) -> NoReturn:
+        """Wait until the job fails, and raise what it failed with."""
+        while True:
+            await self._wait()
 
     def fail(self, error: errors.BatonError) -> None:
         """Whoever waits gets the error, now and later. The first one stays."""

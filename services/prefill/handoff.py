@@ -77,7 +77,7 @@ class _SendFailed:
     error: errors.BatonError
 
 
-_Answer = kv_pb2.ChunkGrant | kv_pb2.ChunkVerified | kv_pb2.ChunkRejected | _SendFailed
+_Answer = kv_pb2.ChunkGrant | kv_pb2.ChunkVerified | kv_pb2.ChunkRejected
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class _Chunk:
     index: int
     first_block: int
     num_blocks: int
-    inbox: asyncio.Queue[_Answer]
+    inbox: asyncio.Queue[_Answer | _SendFailed]
     attempt: int = 0
 
 
@@ -125,6 +125,7 @@ class Handoff:
         try:
             async with asyncio.TaskGroup() as tasks:
                 reading = tasks.create_task(self._read())
+                watching = tasks.create_task(self._job.watch())
                 self._connecting = tasks.create_task(self._connect())
                 await self._stream.send(kv_pb2.HandoffRequest(begin=self._begin()))
                 await self._ship_all()
@@ -134,6 +135,7 @@ class Handoff:
                 await self._joined
                 await self._stream.finish()
                 reading.cancel()
+                watching.cancel()
         except* errors.BatonError as group:
             raise _first_of(group) from None
 
@@ -177,6 +179,8 @@ class Handoff:
         size = min(accepted.max_blocks_per_chunk, self._slot_capacity())
         if size < 1:
             raise errors.FailedPrecondition("a staging slot is smaller than one block")
+        if accepted.num_blocks_reused > self._job.num_blocks:
+            raise errors.TransferError(f"decode holds {accepted.num_blocks_reused} of {self._job.num_blocks} blocks")
         self.stats.num_blocks_reused = accepted.num_blocks_reused
         in_flight = asyncio.Semaphore(self._setup.max_chunks_in_flight)
         first_block = accepted.num_blocks_reused
