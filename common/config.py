@@ -62,9 +62,7 @@ def load_config(config_class: type[_Config], argv: Sequence[str], environ: Mappi
         raise _invalid_setting(error, sources) from error
 
 
-def load_config_or_exit(
-    config_class: type[_Config], argv: Sequence[str], environ: Mapping[str, str]
-) -> _Config:
+def load_config_or_exit(config_class: type[_Config], argv: Sequence[str], environ: Mapping[str, str]) -> _Config:
     """`load_config` for a `__main__`: a wrong setting is printed, and the process exits with status 2."""
     try:
         return load_config(config_class, argv, environ)
@@ -143,9 +141,7 @@ def _split(field: FieldInfo, value: object) -> object:
     items = value if isinstance(value, list) else [value]
     parts: list[object] = []
     for item in items:
-        parts += (
-            [part.strip() for part in item.split(",") if part.strip()] if isinstance(item, str) else [item]
-        )
+        parts += [part.strip() for part in item.split(",") if part.strip()] if isinstance(item, str) else [item]
     return tuple(parts)
 
 

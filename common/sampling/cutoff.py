@@ -8,11 +8,15 @@ vectorised one. This module knows nothing of rows' owners, seeds or draws.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Float32Array = npt.NDArray[np.float32]
+
+_GROUP_SIZE: Final = 16
 
 
 def keep_likeliest(
@@ -43,7 +47,7 @@ def row_cutoff(row: Float32Array, top_k: int, top_p: float, min_p: float) -> flo
     """The smallest weight that stays. row: [vocab] in [0, 1]; with NaN in it, the answer is 0."""
     cutoff = np.float32(min_p)  # min_p times the largest weight, which is 1
     if 0 < top_k < row.size:
-        kth = np.partition(row, row.size - top_k)[row.size - top_k]
+        kth = _kth_largest(row, top_k)
         row = row[row >= kth]
         cutoff = max(cutoff, kth)
     if top_p < 1.0:
@@ -57,6 +61,17 @@ def row_cutoff(row: Float32Array, top_k: int, top_p: float, min_p: float) -> flo
         last = int(np.searchsorted(reached, top_p * total, side="left"))
         cutoff = max(cutoff, descending[min(last, descending.size - 1)])
     return float(cutoff)
+
+
+def _kth_largest(row: Float32Array, k: int) -> np.float32:
+    """row: [vocab]; NaN if it has NaN among its largest."""
+    num_groups = row.size // _GROUP_SIZE
+    if num_groups >= 2 * k:
+        # The k-th largest of the groups' maxima is at most the k-th largest of all: what is below it cannot matter.
+        maxima = row[: num_groups * _GROUP_SIZE].reshape(_GROUP_SIZE, num_groups).max(axis=0)
+        contenders = row[row >= np.partition(maxima, num_groups - k)[num_groups - k]]
+        row = contenders if contenders.size >= k else row
+    return np.float32(np.partition(row, row.size - k)[row.size - k])
 
 
 def cutoffs_device(weights: torch.Tensor, top_k: list[int], top_p: list[float], min_p: list[float]) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 A *receiver* listens on an address and posts receives; a *sender* connects and sends. A message is matched by
 (connection, tag); tags come from grants (`common.kvcache.grant`) and are used once. A sender whose tag was never
-posted, or whose receive was cancelled, matches nothing: its bytes are drained into scratch and counted, and never
-reach memory that was handed out. Backends are chosen by URL scheme in `common.transport.registry`.
+posted, or whose receive was cancelled, matches nothing: it is dropped and counted, and its bytes never reach
+memory that was handed out. So post a receive before its tag is advertised. Backends are chosen by URL scheme in `common.transport.registry`.
 
 This module knows nothing of KV blocks, requests or gRPC.
 """
@@ -20,12 +20,10 @@ import torch
 class CancelOutcome(enum.Enum):
     """What cancelling a posted receive leaves behind. KV blocks are free in all four; the slot in the first three."""
 
-    NOT_ADVERTISED = "not_advertised"  # the receive was never posted: nobody could name the memory
+    NOT_ADVERTISED = "not_advertised"  # never posted: said by the owner of a grant, not by a transport
     DRAINED = "drained"  # the transport confirmed that no byte will arrive any more
     PEER_LOST = "peer_lost"  # the connection is closed and drained
-    IN_DOUBT = (
-        "in_doubt"  # a write may still be under way: quarantine until the connection is closed and drained
-    )
+    IN_DOUBT = "in_doubt"  # a write may still be under way: quarantine until the connection is closed and drained
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class TransportStats:
     bytes_received: int
     messages_sent: int
     messages_received: int
-    stale_messages: int  # messages that matched no posted receive and were drained into scratch
+    stale_messages: int  # messages that matched no posted receive and were dropped
     connections: int  # connections that are open now
 
 
@@ -49,16 +47,17 @@ class PostedReceive(Protocol):
     async def wait(self) -> None:
         """Wait until exactly `buffer.nbytes` bytes are in the buffer.
 
-        Raises `PeerLost`, `Truncated` (shorter or longer message; the buffer's content is then undefined) or
-        `Cancelled`. Cancelling the awaiting task leaves the receive posted: call `cancel` to take it back.
+        Raises `PeerLost` (the buffer's content is then undefined), `Truncated` (a shorter or longer message, of which
+        nothing was written) or `Cancelled`. Cancelling the awaiting task leaves the receive posted: call `cancel`.
         """
         ...
 
     async def cancel(self, timeout_s: float) -> CancelOutcome:
         """Take the receive back; returns within about `timeout_s` seconds and says whether the buffer is reusable.
 
-        Idempotent. A receive that had completed is `DRAINED`. After `IN_DOUBT`, `drained()` of its connection tells
-        when the buffer becomes reusable.
+        A receive that had completed, or was `Truncated`, is `DRAINED`. Idempotent but for `IN_DOUBT`, which becomes
+        `DRAINED` or `PEER_LOST` once the transport has let go of the buffer: ask again, or await the connection's
+        `drained()`. Cancelling the awaiting task leaves the receive cancelled.
         """
         ...
 
@@ -82,7 +81,8 @@ class Connection(Protocol):
     async def send(self, tag: int, buffer: torch.Tensor) -> None:
         """Send a contiguous uint8 tensor of shape [num_bytes] and wait until the buffer may be reused.
 
-        Raises `PeerLost`. Cancelling the awaiting task does not recall bytes: the caller must not reuse the buffer
+        The peer may not have it yet, and may drop it: completion only gives the buffer back. On a GPU, synchronise the
+        writes to the buffer first. Raises `PeerLost`. Cancelling the awaiting task does not recall bytes: the caller must not reuse the buffer
         before `drained()` or the connection's close. Bound it with a timeout of your own.
         """
         ...

@@ -20,6 +20,15 @@ from services.decode.sessions import Sessions
 
 _log = logging.getLogger(__name__)
 
+END_COUNTERS = {
+    End.FINISHED: "sequences_finished",
+    End.PREEMPTED: "preemptions",
+    End.LOST: "sequences_lost",
+    End.DEADLINE: "sequences_expired",
+    End.FAILED: "sequences_failed",
+    End.CLOSED: "sequences_closed",
+}
+
 
 class DecodeEngine:
     """Runs the scheduler's plans on whatever rank group stands.
@@ -66,7 +75,7 @@ class DecodeEngine:
                 self._counters.inc("tokens")
                 self._sessions.publish(event)
             elif isinstance(event, SequenceEnded):
-                self._counters.inc(f"sequences_{event.end.value}")
+                self._counters.inc(END_COUNTERS[event.end])
                 if event.end is End.FAILED:
                     _log.warning("sequence %d failed: %s", event.key[1], event.error)
                 self._sessions.publish(event)

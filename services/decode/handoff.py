@@ -1,6 +1,6 @@
 """The decode end of the hand-off: Handoff streams of prefill workers, and what they do to sequences, slots and ranks.
 
-    Begin ──▶ claimed ──ChunkReady──▶ (blocks reserved ─▶ slot ─▶ posted ─▶ Grant ─▶ verified) × chunks ──Finish──▶ Joined
+    Begin ─▶ claimed ─▶ for each ChunkReady: blocks reserved ─▶ slot ─▶ posted ─▶ Grant ─▶ verified ─▶ Finish ─▶ Joined
 
 A stream that ends before Joined ends its sequence; what was verified stays in the prefix cache, so another Open finds
 it. A chunk runs as a task of `run`, not of its stream: cancelling it takes its receives back first, then frees slot
@@ -10,8 +10,9 @@ and blocks. Knows gRPC's messages, but not its calls.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 
 from baton.v1 import kv_pb2
@@ -34,10 +35,10 @@ from common.errors import (
 from common.kvcache.grant import MAX_LEGS, SlotHandle
 from common.kvcache.layout import KVLayout, Leg, plan_legs
 from common.telemetry.counters import Counters
-from common.worker.rank_group import RankGroup
+from common.worker.rank_group import Operation, RankGroup
 from services.decode.chunk_transfer import IN_DOUBT, PEER_LOST, ChunkTransfer
 from services.decode.engine import DecodeEngine
-from services.decode.request import BlocksReserved, DecodeSequence, End, SequenceEnded
+from services.decode.request import BlocksReserved, DecodeSequence, End, SequenceEnded, SequenceState
 from services.decode.scheduler import blocks_of
 from services.decode.staging import StagingSlots
 
@@ -68,6 +69,7 @@ class HandoffSetup:
     """What is the same for every hand-off. `vocab_size` bounds the first token."""
 
     layout: KVLayout
+    layout_fingerprint: str
     tp_size: int
     num_slots: int
     slot_bytes: int
@@ -128,21 +130,17 @@ class Handoffs:
             del self._streams[begin.ticket_id]
             stream.stop()
 
-    def spawn(self, stream: HandoffStream, chunk: kv_pb2.ChunkReady) -> asyncio.Task[None]:
-        """Start a chunk's task."""
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Start what may outlive a stream."""
         if self._tasks is None:
+            work.close()
             raise Unavailable("the worker is stopping")
-        return self._tasks.create_task(_Chunk(self, stream, chunk).run())
-
-    def watch_quarantine(self, work: Awaitable[None]) -> None:
-        """See a quarantine through."""
-        assert self._tasks is not None
-        self._tasks.create_task(_until_lost(work, self.engine.on_change))
+        return self._tasks.create_task(work)
 
     def _check(self, begin: kv_pb2.HandoffBegin) -> DecodeSequence:
         if self.group is None:
             raise Unavailable("the ranks are being started")
-        fingerprint = self.group.infos[0].layout_fingerprint
+        fingerprint = self.setup.layout_fingerprint
         if begin.layout_fingerprint != fingerprint:
             raise FailedPrecondition(
                 f"layout fingerprint {begin.layout_fingerprint} of {begin.prefill_worker_id} differs from {fingerprint}"
@@ -182,6 +180,7 @@ class HandoffStream:
         self._taken: set[int] = set(range(seq.blocks.num_cached_blocks))  # in place, or on their way
         self._num_rejections = 0
         self._joined = False
+        self.over = False  # nobody reads answers any more
 
     async def run(self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write) -> None:
         """Accept, then answer until Joined was written. Raises what ends the hand-off."""
@@ -200,9 +199,11 @@ class HandoffStream:
                     return
         finally:
             reader.cancel()
+            await asyncio.wait({reader})
 
     def stop(self) -> None:
         """The stream is over: unless joined, so is its sequence, and what is under way for it."""
+        self.over = True
         if not self._joined and self._handoffs.engine.scheduler.close(self.seq.key):
             self._handoffs.engine.settle()
         for task in self._chunks.values():
@@ -251,7 +252,8 @@ class HandoffStream:
             self._offer(request.chunk_ready)
         elif kind == "chunk_aborted":
             task = self._chunks.get(request.chunk_aborted.chunk_index)
-            if task is not None:
+            if task is not None and not task.cancelling():
+                self._handoffs.counters.inc("chunks_aborted")
                 task.cancel(request.chunk_aborted.reason)
         elif kind == "finish":
             self._finish(request.finish)
@@ -268,7 +270,7 @@ class HandoffStream:
             # A block that is in place may be shared by now: nobody writes to it again.
             raise FailedPrecondition(f"chunk {chunk.chunk_index} has blocks that are here or on their way")
         self._taken.update(blocks)
-        self._chunks[chunk.chunk_index] = self._handoffs.spawn(self, chunk)
+        self._chunks[chunk.chunk_index] = self._handoffs.spawn(_Chunk(self._handoffs, self, chunk).run())
 
     def _finish(self, finish: kv_pb2.HandoffFinish) -> None:
         engine, seq = self._handoffs.engine, self.seq
@@ -289,6 +291,7 @@ class _Chunk:
         self._handoffs = handoffs
         self._stream = stream
         self._chunk = chunk
+        self._connection_lost = False
 
     async def run(self) -> None:
         """Answers with ChunkVerified or ChunkRejected, or ends the stream. Raises nothing but CancelledError."""
@@ -316,6 +319,9 @@ class _Chunk:
             raise Unavailable("the ranks are being started")
         engine.on_change()
         handle = await slots.acquire()
+        if seq.state is not SequenceState.RECEIVING:  # it ended in this very moment: its blocks are not ours
+            slots.release(handle)
+            raise Cancelled("the sequence is gone")
         block_ids = blocks_of(seq, self._chunk.first_block, self._chunk.num_blocks)
         setup = self._handoffs.setup
         transfer = ChunkTransfer(group, setup.layout, handle, block_ids, setup.limits.cancel_timeout_s)
@@ -323,7 +329,11 @@ class _Chunk:
         try:
             await self._fill(transfer)
         finally:
-            await self._settle(transfer, slots, handle)
+            # A second cancel must not keep the first from being finished: until then a rank may write to the blocks.
+            settling = self._handoffs.spawn(self._settle(transfer, slots, handle))
+            await asyncio.shield(settling)
+            if self._connection_lost:
+                raise PeerLost("the transport connection is closed")
 
     async def _fill(self, transfer: ChunkTransfer) -> None:
         limits = self._handoffs.setup.limits
@@ -348,38 +358,37 @@ class _Chunk:
 
     async def _settle(self, transfer: ChunkTransfer, slots: StagingSlots, handle: SlotHandle) -> None:
         """Take back what did not arrive; then slot and blocks are free, but for a slot in doubt."""
-        engine = self._handoffs.engine
+        engine, counters = self._handoffs.engine, self._handoffs.counters
         try:
             outcomes, doubtful = await transfer.take_back()
         except Unavailable:
             outcomes, doubtful = [], {}  # the ranks are gone: so are slots and blocks
-        finally:
-            engine.scheduler.release_hold(self._stream.seq)
+        engine.scheduler.release_hold(self._stream.seq)
         for outcome in outcomes:
-            self._handoffs.counters.inc(f"cancelled_legs_{outcome}")
+            counters.inc(f"cancelled_legs_{outcome}")
         if doubtful:
-            self._handoffs.counters.inc("slots_quarantined")
+            counters.inc("slots_quarantined")
             slots.quarantine(handle, doubtful.keys())
-            for rank, operations in doubtful.items():
-                self._handoffs.watch_quarantine(slots.await_drained(handle, rank, operations))
         else:
             slots.release(handle)
         engine.settle()
-        if IN_DOUBT in outcomes or PEER_LOST in outcomes:
-            raise PeerLost("the transport connection is closed")
+        for rank, operations in doubtful.items():
+            self._handoffs.spawn(self._end_quarantine(slots, handle, rank, operations))
+        self._connection_lost = IN_DOUBT in outcomes or PEER_LOST in outcomes
+
+    async def _end_quarantine(
+        self, slots: StagingSlots, handle: SlotHandle, rank: int, operations: list[Operation]
+    ) -> None:
+        with contextlib.suppress(Unavailable):  # the ranks are gone, and the slot with them
+            await slots.await_drained(handle, rank, operations)
+        self._handoffs.engine.on_change()
 
     def _reject(self, reason: kv_pb2.ChunkRejectReason.ValueType, detail: str) -> None:
+        if self._stream.over:
+            return
         name = kv_pb2.ChunkRejectReason.Name(reason).removeprefix("CHUNK_REJECT_REASON_").lower()
         self._handoffs.counters.inc(f"chunks_rejected_{name}")
         self._stream.chunk_rejected(self._chunk, reason, detail)
-
-
-async def _until_lost(work: Awaitable[None], on_change: Callable[[], None]) -> None:
-    try:
-        await work
-    except Unavailable:
-        return
-    on_change()
 
 
 def _max_blocks_per_chunk(setup: HandoffSetup, legs: list[Leg]) -> int:

@@ -5,26 +5,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Collection
-from typing import Protocol
 
 from common.errors import Unavailable
 from common.kvcache.grant import SlotHandle
 from common.kvcache.slot_pool import SlotPool
 from common.worker.rank_group import Operation
 from common.worker.rank_messages import SlotDrained
-
-
-class Stage(Protocol):
-    """What is known of the slots, whether or not ranks are there."""
-
-    @property
-    def num_free(self) -> int: ...
-    @property
-    def num_in_use(self) -> int: ...
-    @property
-    def num_quarantined(self) -> int: ...
-    @property
-    def num_waiting(self) -> int: ...
 
 
 class StagingSlots:
@@ -102,9 +88,9 @@ class StagingSlots:
                 turn.set_exception(Unavailable(reason))
 
     def _grant(self) -> None:
-        for turn, handle in self._pool.grant_waiting():
-            if turn.done():
-                self._pool.release(handle)  # cancelled in this very moment; its slot goes to the next
-                self._grant()
-                return
-            turn.set_result(handle)
+        while granted := self._pool.grant_waiting():
+            for turn, handle in granted:
+                if turn.done():
+                    self._pool.release(handle)  # cancelled in this very moment: the slot goes to the next
+                else:
+                    turn.set_result(handle)

@@ -16,7 +16,7 @@ from common.telemetry.counters import Counters
 from common.worker.rank_group import RankGroup
 from common.worker.sequence import SequenceRequest
 from common.worker.step_plan import SampledToken
-from services.prefill.request import BlocksReady, Event, FirstTokenSampled, Prompt, SamplingFailed, Scheduled
+from services.prefill.request import BlocksReady, Event, FirstTokenSampled, Prompt, PromptFailed, Scheduled
 from services.prefill.scheduler import Scheduler
 
 MAX_PLANS_IN_FLIGHT = 2
@@ -78,8 +78,8 @@ class PrefillJob:
         elif isinstance(event, FirstTokenSampled):
             self.sampled_ns = now_ns
             self._token = event.token
-        elif isinstance(event, SamplingFailed):
-            self.fail(errors.InternalError(f"sampling failed: {event.reason}"))
+        elif isinstance(event, PromptFailed):
+            self.fail(errors.InternalError(f"the ranks failed the prompt: {event.reason}"))
         self._wake()
 
     async def _wait(self) -> None:

@@ -137,7 +137,7 @@ class Handoff:
                 reading.cancel()
                 watching.cancel()
         except* errors.BatonError as group:
-            raise _first_of(group) from None
+            raise first_error(group) from None
 
     def _begin(self) -> kv_pb2.HandoffBegin:
         return kv_pb2.HandoffBegin(
@@ -315,8 +315,8 @@ def _leg_order(leg: Leg) -> tuple[int, int]:
     return leg.decode_rank, leg.first_head
 
 
-def _first_of(group: BaseExceptionGroup[errors.BatonError]) -> errors.BatonError:
-    """The error that came first; the others followed from it."""
+def first_error(group: BaseExceptionGroup[errors.BatonError]) -> errors.BatonError:
+    """The error that came first; what the others say followed from it."""
     found: Sequence[BaseException] = group.exceptions
     while isinstance(found[0], BaseExceptionGroup):
         found = found[0].exceptions

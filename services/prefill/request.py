@@ -39,6 +39,7 @@ class Prompt:
     num_computed: int = 0
     num_plans_in_flight: int = 0
     num_readers: int = 0  # sends that gather from its blocks
+    failed: bool = False  # nothing more is computed or cached of it
     is_long: bool = False  # needed more than one step when it was admitted
 
     @property
@@ -49,6 +50,11 @@ class Prompt:
     def num_remaining(self) -> int:
         """Tokens that no plan has yet."""
         return self.num_tokens - self.num_scheduled
+
+    @property
+    def is_plannable(self) -> bool:
+        """Whether a plan may take more of it, once it runs."""
+        return self.num_remaining > 0 and not self.failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +83,14 @@ class FirstTokenSampled:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingFailed:
-    """The prompt is computed, but it has no valid next token."""
+class PromptFailed:
+    """The ranks could not compute or sample it; others in the same step went on."""
 
     prompt: Prompt
     reason: str
 
 
-Event = Scheduled | BlocksReady | FirstTokenSampled | SamplingFailed
+Event = Scheduled | BlocksReady | FirstTokenSampled | PromptFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,7 @@ class Chunk:
     """Tokens [begin, end) of a prompt, in one plan."""
 
     prompt: Prompt
+    row: int
     begin: int
     end: int
 

@@ -26,8 +26,8 @@ from services.prefill.request import (
     Event,
     FirstTokenSampled,
     Prompt,
+    PromptFailed,
     PromptState,
-    SamplingFailed,
     Scheduled,
     StepInFlight,
 )
@@ -121,15 +121,9 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].step_id != result.step_id:
             raise InternalError(f"a result of step {result.step_id}, which is not the oldest in flight")
         step = self._in_flight.popleft()
-        ended = [chunk.prompt for chunk in step.chunks if chunk.is_last]
-        if len(ended) != len(result.sampled):
-            raise InternalError(f"{len(result.sampled)} tokens were sampled for {len(ended)} prompts")
+        answers = {token.row: token for token in result.sampled}
         for chunk in step.chunks:
-            self._complete_chunk(chunk)
-        for prompt, token in zip(ended, result.sampled, strict=True):
-            self._complete_prompt(prompt, token)
-        for chunk in step.chunks:
-            self._free_if_unused(chunk.prompt)
+            self._complete_chunk(chunk, answers.get(chunk.row))
         self._measure(result.compute_ns, sum(chunk.end - chunk.begin for chunk in step.chunks))
 
     def release(self, prompt: Prompt) -> None:
@@ -185,14 +179,14 @@ class Scheduler:
         return budget // self.kv.block_size * self.kv.block_size
 
     def _in_policy_order(self) -> Iterable[Prompt]:
-        prompts = [prompt for prompt in self._running if prompt.num_remaining] + list(self._waiting)
+        prompts = [prompt for prompt in self._running if prompt.is_plannable] + list(self._waiting)
         if self.limits.policy == "first-come":
             return sorted(prompts, key=lambda prompt: prompt.arrival)
         return sorted(prompts, key=lambda prompt: (prompt.num_remaining, prompt.arrival))
 
     def _oldest_runnable(self) -> Prompt | None:
         """The oldest prompt with tokens to plan. If it waits it is admitted; failing that, the oldest that runs."""
-        unplanned = (prompt for prompt in self._running if prompt.num_remaining)
+        unplanned = (prompt for prompt in self._running if prompt.is_plannable)
         running = min(unplanned, key=lambda prompt: prompt.arrival, default=None)
         head = next(iter(self._waiting), None)
         is_head_oldest = head is not None and (running is None or head.arrival < running.arrival)
@@ -218,7 +212,7 @@ class Scheduler:
         step = StepInFlight(self._num_steps)
         segments = []
         for prompt, num_tokens in shares.items():
-            chunk = Chunk(prompt, prompt.num_scheduled, prompt.num_scheduled + num_tokens)
+            chunk = Chunk(prompt, prompt.row, prompt.num_scheduled, prompt.num_scheduled + num_tokens)
             segments.append(_segment(chunk))
             step.chunks.append(chunk)
             prompt.num_scheduled = chunk.end
@@ -227,24 +221,30 @@ class Scheduler:
         self._in_flight.append(step)
         self._outbox.append(StepPlan(step.step_id, segments))
 
-    def _complete_chunk(self, chunk: Chunk) -> None:
+    def _complete_chunk(self, chunk: Chunk, answer: SampledToken | None) -> None:
         prompt = chunk.prompt
-        assert prompt.blocks is not None
         assert prompt.num_computed == chunk.begin
         prompt.num_computed = chunk.end
         prompt.num_plans_in_flight -= 1
-        block_size = self.kv.block_size
+        if answer is not None and answer.error and not prompt.failed:
+            prompt.failed = True
+            self._events.append(PromptFailed(prompt, answer.error))
+        if not prompt.failed:
+            self._commit(chunk)
+            if chunk.is_last and prompt.state is PromptState.RUNNING:
+                if answer is None:
+                    raise InternalError(f"no token was sampled for row {chunk.row}")
+                self._leave_row(prompt)
+                prompt.state = PromptState.COMPUTED
+                self._events.append(FirstTokenSampled(prompt, answer))
+        self._free_if_unused(prompt)
+
+    def _commit(self, chunk: Chunk) -> None:
+        prompt, block_size = chunk.prompt, self.kv.block_size
+        assert prompt.blocks is not None
         self.kv.commit(prompt.blocks, prompt.block_hashes, chunk.end // block_size)
         end_block = prompt.num_blocks if chunk.is_last else chunk.end // block_size
         self._events.append(BlocksReady(prompt, chunk.begin // block_size, end_block))
-
-    def _complete_prompt(self, prompt: Prompt, token: SampledToken) -> None:
-        if prompt.state is PromptState.RELEASED:
-            return
-        self._leave_row(prompt)
-        prompt.state = PromptState.COMPUTED
-        event = SamplingFailed(prompt, token.error) if token.error else FirstTokenSampled(prompt, token)
-        self._events.append(event)
 
     def _leave_queue(self, prompt: Prompt) -> None:
         del self._waiting[prompt]
@@ -276,7 +276,7 @@ def _segment(chunk: Chunk) -> Segment:
     prompt = chunk.prompt
     assert prompt.blocks is not None
     return Segment(
-        row=prompt.row,
+        row=chunk.row,
         token_ids=list(prompt.request.token_ids[chunk.begin : chunk.end]),
         position=chunk.begin,
         new_block_ids=list(prompt.blocks.block_ids) if chunk.begin == prompt.num_cached else [],

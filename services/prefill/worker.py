@@ -43,10 +43,8 @@ COUNTERS = {
     "blocks_reused": "Blocks that decode workers held already.",
     "bytes_shipped": "Bytes sent to decode workers, headers and repetitions included.",
     "chunks_resent": "Chunks that were offered again.",
-    "rank_restarts": "Incarnations of the ranks that were lost.",
+    "ranks_lost": "Incarnations of the ranks that died.",
 }
-
-StartGroup = Callable[["list[StartRank]"], "asyncio.Future[RankGroup]"]
 
 
 @dataclass(slots=True)
@@ -69,7 +67,8 @@ class PrefillWorker:
         self.counters = Counters(COUNTERS)
         self.counters.set_gauges(self._gauges)
         self.draining = False
-        self._on_change = on_change
+        self._tell_change = on_change
+        self._changed = asyncio.Event()
         self._session: Session | None = None
         self._num_starts = 0
         self._tasks: asyncio.TaskGroup | None = None
@@ -84,13 +83,24 @@ class PrefillWorker:
         return self._session
 
     @property
-    def num_jobs(self) -> int:
-        """Requests under way."""
-        return 0 if self._session is None else self._session.engine.num_jobs
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._session is not None and not self.draining
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no request is under way; False if some are when the time is up."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._session is not None and self._session.engine.num_jobs:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def run(self) -> None:
         """Keep ranks running until cancelled. Raises what the first start failed with."""
-        supervisor = RankSupervisor(self._start_group, self._begin_session, self._end_session)
+        supervisor = RankSupervisor(self._start_group, self._begin_session, self._lose_session)
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -132,6 +142,10 @@ class PrefillWorker:
         status.num_slots_quarantined = session.sends.num_slots_quarantined
         status.rank_pids.extend(session.ranks.pids)
         return status
+
+    def _on_change(self) -> None:
+        self._changed.set()
+        self._tell_change()
 
     def _state(self) -> worker_pb2.WorkerState.ValueType:
         if self.draining:
@@ -202,8 +216,11 @@ class PrefillWorker:
         session, self._session = self._session, None
         if session is not None:
             session.engine.fail_all(errors.Unavailable(reason))
-            self.counters.inc("rank_restarts", 0 if self.draining else 1)
         self._on_change()
+
+    def _lose_session(self, reason: str) -> None:
+        self.counters.inc("ranks_lost")
+        self._end_session(reason)
 
 
 async def _run_session(session: Session) -> None:

@@ -66,6 +66,8 @@ class _TextStream:
         if piece is None:
             self._held.append(token_id)
             return ""
+        if not piece and not self._pieces.exists(token_id):
+            return ""  # an id without a token is left out, and so does not even end a run of bytes
         if self._at_start:
             # Decoders strip a leading space, perhaps over several tokens; once there is text, that is done.
             self._held.append(token_id)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import InvalidArgument
 from common.models.config import read_model_config
 from services.router.chat_template import ChatTemplate
 from services.router.tokenizer import Tokenizer
-from services.router.validation import ModelLimits, ValidatedRequest
+from services.router.validation import ModelLimits, ValidatedRequest, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class ServedModel:
 
     limits: ModelLimits
     tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
+    chat_template: ChatTemplate
 
     def prompt_ids(self, request: ValidatedRequest) -> list[int]:
         """The prompt as token ids. Takes a while for long text. Raises `InvalidArgument`."""
@@ -25,10 +26,11 @@ class ServedModel:
             return list(request.token_ids)
         if request.text is not None:
             return self.tokenizer.encode(request.text)
-        assert self.chat_template is not None
-        assert request.chat is not None
-        messages = [{"role": role, "content": content} for role, content in request.chat]
-        text = self.chat_template.render(messages, add_generation_prompt=request.add_generation_prompt)
+        messages = [{"role": role, "content": content} for role, content in request.chat or ()]
+        try:
+            text = self.chat_template.render(messages, add_generation_prompt=request.add_generation_prompt)
+        except InvalidArgument as error:
+            raise within("chat", error) from error
         # The template writes the special tokens itself.
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -37,12 +39,12 @@ def load_served_model(name: str, model_dir: Path) -> ServedModel:
     """Read the configuration, the tokenizer and the chat template. Raises `ModelError`."""
     config = read_model_config(model_dir)
     tokenizer = Tokenizer.from_directory(model_dir)
-    chat_template = ChatTemplate.from_directory(model_dir, tokenizer)
+    chat_template = ChatTemplate.from_directory(model_dir)
     limits = ModelLimits(
         name=name,
         context_length=config.context_length,
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids or tokenizer.eos_token_ids,
-        has_chat_template=chat_template is not None,
+        has_chat_template=bool(chat_template.names),
     )
     return ServedModel(limits, tokenizer, chat_template)

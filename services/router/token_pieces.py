@@ -69,6 +69,9 @@ class TextPieces:
             piece = self._cache[token_id] = None if is_byte else self.within([token_id])
             return piece
 
+    def exists(self, token_id: int) -> bool:
+        return self._backend.id_to_token(token_id) is not None
+
     def within(self, token_ids: Sequence[int]) -> str:
         """The text of these tokens where other text goes before them."""
         text = self._backend.decode([self._anchor, *token_ids], skip_special_tokens=False)

@@ -160,9 +160,10 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Json) -> None:
 def _mark_special(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], config: Json) -> None:
     """Tokens with a special role are special, whether or not tokenizer.json says so."""
     tokens = list(special_tokens.values())
-    more = config.get("additional_special_tokens")
-    if isinstance(more, list):
-        tokens += [content for content in map(_content, more) if content is not None]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(name)
+        listed = more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+        tokens += [content for content in map(_content, listed) if content is not None]
     known = {added.content for added in backend.get_added_tokens_decoder().values() if added.special}
     for token in tokens:
         if token not in known and backend.token_to_id(token) is not None:

@@ -116,6 +116,11 @@ def resolve_sampling(
     )
 
 
+def within(parent: str, error: InvalidArgument) -> InvalidArgument:
+    """The same error for a field that is part of another."""
+    return InvalidArgument(f"{parent}.{error.field}", _Shown(error.value), error.limit)
+
+
 def _check_sampling(given: sampling_pb2.SamplingParams, limits: ModelLimits, seed: int, longest_output: int) -> None:
     sampling = params.SamplingParams(
         max_tokens=given.max_tokens if given.HasField("max_tokens") else max(1, longest_output),
@@ -136,7 +141,7 @@ def _check_sampling(given: sampling_pb2.SamplingParams, limits: ModelLimits, see
     try:
         params.validate(sampling, limits.vocab_size, max(1, longest_output))
     except InvalidArgument as error:
-        raise InvalidArgument(f"sampling.{error.field}", _Shown(error.value), error.limit) from error
+        raise within("sampling", error) from error
 
 
 def _check_prompt(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> None:

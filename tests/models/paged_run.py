@@ -18,17 +18,17 @@ BLOCK_SIZE = 16
 CPU = torch.device("cpu")
 
 
-def load_decoder(path: Path, group: TensorParallelGroup | None = None) -> Decoder:
-    """The checkpoint in float32 on the CPU."""
+def load_decoder(path: Path, group: TensorParallelGroup | None = None, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The checkpoint on the CPU."""
     config = read_model_config(path)
-    return Decoder.load(path, config, torch.float32, CPU, group or TensorParallelGroup.single())
+    return Decoder.load(path, config, dtype, CPU, group or TensorParallelGroup.single())
 
 
 def new_storage(decoder: Decoder, num_blocks: int) -> KVStorage:
     """Storage filled with noise, as blocks are after use by others."""
     config = decoder.config
     storage = KVStorage(
-        config.num_layers, num_blocks, len(decoder.shard.kv_heads), BLOCK_SIZE, config.head_dim, torch.float32, CPU
+        config.num_layers, num_blocks, len(decoder.shard.kv_heads), BLOCK_SIZE, config.head_dim, decoder.dtype, CPU
     )
     storage.kv.normal_(generator=torch.Generator().manual_seed(7))
     return storage

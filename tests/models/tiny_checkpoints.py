@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, one per family, written by transformers itself, with a tokenizer; for tests of any package."""
+"""Tiny random checkpoints, one per family, written by transformers itself, with a tokenizer; for all tests."""
 
 from __future__ import annotations
 

@@ -40,9 +40,7 @@ def test_defaults_hold_where_nothing_is_given() -> None:
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "sample.toml"
     file.write_text('queue_limit = 1\ntimeout_s = 2.0\nlisten = "file"\npeers = ["a", "b"]\n')
-    config = load(
-        "--config", str(file), "--listen", "flag", BATON_SAMPLE_QUEUE_LIMIT="3", BATON_SAMPLE_LISTEN="e"
-    )
+    config = load("--config", str(file), "--listen", "flag", BATON_SAMPLE_QUEUE_LIMIT="3", BATON_SAMPLE_LISTEN="e")
     assert (config.queue_limit, config.timeout_s, config.listen) == (3, 2.0, "flag")
     assert config.peers == ("a", "b")
 

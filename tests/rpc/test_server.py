@@ -116,9 +116,7 @@ async def test_resource_exhausted_carries_a_retry_hint() -> None:
     assert restored.retry_after_s == 2.5
 
 
-@pytest.mark.parametrize(
-    "error", [Unavailable("draining"), DigestMismatch("layer 3"), FailedPrecondition("fp")]
-)
+@pytest.mark.parametrize("error", [Unavailable("draining"), DigestMismatch("layer 3"), FailedPrecondition("fp")])
 async def test_an_error_is_restored_in_its_class(error: BatonError) -> None:
     _, restored = await open_error(error)
     assert type(restored) is type(error)

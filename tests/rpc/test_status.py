@@ -13,11 +13,7 @@ ALL_CLASSES = [c for c in vars(errors).values() if isinstance(c, type) and issub
 
 
 def make_error(error_class: type[BatonError]) -> BatonError:
-    return (
-        InvalidArgument("n", 99, "1 to 16")
-        if error_class is InvalidArgument
-        else error_class("what happened")
-    )
+    return InvalidArgument("n", 99, "1 to 16") if error_class is InvalidArgument else error_class("what happened")
 
 
 def as_rpc_error(error: BatonError) -> grpc.aio.AioRpcError:

@@ -61,6 +61,14 @@ def test_both_forms_agree_on_model_like_weights(top_p: float, top_k: int) -> Non
     assert on_device.tolist() == on_host
 
 
+@pytest.mark.parametrize("vocab_size", [31, 64, 1000, 4097])
+@pytest.mark.parametrize("top_k", [1, 7, 30])
+def test_top_k_finds_the_kth_largest_of_any_vocabulary(vocab_size: int, top_k: int) -> None:
+    for seed in range(5):
+        row = np.random.default_rng(seed).random(vocab_size, dtype=np.float32).round(3)
+        assert row_cutoff(row, top_k, 1.0, 0.0) == np.sort(row)[-top_k]
+
+
 def test_only_the_named_rows_change() -> None:
     weights = torch.tensor([[1.0, 0.5, 0.1], [1.0, 0.5, 0.1], [1.0, 0.5, 0.1]])
     keep_likeliest(weights, [0, 2], [1, 2], [1.0, 1.0], [0.0, 0.0])
@@ -68,6 +76,8 @@ def test_only_the_named_rows_change() -> None:
 
 
 def test_row_of_nan_leaves_its_neighbour_alone() -> None:
-    weights = torch.tensor([[float("nan")] * 3, [1.0, 0.5, 0.1]])
-    keep_likeliest(weights, [0, 1], [2, 2], [0.9, 1.0], [0.0, 0.0])
-    assert weights[1].tolist() == [1.0, 0.5, 0.0]
+    for top_k, top_p in ((0, 0.9), (2, 0.9), (2, 1.0)):
+        weights = torch.linspace(1.0, 0.0, 100).repeat(2, 1)
+        weights[0, 50] = float("nan")
+        keep_likeliest(weights, [0, 1], [top_k, 2], [top_p, 1.0], [0.0, 0.0])
+        assert weights[1].nonzero().view(-1).tolist() == [0, 1]

@@ -12,11 +12,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 import torch
+from ucxx._lib.arr import Array
+from ucxx._lib.libucxx import UCXEndpoint
 
 from common.errors import InvalidArgument, PeerLost, TransferTimeout, Unavailable
 from common.transport.base import CancelOutcome, Connection
+from common.transport.hello import HELLO_BYTES
 from common.transport.ucx import UcxEndpoint, parse_ucx_url
-from common.transport.ucx_worker import Progress
+from common.transport.ucx_worker import LoopWorker, Progress
 from tests.transport.traffic import MIB, canary, pattern, until, until_arriving, untouched
 
 BIG_BYTES = 256 * MIB
@@ -129,17 +132,30 @@ async def test_a_server_that_never_answers_times_out(endpoint: UcxEndpoint) -> N
     silent.close()
 
 
-async def test_a_stranger_that_speaks_no_ucx_is_shut_out(endpoint: UcxEndpoint) -> None:
+async def test_a_stranger_that_speaks_no_ucx_disturbs_nobody(endpoint: UcxEndpoint) -> None:
     port = parse_ucx_url(endpoint.address)[1]
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET / HTTP/1.1\r\n\r\n" * 64)
-    await asyncio.wait_for(reader.read(), 10.0)
+    sender = UcxEndpoint("ucx://127.0.0.1:0", "sender")
+    here, there = await join(sender, endpoint)
+    receive = there.post_receive(1, canary(10))
+    await asyncio.gather(here.send(1, pattern(10, 0)), receive.wait())
+    assert endpoint.stats().connections == 1
     writer.close()
     await writer.wait_closed()
-    sender = UcxEndpoint("ucx://127.0.0.1:0", "sender")
-    await join(sender, endpoint)
-    assert endpoint.stats().connections == 1
     await sender.close()
+
+
+async def test_a_peer_that_says_no_hello_is_shut_out(endpoint: UcxEndpoint) -> None:
+    worker = LoopWorker(Progress.EVENT, lambda _: None)
+    stranger = UCXEndpoint.create(worker.ucx, "127.0.0.1", parse_ucx_url(endpoint.address)[1], True)
+    frame = bytearray(b"x" * HELLO_BYTES)
+    memory = Array(frame)
+    worker.track(stranger.stream_send(memory), (memory, frame), lambda _: None)
+    await until(lambda: not stranger.alive)
+    assert endpoint.stats().connections == 0
+    stranger.close_blocking()
+    worker.close()
 
 
 async def test_a_taken_port_is_unavailable(endpoint: UcxEndpoint) -> None:

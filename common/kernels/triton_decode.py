@@ -1,0 +1,342 @@
+"""Triton decode attention over KV blocks: one query per sequence, the KV of the batch cut into equal shares.
+
+The keys of all (sequence, KV head) rows form one line of tiles; each program takes the same length of that line, whatever
+the lengths of the sequences, so the grid is static and lengths and block tables are read on the device: a launch can be
+captured into a CUDA graph. A row that several programs share is merged by the last of them to finish, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E: Final = 1.4426950408889634
+_MIN_DOT_ROWS: Final = 16
+_MERGED_AT_ONCE: Final = 8  # partial results loaded in one go
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTuning:
+    """Choices that change speed alone."""
+
+    tile: int  # keys
+    programs_per_multiprocessor: int
+    num_warps: int
+    num_stages: int
+    min_tiles: int  # per program, while there are fewer tiles than programs could take
+    use_tma: bool  # bulk tensor copies; needs tile == block size
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """The sequences of a decode step. Tensors may be overwritten between replays of a captured graph.
+
+    `tile_ends` and `store_slots` follow from the others: `refresh` computes them on the device, once per step.
+    """
+
+    query_rows: torch.Tensor  # [n] int32 into the batch's tokens
+    block_tables: torch.Tensor  # [n, max blocks] int32; entries past the context must name some block
+    context_lengths: torch.Tensor  # [n] int32; 0: a padding row, whose output is 0
+    tile_ends: dict[int | None, torch.Tensor]  # by window: [n] int32, running count of tiles per KV head
+    store_slots: torch.Tensor  # [n] int64: where the last token's K and V go; -1 for padding rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Workspace:
+    """What programs leave for each other; one per device and stream, as launches on a stream follow each other."""
+
+    acc: torch.Tensor  # float32
+    max_sum: torch.Tensor  # float32
+    arrivals: torch.Tensor  # int32, zero between launches
+
+
+def default_tuning(block_size: int, head_dim: int, dtype: torch.dtype) -> DecodeTuning:
+    """What measured best on H200."""
+    use_tma = block_size == 64 and dtype != torch.float32 and head_dim >= 64
+    return DecodeTuning(
+        tile=max(block_size, 64 if head_dim <= 128 else 32),
+        programs_per_multiprocessor=2,
+        num_warps=4,
+        num_stages=3,
+        min_tiles=2,
+        use_tma=use_tma,
+    )
+
+
+def refresh(batch: DecodeBatch, block_size: int, tile: int) -> None:
+    """Recompute what follows from lengths and tables: one small kernel per window."""
+    num_sequences, max_blocks = batch.block_tables.shape
+    for window, tile_ends in batch.tile_ends.items():
+        _refresh_kernel[(1,)](
+            batch.context_lengths, batch.block_tables, tile_ends, batch.store_slots, num_sequences, max_blocks, window or 0,
+            SEQUENCES=triton.next_power_of_2(num_sequences), TILE=tile, BLOCK_SIZE=block_size,
+            WINDOWED=window is not None, num_warps=4,
+        )  # fmt: skip
+
+
+def decode_attention(
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    batch: DecodeBatch,
+    window: int | None,
+    scale: float,
+    out: torch.Tensor,
+    tuning: DecodeTuning | None = None,
+) -> None:
+    """Write the attention of the batch's rows of q to the same rows of `out`.
+
+    q: [T, num_heads, head_dim], heads contiguous; kv_layer: [num_blocks, 2, num_kv_heads, block_size, head_dim];
+    out: [T, num_heads * head_dim]. Tokens outside a context are masked but read: they must be finite.
+    """
+    _, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, block_size, _ = kv_layer.shape
+    tuning = tuning or default_tuning(block_size, head_dim, kv_layer.dtype)
+    num_sequences = batch.block_tables.shape[0]
+    num_programs = _num_multiprocessors(kv_layer.device) * tuning.programs_per_multiprocessor
+    group = num_heads // num_kv_heads
+    space = _workspace(
+        kv_layer.device, _stream(kv_layer.device), num_programs, group * head_dim, num_sequences * num_kv_heads
+    )
+    keys = kv_layer.view(-1, head_dim)
+    _decode_kernel[(num_programs,)](
+        q,
+        TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [tuning.tile, head_dim]) if tuning.use_tma else keys,
+        batch.block_tables, batch.context_lengths, batch.tile_ends[window], batch.query_rows, out,
+        space.acc, space.max_sum, space.arrivals, q.stride(0), batch.block_tables.stride(0), num_sequences, window or 0,
+        scale * LOG2_E,
+        SEQUENCES=triton.next_power_of_2(num_sequences), NUM_KV_HEADS=num_kv_heads, GROUP=group,
+        ROWS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
+        WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=_MERGED_AT_ONCE,
+        MERGED_ROWS=triton.next_power_of_2(group), num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+    )  # fmt: skip
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: some, so that rows are shared
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+_WORKSPACES: dict[tuple[torch.device, int], _Workspace] = {}
+
+
+def _workspace(
+    device: torch.device, stream: int, num_programs: int, row_elements: int, num_rows: int
+) -> _Workspace:
+    """Grown when needed, kept otherwise: a captured graph keeps using the tensors it was captured with."""
+    space = _WORKSPACES.get((device, stream))
+    num_elements = 2 * num_programs * row_elements
+    if space is None or space.acc.numel() < num_elements or space.arrivals.numel() < num_rows:
+        space = _Workspace(
+            acc=torch.empty(num_elements, dtype=torch.float32, device=device),
+            max_sum=torch.empty(2 * num_elements, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(max(num_rows, 4096), dtype=torch.int32, device=device),
+        )
+        _WORKSPACES[device, stream] = space
+        _KEPT.append(space)
+    return space
+
+
+_KEPT: list[_Workspace] = []  # captured graphs hold addresses, not references
+
+
+@triton.jit
+def _refresh_kernel(
+    lengths_ptr, tables_ptr, tile_ends_ptr, slots_ptr, num_sequences, table_stride, window,
+    SEQUENCES: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Grid: (1,)."""
+    sequence = tl.arange(0, SEQUENCES)
+    mask = sequence < num_sequences
+    length = tl.load(lengths_ptr + sequence, mask, other=0)
+    first_tile = tl.zeros_like(length)
+    if WINDOWED:
+        first_tile = tl.maximum(length - window, 0) // TILE
+    # A padding row has one tile, all masked, so that its output is written.
+    tiles = tl.where(mask, tl.maximum((length + TILE - 1) // TILE - first_tile, 1), 0)
+    tl.store(tile_ends_ptr + sequence, tl.cumsum(tiles, 0), mask)
+    last = length - 1
+    block = tl.load(tables_ptr + sequence * table_stride + last // BLOCK_SIZE, mask & (length > 0), other=0)
+    slot = tl.where(length > 0, block.to(tl.int64) * BLOCK_SIZE + last % BLOCK_SIZE, -1)
+    tl.store(slots_ptr + sequence, slot, mask)
+
+
+@triton.jit
+def _load_tile(
+    kv, tables_ptr, block_row, key, head, WHICH: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """Keys [key, key + TILE) of one head, [TILE, HEAD_DIM]. WHICH: 0 for K, 1 for V."""
+    if USE_TMA:
+        block = tl.load(tables_ptr + block_row + key // BLOCK_SIZE)
+        return kv.load([((block * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE, 0])
+    keys = key + tl.arange(0, TILE)
+    if TILE == BLOCK_SIZE:
+        blocks = tl.load(tables_ptr + block_row + key // BLOCK_SIZE).to(tl.int64) + tl.zeros_like(keys)
+    else:
+        blocks = tl.load(tables_ptr + block_row + keys // BLOCK_SIZE).to(tl.int64)
+    rows = ((blocks * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE
+    return tl.load(kv + rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, kv, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr, arrivals_ptr,
+    q_stride, table_stride, num_sequences, window, qk_scale,
+    SEQUENCES: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, USE_TMA: tl.constexpr, MIN_TILES: tl.constexpr,
+    MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid: any number of programs. Slot 2p holds program p's first row if that goes on elsewhere, 2p + 1 its last."""
+    program = tl.program_id(0)
+    total = tl.load(tile_ends_ptr + num_sequences - 1) * NUM_KV_HEADS
+    num_programs = tl.minimum(tl.num_programs(0), tl.maximum(total // MIN_TILES, 1))
+    # Program p's share starts at tile p * share + min(p, longer): `longer` programs have one tile more.
+    share = total // num_programs
+    longer = total % num_programs
+    tile = program * share + tl.minimum(program, longer)
+    end = tile + share + (program < longer).to(tl.int32)
+    first_of_program = tile
+    if program >= num_programs:
+        end = tile
+    sequences = tl.arange(0, SEQUENCES)
+    ends = tl.load(tile_ends_ptr + sequences, sequences < num_sequences, other=0)
+    sequence = tl.sum(((sequences < num_sequences) & (ends * NUM_KV_HEADS <= tile)).to(tl.int32))
+    row_of_dot = tl.arange(0, ROWS)
+    dim = tl.arange(0, HEAD_DIM)
+    while tile < end:
+        sequence_end = tl.load(tile_ends_ptr + sequence)
+        sequence_first = 0
+        if sequence > 0:
+            sequence_first = tl.load(tile_ends_ptr + sequence - 1)
+        tiles_per_row = sequence_end - sequence_first
+        head = (tile - sequence_first * NUM_KV_HEADS) // tiles_per_row
+        row_first = sequence_first * NUM_KV_HEADS + head * tiles_per_row
+        row_end = row_first + tiles_per_row
+        stop = tl.minimum(end, row_end)
+        length = tl.load(lengths_ptr + sequence)
+        first_key = 0
+        if WINDOWED:
+            first_key = tl.maximum(length - window, 0)
+        base_tile = first_key // TILE - row_first
+        query_row = tl.load(query_rows_ptr + sequence).to(tl.int64)
+        q = tl.load(
+            q_ptr + query_row * q_stride + (head * GROUP + row_of_dot[:, None]) * HEAD_DIM + dim[None, :],
+            row_of_dot[:, None] < GROUP,
+            other=0.0,
+        )
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        # One sum per key column: reduced once at the end, not once per tile.
+        sums = tl.zeros([ROWS, TILE], tl.float32)
+        acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        table_row = sequence * table_stride
+        for number in tl.range(tile, stop):
+            key = (base_tile + number) * TILE
+            k = _load_tile(kv, tables_ptr, table_row, key, head, 0, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
+            v = _load_tile(kv, tables_ptr, table_row, key, head, 1, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+            keys = key + tl.arange(0, TILE)[None, :]
+            visible = keys < length
+            if WINDOWED:
+                visible &= keys >= first_key
+            scores = tl.where(visible, scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, 1))
+            anchor = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - anchor[:, None])
+            kept = tl.exp2(best - anchor)
+            sums = sums * kept[:, None] + weights
+            acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
+            best = higher
+        total_weight = tl.sum(sums, 1)
+        out_at = query_row * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head * (GROUP * HEAD_DIM)
+        if (tile == row_first) & (stop == row_end):
+            safe = tl.where(total_weight == 0.0, 1.0, total_weight)
+            tl.store(
+                out_ptr + out_at + row_of_dot[:, None] * HEAD_DIM + dim[None, :],
+                (acc / safe[:, None]).to(out_ptr.dtype.element_ty),
+                row_of_dot[:, None] < GROUP,
+            )
+        else:
+            slot = program * 2 + (tile > first_of_program).to(tl.int32)
+            tl.store(
+                acc_ptr + (slot * GROUP + row_of_dot[:, None]) * HEAD_DIM + dim[None, :],
+                acc,
+                row_of_dot[:, None] < GROUP,
+            )
+            own = max_sum_ptr + (slot * GROUP + row_of_dot) * 2
+            tl.store(own, best, row_of_dot < GROUP)
+            tl.store(own + 1, total_weight, row_of_dot < GROUP)
+            first_program = _program_of(row_first, share, longer)
+            num_parts = _program_of(row_end - 1, share, longer) - first_program + 1
+            tl.debug_barrier()  # all of the program's stores, before one thread announces them
+            arrivals = arrivals_ptr + sequence * NUM_KV_HEADS + head
+            if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_parts - 1:
+                starts_earlier = (first_program * share + tl.minimum(first_program, longer)) < row_first
+                _merge(
+                    acc_ptr, max_sum_ptr, out_ptr + out_at, first_program, num_parts, starts_earlier.to(tl.int32),
+                    GROUP, HEAD_DIM, MERGED, MERGED_ROWS,
+                )  # fmt: skip
+                tl.store(arrivals, 0)
+        tile = stop
+        if stop == sequence_end * NUM_KV_HEADS:
+            sequence += 1
+
+
+@triton.jit
+def _program_of(tile, share, longer):
+    """Which program's share holds the tile: the first `longer` shares have one tile more."""
+    long_end = longer * (share + 1)
+    in_long = tile // (share + 1)
+    in_short = longer + (tile - long_end) // tl.maximum(share, 1)
+    return tl.where(tile < long_end, in_long, in_short)
+
+
+@triton.jit
+def _merge(
+    acc_ptr, max_sum_ptr, out_ptr, first_program, num_parts, starts_earlier,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of one row. All but the first part are their program's first; the first may be its program's last."""
+    row = tl.arange(0, MERGED_ROWS)
+    dim = tl.arange(0, HEAD_DIM)
+    best = tl.full([MERGED_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([MERGED_ROWS], tl.float32)
+    acc = tl.zeros([MERGED_ROWS, HEAD_DIM], tl.float32)
+    for start in range(0, num_parts, MERGED):
+        part = start + tl.arange(0, MERGED)
+        slot = (first_program + part) * 2 + tl.where(part == 0, starts_earlier, 0)
+        mask = (part < num_parts)[:, None] & (row < GROUP)[None, :]
+        at = slot[:, None] * GROUP + row[None, :]
+        # Written by other programs: read past the first-level cache.
+        maxima = tl.load(max_sum_ptr + at * 2, mask, other=float("-inf"), cache_modifier=".cg")
+        weights = tl.load(max_sum_ptr + at * 2 + 1, mask, other=0.0, cache_modifier=".cg")
+        parts = tl.load(
+            acc_ptr + at[:, :, None] * HEAD_DIM + dim[None, None, :],
+            mask[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher = tl.maximum(best, tl.max(maxima, 0))
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        factors = tl.exp2(maxima - anchor[None, :])
+        kept = tl.exp2(best - anchor)
+        total = total * kept + tl.sum(weights * factors, 0)
+        acc = acc * kept[:, None] + tl.sum(parts * factors[:, :, None], 0)
+        best = higher
+    safe = tl.where(total == 0.0, 1.0, total)
+    tl.store(
+        out_ptr + row[:, None] * HEAD_DIM + dim[None, :],
+        (acc / safe[:, None]).to(out_ptr.dtype.element_ty),
+        (row < GROUP)[:, None],
+    )

@@ -1,0 +1,205 @@
+"""Triton kernels over the rows of activations: RMSNorm with and without residual add, SiLU·mul, QK-norm + rotary + KV store,
+and, for comparison with the libraries' own, LayerNorm and softmax. One pass over device memory each; sums in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_ROPE_HEADS = 16  # heads of one token per program
+_SILU_COLUMNS = 2048
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x: [..., n], rows contiguous; weight: [n]. Normalised over the last dimension."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    num_columns = rows.shape[1]
+    _rms_norm_kernel[(rows.shape[0],)](
+        rows, rows, weight, out, rows.stride(0), 0, num_columns, eps,
+        WITH_RESIDUAL=False, COLUMNS=triton.next_power_of_2(num_columns), num_warps=_row_warps(num_columns),
+    )  # fmt: skip
+    return out.view(x.shape)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Add x to `residual` in place and return the norm of the sum. x, residual: [T, n]; weight: [n]."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    num_columns = x.shape[1]
+    _rms_norm_kernel[(x.shape[0],)](
+        x, residual, weight, out, x.stride(0), residual.stride(0), num_columns, eps,
+        WITH_RESIDUAL=True, COLUMNS=triton.next_power_of_2(num_columns), num_warps=_row_warps(num_columns),
+    )  # fmt: skip
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up: [T, 2n], gate first. Returns silu(gate) * up, [T, n]."""
+    num_rows, num_columns = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty((num_rows, num_columns))
+    columns = min(_SILU_COLUMNS, triton.next_power_of_2(num_columns))
+    grid = (num_rows, triton.cdiv(num_columns, columns))
+    _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), num_columns, COLUMNS=columns, num_warps=4)
+    return out
+
+
+def qk_norm_rope_store(
+    qkv: torch.Tensor,
+    num_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    kv_layer: torch.Tensor,
+    store_slots: torch.Tensor,
+) -> torch.Tensor:
+    """Normalise (if the model does) and rotate Q and K, store K and V in their blocks, return Q.
+
+    qkv: [T, num_heads + 2 * num_kv_heads, head_dim] contiguous, its Q overwritten; cos, sin: [T, 1, head_dim];
+    q_norm, k_norm: [head_dim]; kv_layer: [num_blocks, 2, num_kv_heads, block_size, head_dim];
+    store_slots: [T] int64, block * block_size + offset, negative: not stored.
+    Returns [T, num_heads, head_dim], a view of qkv.
+    """
+    num_tokens, num_all_heads, head_dim = qkv.shape
+    _, _, num_kv_heads, block_size, _ = kv_layer.shape
+    grid = (num_tokens, triton.cdiv(num_all_heads, _ROPE_HEADS))
+    _qk_norm_rope_store_kernel[grid](
+        qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, kv_layer, store_slots, eps,
+        cos.stride(0),
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, HEADS=_ROPE_HEADS,
+        WITH_NORM=q_norm is not None and k_norm is not None, num_warps=4,
+    )  # fmt: skip
+    return qkv[:, :num_heads]
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """x: [T, n], rows contiguous; weight, bias: [n]."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    columns = triton.next_power_of_2(x.shape[1])
+    _layer_norm_kernel[(x.shape[0],)](
+        x, weight, bias, out, x.stride(0), x.shape[1], eps, COLUMNS=columns, num_warps=_row_warps(columns)
+    )
+    return out
+
+
+def softmax(x: torch.Tensor) -> torch.Tensor:
+    """x: [T, n], rows contiguous. Softmax over the last dimension."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    columns = triton.next_power_of_2(x.shape[1])
+    _softmax_kernel[(x.shape[0],)](
+        x, out, x.stride(0), x.shape[1], COLUMNS=columns, num_warps=_row_warps(columns)
+    )
+    return out
+
+
+def _row_warps(num_columns: int) -> int:
+    """Warps for a row: sixteen elements a thread, within a thread block's limits."""
+    return min(16, max(4, triton.next_power_of_2(num_columns) // 512))
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, residual_stride, num_columns, eps,
+    WITH_RESIDUAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    mask = columns < num_columns
+    x = tl.load(x_ptr + row * x_stride + columns, mask, other=0.0)
+    if WITH_RESIDUAL:
+        own = residual_ptr + row * residual_stride + columns
+        # The sum is rounded to the residual's type first: the norm must be that of what the next layer reads.
+        x = (x.to(tl.float32) + tl.load(own, mask, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
+        tl.store(own, x, mask)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / num_columns + eps)
+    weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * num_columns + columns, (x * scale * weight).to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, out_ptr, stride, num_columns, COLUMNS: tl.constexpr):
+    """Grid: (rows, pieces of COLUMNS)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = columns < num_columns
+    gate = tl.load(gate_up_ptr + row * stride + columns, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * stride + num_columns + columns, mask, other=0.0).to(tl.float32)
+    product = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * num_columns + columns, product.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _qk_norm_rope_store_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kv_ptr, slots_ptr, eps, angle_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr, WITH_NORM: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tokens, groups of HEADS). A thread owns both halves of what it rotates, so working in place is safe."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    dim = tl.arange(0, HALF)[None, :]
+    is_query = head < NUM_HEADS
+    is_value = head >= NUM_HEADS + NUM_KV_HEADS
+    own = qkv_ptr + (token * ALL_HEADS + head) * HEAD_DIM + dim
+    low = tl.load(own, head < ALL_HEADS, other=0.0).to(tl.float32)
+    high = tl.load(own + HALF, head < ALL_HEADS, other=0.0).to(tl.float32)
+    v_low, v_high = low, high
+    if WITH_NORM:
+        scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1, keep_dims=True) / HEAD_DIM + eps)
+        q_low, q_high = tl.load(q_norm_ptr + dim), tl.load(q_norm_ptr + HALF + dim)
+        k_low, k_high = tl.load(k_norm_ptr + dim), tl.load(k_norm_ptr + HALF + dim)
+        low = low * scale * tl.where(is_query, q_low, k_low).to(tl.float32)
+        high = high * scale * tl.where(is_query, q_high, k_high).to(tl.float32)
+    angle = token * angle_stride + dim
+    rotated_low = low * tl.load(cos_ptr + angle).to(tl.float32) + high * tl.load(sin_ptr + angle).to(tl.float32)
+    rotated_high = high * tl.load(cos_ptr + angle + HALF).to(tl.float32)
+    rotated_high += low * tl.load(sin_ptr + angle + HALF).to(tl.float32)
+    low = tl.where(is_value, v_low, rotated_low).to(qkv_ptr.dtype.element_ty)
+    high = tl.where(is_value, v_high, rotated_high).to(qkv_ptr.dtype.element_ty)
+    tl.store(own, low, is_query)
+    tl.store(own + HALF, high, is_query)
+    slot = tl.load(slots_ptr + token)
+    # K heads, then V heads: in a block that is the order of its 2 * NUM_KV_HEADS tiles.
+    tile = (slot // BLOCK_SIZE) * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)
+    stored = kv_ptr + (tile * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dim
+    keep = (head >= NUM_HEADS) & (head < ALL_HEADS) & (slot >= 0)
+    tl.store(stored, low.to(kv_ptr.dtype.element_ty), keep)
+    tl.store(stored + HALF, high.to(kv_ptr.dtype.element_ty), keep)
+
+
+@triton.jit
+def _layer_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, stride, num_columns, eps, COLUMNS: tl.constexpr
+):
+    """Grid: (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    mask = columns < num_columns
+    x = tl.load(x_ptr + row * stride + columns, mask, other=0.0).to(tl.float32)
+    centred = tl.where(mask, x - tl.sum(x) / num_columns, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred) / num_columns + eps)
+    weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask, other=0.0).to(tl.float32)
+    out = centred * scale * weight + bias
+    tl.store(out_ptr + row * num_columns + columns, out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _softmax_kernel(x_ptr, out_ptr, stride, num_columns, COLUMNS: tl.constexpr):
+    """Grid: (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    mask = columns < num_columns
+    x = tl.load(x_ptr + row * stride + columns, mask, other=float("-inf")).to(tl.float32)
+    weights = tl.exp(x - tl.max(x))
+    out = weights / tl.sum(weights)
+    tl.store(out_ptr + row * num_columns + columns, out.to(out_ptr.dtype.element_ty), mask)

@@ -1,0 +1,288 @@
+"""The decode worker as a whole: its ranks, scheduler, engine, hand-offs and sessions, and its status. Knows no RPC."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable
+
+from baton.v1 import decode_pb2, kv_pb2, worker_pb2
+
+from common.errors import InvalidArgument, Unavailable
+from common.kvcache.kv_cache_manager import KVCacheManager
+from common.kvcache.layout import heads_of_rank
+from common.telemetry.counters import Counters
+from common.worker.rank_group import RankGroup
+from common.worker.rank_messages import GetTransportStats, StartRank, TransportStatsReply
+from common.worker.sequence import SequenceLimits, SequenceRequest
+from common.worker.supervisor import RankSupervisor
+from common.worker.worker_model import WorkerModel
+from services.decode.config import DecodeConfig
+from services.decode.engine import DecodeEngine
+from services.decode.handoff import Handoffs, HandoffSetup
+from services.decode.request import End
+from services.decode.scheduler import DecodeScheduler
+from services.decode.sessions import Sessions
+
+_log = logging.getLogger(__name__)
+RANK_MODULE = "services.decode.rank"
+
+COUNTERS = {
+    "steps": "Steps planned.",
+    "step_rows": "Rows of all planned steps.",
+    "step_compute_ns": "Time of rank 0 in steps, nanoseconds.",
+    "tokens": "Tokens that sequences took.",
+    "tokens_discarded": "Tokens of sequences that had ended when the step was done.",
+    "sequences_opened": "Sequences that were registered.",
+    "sequences_finished": "Sequences whose output is complete.",
+    "sequences_lost": "Sequences that ended because a rank died.",
+    "sequences_expired": "Sequences whose deadline passed.",
+    "sequences_failed": "Sequences that failed alone.",
+    "sequences_closed": "Sequences that a router or a broken stream let go.",
+    "preemptions": "Sequences that gave way to others for want of blocks.",
+    "blocks_reused": "Blocks of opened sequences that were in the prefix cache.",
+    "chunks_verified": "Chunks that are in KV blocks.",
+    "chunks_aborted": "Grants that the sender gave back.",
+    "chunks_rejected_digest_mismatch": "Chunks whose digest was wrong.",
+    "chunks_rejected_truncated": "Chunks of the wrong size.",
+    "chunks_rejected_timeout": "Chunks that did not arrive in time, or were given back.",
+    "chunks_rejected_peer_lost": "Chunks whose connection was lost.",
+    "cancelled_legs_not_advertised": "Receives taken back before anybody was told of them.",
+    "cancelled_legs_drained": "Receives taken back, with no byte under way.",
+    "cancelled_legs_peer_lost": "Receives that ended with their connection.",
+    "cancelled_legs_in_doubt": "Receives that could not be taken back in time.",
+    "slots_quarantined": "Staging slots that were in doubt.",
+    "stale_messages": "Messages that matched no posted receive.",
+    "bytes_received": "Bytes that arrived on the transport.",
+    "ranks_lost": "Incarnations of the ranks that died.",
+}
+
+
+class DecodeWorker:
+    """Use `run` for its life. `on_change` is told whenever the status may have changed."""
+
+    def __init__(self, config: DecodeConfig, model: WorkerModel, on_change: Callable[[], None]) -> None:
+        self.config = config
+        self.model = model
+        self.incarnation = secrets.token_hex(8)
+        self.advertise = config.advertise or config.listen
+        self.counters = Counters(COUNTERS)
+        self.counters.set_gauges(self._gauges)
+        self.draining = False
+        self.num_blocks = _num_blocks(config, model)
+        self.scheduler = DecodeScheduler(
+            lambda: KVCacheManager(self.num_blocks, config.block_size, config.prefix_cache),
+            config.max_rows,
+            config.max_open,
+            model.digest,
+        )
+        self.sessions = Sessions(max_pending=4 * config.max_open)
+        self.engine = DecodeEngine(self.scheduler, self.sessions, self.counters)
+        self.engine.on_change = on_change
+        self.handoffs = Handoffs(self.engine, _handoff_setup(config, model), self.counters)
+        self._on_change = on_change
+        self._limits = SequenceLimits(model.config.vocab_size, model.config.context_length)
+        self._group: RankGroup | None = None
+        self._num_starts = 0
+        self._transport_totals: dict[int, TransportStatsReply] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether sequences are taken."""
+        return self._group is not None and not self.draining
+
+    async def run(self) -> None:
+        """Keep ranks running until cancelled. Raises what the first start failed with."""
+        supervisor = RankSupervisor(self._start_group, self.on_ready, self.on_lost)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.handoffs.run())
+                tasks.create_task(self.engine.run())
+                tasks.create_task(supervisor.run())
+        finally:
+            self._group = None
+
+    def drain(self) -> None:
+        """Take nothing new; what is under way goes on."""
+        self.draining = True
+        self._on_change()
+
+    async def subscribe(self, session_id: str) -> AsyncIterator[decode_pb2.TokenBatch]:
+        """A router's tokens. Whichever way this ends, the sequences that were opened under it are closed."""
+        if not session_id:
+            raise InvalidArgument("session_id", session_id, "must not be empty")
+        session = self.sessions.begin(session_id)
+        # Of a stream that this one replaces: nobody knows which of their tokens were read.
+        self.scheduler.close_session(session_id, End.LOST)
+        self.engine.settle()
+        try:
+            async for batch in session.batches():
+                yield batch
+        finally:
+            if self.sessions.finish(session):
+                self.scheduler.close_session(session_id)
+                self.engine.settle()
+
+    def open(self, session_id: str, sequence: kv_pb2.Sequence) -> kv_pb2.Ticket:
+        """Register a sequence. Raises `InvalidArgument`, `ResourceExhausted`, `Unavailable`, `DeadlineExceeded`, or
+        `FailedPrecondition` without a session."""
+        group = self._group
+        if self.draining:
+            raise Unavailable(f"{self.config.worker_id} is draining")
+        if group is None:
+            raise Unavailable(f"{self.config.worker_id} is starting its ranks")
+        self.sessions.require(session_id)
+        request = SequenceRequest.from_proto(sequence, self.engine.clock(), self._limits)
+        seq = self.scheduler.open(session_id, request, ticket_id=secrets.randbits(64))
+        self.counters.inc("sequences_opened")
+        self.counters.inc("blocks_reused", seq.blocks.num_cached_blocks)
+        self.engine.settle()
+        return kv_pb2.Ticket(
+            ticket_id=seq.ticket_id,
+            decode_worker_id=self.config.worker_id,
+            decode_incarnation=self.incarnation,
+            handoff_address=self.advertise,
+            rank_addresses=[info.transport_address for info in group.infos],
+            layout_fingerprint=self.model.fingerprint,
+            num_blocks_reused=seq.blocks.num_cached_blocks,
+        )
+
+    def close(self, session_id: str, sequence_id: int) -> bool:
+        """Release a sequence; whether it was open."""
+        was_open = self.scheduler.close((session_id, sequence_id))
+        self.engine.settle()
+        return was_open
+
+    def status(self) -> worker_pb2.WorkerStatus:
+        """See the proto."""
+        scheduler, blocks, slots = self.scheduler, self.scheduler.kv_stats(), self.handoffs.slots
+        return worker_pb2.WorkerStatus(
+            worker_id=self.config.worker_id,
+            incarnation=self.incarnation,
+            role=worker_pb2.WORKER_ROLE_DECODE,
+            state=self._state(),
+            layout_fingerprint=self.model.fingerprint,
+            model=self.model.name,
+            block_size=self.config.block_size,
+            tp_size=self.config.tp_size,
+            num_waiting=scheduler.num_open - scheduler.num_running,
+            num_running=scheduler.num_running,
+            num_blocks_free=blocks.num_free,
+            num_blocks_cached=blocks.num_cached,
+            num_blocks_held=blocks.num_held,
+            num_slots_free=self.config.num_slots if slots is None else slots.num_free,
+            num_slots_in_use=0 if slots is None else slots.num_in_use,
+            num_slots_quarantined=0 if slots is None else slots.num_quarantined,
+            num_grants_waiting=scheduler.num_waiting_for_blocks + (0 if slots is None else slots.num_waiting),
+            counters=self.counters.snapshot(),
+            rank_pids=[] if self._group is None else self._group.pids,
+        )
+
+    async def refresh(self) -> None:
+        """Fetch the ranks' transport counters. Never raises for a rank that is lost."""
+        group = self._group
+        if group is None:
+            return
+        try:
+            for rank in range(len(group.pids)):
+                operation = group.begin(rank, GetTransportStats(group.next_op_id()))
+                try:
+                    reply = await operation.reply()
+                finally:
+                    operation.close()
+                if isinstance(reply, TransportStatsReply) and group is self._group:
+                    self._count_transport(rank, reply)
+        except Unavailable:
+            _log.debug("no transport counters: the ranks are lost")
+
+    def on_ready(self, group: RankGroup) -> None:
+        """Ranks stand: take sequences."""
+        self._group = group
+        self._transport_totals.clear()
+        self.handoffs.on_ready(group)
+        self.engine.on_ready(group)
+        _log.info("%s is ready: %d ranks, layout %s", self.config.worker_id, len(group.pids), self.model.fingerprint)
+
+    def on_lost(self, reason: str) -> None:
+        """Ranks are gone: every sequence is lost, every block and slot free."""
+        self._group = None
+        self.counters.inc("ranks_lost")
+        self.handoffs.on_lost(reason)
+        self.engine.on_lost()
+
+    def _state(self) -> worker_pb2.WorkerState.ValueType:
+        if self.draining:
+            return worker_pb2.WORKER_STATE_DRAINING
+        return worker_pb2.WORKER_STATE_STARTING if self._group is None else worker_pb2.WORKER_STATE_READY
+
+    def _gauges(self) -> dict[str, float]:
+        status = self.status()
+        names = [name for name in worker_pb2.WorkerStatus.DESCRIPTOR.fields_by_name if name.startswith("num_")]
+        return {name: float(getattr(status, name)) for name in names}
+
+    def _count_transport(self, rank: int, reply: TransportStatsReply) -> None:
+        """Add what is new since the last reply: the ranks count from their own start."""
+        last = self._transport_totals.get(rank)
+        self._transport_totals[rank] = reply
+        self.counters.inc("stale_messages", reply.stale_messages - (last.stale_messages if last else 0))
+        self.counters.inc("bytes_received", reply.bytes_received - (last.bytes_received if last else 0))
+
+    async def _start_group(self) -> RankGroup:
+        self._num_starts += 1
+        return await RankGroup.start(RANK_MODULE, self._start_messages(), self.config.start_timeout_s)
+
+    def _start_messages(self) -> list[StartRank]:
+        config = self.config
+        group_address = f"127.0.0.1:{_free_port()}"
+        return [
+            StartRank(
+                rank=rank,
+                tp_size=config.tp_size,
+                group_address=group_address,
+                model_dir=str(config.model),
+                device=config.device,
+                dtype=config.dtype,
+                num_blocks=self.num_blocks,
+                block_size=config.block_size,
+                max_rows=config.max_rows,
+                max_step_tokens=config.max_rows,
+                num_slots=config.num_slots,
+                slot_bytes=config.slot_bytes,
+                transport_url=config.transport_url,
+                transport_progress=config.transport_progress,
+                peer_name=f"{config.worker_id}/{self.incarnation}/{self._num_starts}/{rank}",
+            )
+            for rank in range(config.tp_size)
+        ]
+
+
+def _num_blocks(config: DecodeConfig, model: WorkerModel) -> int:
+    if not config.kv_bytes:
+        return config.num_blocks
+    num_heads = len(heads_of_rank(model.layout.num_kv_heads, config.tp_size, 0))
+    num_blocks = config.kv_bytes // model.layout.block_bytes(num_heads)
+    if num_blocks < 1:
+        raise InvalidArgument("kv_bytes", config.kv_bytes, f"a block has {model.layout.block_bytes(num_heads)} bytes")
+    return num_blocks
+
+
+def _handoff_setup(config: DecodeConfig, model: WorkerModel) -> HandoffSetup:
+    return HandoffSetup(
+        layout=model.layout,
+        layout_fingerprint=model.fingerprint,
+        tp_size=config.tp_size,
+        num_slots=config.num_slots,
+        slot_bytes=config.slot_bytes,
+        vocab_size=model.config.vocab_size,
+        limits=config.handoff_limits,
+    )
+
+
+def _free_port() -> int:
+    """A port where rank 0 can wait for the others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

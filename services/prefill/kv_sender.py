@@ -1,0 +1,205 @@
+"""A prefill rank's side of the hand-off: gathers heads of KV blocks into a send slot and puts the slot on the wire.
+
+    SendLeg ─▶ gathering ─▶ sending ─▶ SendDone(slot_free)
+                               │ time is up, or the peer is lost
+                               └─▶ SendDone(in doubt) ─▶ connection closed and drained ─▶ SlotDrained
+
+Obeys the front: which slot, which blocks and when to try again are not decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from common.errors import BatonError, InternalError, PeerLost, TransferTimeout
+from common.kvcache.layout import HEADER_BYTES
+from common.transport.base import Connection
+from common.worker.rank_messages import (
+    ConnectDone,
+    ConnectPeer,
+    FrontKVMessage,
+    GetTransportStats,
+    SendDone,
+    SendLeg,
+    SlotDrained,
+    TransportStatsReply,
+)
+from common.worker.rank_process import KVContext
+
+_log = logging.getLogger(__name__)
+
+
+class KVSender:
+    """See `common.worker.rank_process.KVService`. Runs on the KV thread's event loop."""
+
+    def __init__(self, context: KVContext) -> None:
+        self._endpoint = context.endpoint
+        self._slots = context.slots  # uint8 [num_slots, slot_bytes]
+        self._storage = context.runtime.storage
+        self._reply = context.reply
+        self._scheme = context.start.transport_url.partition("://")[0]
+        self._corrupt_every = context.start.corrupt_every
+        self._num_legs = 0
+        self._connections: dict[str, Connection] = {}
+        self._attempts: dict[str, asyncio.Task[Connection]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        # One thread: gathers run one after the other, beside the event loop and the compute thread.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gather")
+        device = context.slots.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def handle(self, message: FrontKVMessage) -> None:
+        """Start an operation; its replies follow. Never blocks, never raises."""
+        if isinstance(message, ConnectPeer):
+            self._start(self._connect(message))
+        elif isinstance(message, SendLeg):
+            self._start(self._send(message))
+        elif isinstance(message, GetTransportStats):
+            self._reply_stats(message.op_id)
+        else:
+            _log.error("a prefill rank was sent %s", type(message).__name__)
+
+    async def close(self) -> None:
+        """End every operation; the endpoint's owner closes the connections."""
+        tasks = [*self._tasks, *self._attempts.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a KV operation failed", exc_info=error)
+
+    async def _connect(self, message: ConnectPeer) -> None:
+        try:
+            connection = await self._connection(message.address, message.timeout_s)
+        except (BatonError, OSError) as error:
+            self._reply(ConnectDone(message.op_id, "", *_described(error)))
+            return
+        lane = connection.lane
+        self._reply(ConnectDone(message.op_id, lane if lane == self._scheme else f"{self._scheme}:{lane}"))
+
+    async def _connection(self, address: str, timeout_s: float) -> Connection:
+        """The connection to a decode rank. Whoever asks while it is being made shares the attempt and its outcome."""
+        connection = self._connections.get(address)
+        if connection is not None and connection.alive:
+            return connection
+        attempt = self._attempts.get(address)
+        if attempt is None:
+            attempt = self._attempts[address] = asyncio.create_task(self._open(address, timeout_s))
+            attempt.add_done_callback(lambda _: self._attempts.pop(address, None))
+        return await asyncio.shield(attempt)
+
+    async def _open(self, address: str, timeout_s: float) -> Connection:
+        dead = self._connections.pop(address, None)
+        if dead is not None:
+            self._start(dead.close())
+        connection = await self._endpoint.connect(address, timeout_s)
+        self._connections[address] = connection
+        return connection
+
+    async def _send(self, message: SendLeg) -> None:
+        start_ns = time.monotonic_ns()
+        deadline_s = time.monotonic() + message.timeout_s
+        connection = self._connections.get(message.address)
+        gathered_ns = 0
+        try:
+            if connection is None or not connection.alive:
+                raise PeerLost(f"there is no connection to {message.address}")
+            slot = self._slot(message)
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._gather, message, slot)
+            gathered_ns = time.monotonic_ns() - start_ns
+            if time.monotonic() >= deadline_s:
+                raise TransferTimeout("the time of the grant was over before the leg was gathered")
+        except (BatonError, RuntimeError) as error:
+            self._reply(SendDone(message.op_id, gathered_ns, 0, True, *_described(error)))
+            return
+        failure = await _carry(connection, message.tag, slot, deadline_s - time.monotonic())
+        sent_ns = time.monotonic_ns() - start_ns
+        if failure is None:
+            self._reply(SendDone(message.op_id, gathered_ns, sent_ns, True))
+            return
+        self._reply(SendDone(message.op_id, gathered_ns, sent_ns, False, *_described(failure)))
+        # Bytes that are under way cannot be recalled. Nothing but the end of the connection ends the doubt; its other
+        # sends fail, and are offered again.
+        await connection.close()
+        await connection.drained()
+        self._reply(SlotDrained(message.op_id))
+
+    def _slot(self, message: SendLeg) -> torch.Tensor:
+        """uint8 [message.num_bytes]"""
+        num_slots, slot_bytes = self._slots.shape
+        end = message.offset + message.num_bytes
+        if not 0 <= message.slot < num_slots or not 0 <= message.offset < end <= slot_bytes:
+            raise InternalError(f"bytes [{message.offset}, {end}) of slot {message.slot} do not exist")
+        return self._slots[message.slot, message.offset : end]
+
+    def _gather(self, message: SendLeg, slot: torch.Tensor) -> None:
+        """Fill slot, uint8 [message.num_bytes]. On the executor's thread."""
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            num_bytes = self._storage.gather(
+                message.block_ids, message.first_local_head, message.num_heads, slot, message.tag
+            )
+            if num_bytes != message.num_bytes:
+                raise InternalError(f"a leg of {num_bytes} bytes was granted {message.num_bytes}")
+            self._num_legs += 1
+            if self._corrupt_every and self._num_legs % self._corrupt_every == 0:
+                slot[HEADER_BYTES + (num_bytes - HEADER_BYTES) // 2] ^= 1
+        if self._stream is not None:
+            self._stream.synchronize()  # the transport knows nothing of streams
+
+    def _reply_stats(self, op_id: int) -> None:
+        stats = self._endpoint.stats()
+        self._reply(
+            TransportStatsReply(
+                op_id,
+                stats.bytes_sent,
+                stats.bytes_received,
+                stats.messages_sent,
+                stats.messages_received,
+                stats.stale_messages,
+                stats.connections,
+            )
+        )
+
+
+async def _carry(connection: Connection, tag: int, slot: torch.Tensor, timeout_s: float) -> BatonError | None:
+    """Send slot, uint8 [num_bytes]. With an error, whether bytes of it are still read is unknown."""
+    sending = asyncio.create_task(connection.send(tag, slot))
+    try:
+        done, _ = await asyncio.wait({sending}, timeout=max(0.0, timeout_s))
+    finally:
+        sending.add_done_callback(_forget)
+        if not sending.done():
+            sending.cancel()
+    if not done:
+        return TransferTimeout(f"the leg was not sent within {timeout_s:.3f} s")
+    error = sending.exception()
+    if error is None:
+        return None
+    return error if isinstance(error, BatonError) else InternalError(str(error))
+
+
+def _forget(task: asyncio.Task[None]) -> None:
+    """Whatever the send ended with later is of no interest."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    kind = type(error).__name__ if isinstance(error, BatonError) else "InternalError"
+    return kind, str(error)

@@ -1,0 +1,133 @@
+"""The Prefill service: one call is one sequence, from the queue to the moment when decode has joined it.
+
+    queued ──► computing ──► first token written ──► handed off ──► PrefillCompleted
+       └──────────┴───────────────┴── caller gone, deadline, failure ──► everything released, one typed error
+
+Everything that a call holds is held by `_serve`'s frame: the job (queue entry, row, blocks) and the hand-off stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import grpc
+from baton.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, sampling_pb2
+
+from common import errors
+from common.worker.sequence import SequenceLimits, SequenceRequest
+from common.worker.step_plan import SampledToken
+from services.prefill.decode_peers import DecodePeers
+from services.prefill.engine import PrefillJob
+from services.prefill.handoff import Handoff, HandoffStats, first_error
+from services.prefill.worker import PrefillWorker, Session
+
+_log = logging.getLogger(__name__)
+SERVICE_NAME = "baton.v1.Prefill"
+
+_Context = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse]
+
+
+class PrefillService(prefill_pb2_grpc.PrefillServicer):
+    """See the proto. `peers` are the decode workers that tickets name."""
+
+    def __init__(self, worker: PrefillWorker, peers: DecodePeers) -> None:
+        self._worker = worker
+        self._peers = peers
+        config = worker.model.config
+        self._limits = SequenceLimits(config.vocab_size, config.context_length)
+
+    async def Prefill(self, request: prefill_pb2.PrefillRequest, context: _Context) -> None:  # type: ignore[override] # noqa: N802
+        """Writes a FirstToken, then a PrefillCompleted."""
+        counters = self._worker.counters
+        try:
+            await self._serve(request, context)
+        except errors.BatonError as error:
+            refused = isinstance(error, errors.ResourceExhausted | errors.InvalidArgument | errors.FailedPrecondition)
+            counters.inc("requests_refused" if refused else "requests_failed")
+            _log.info("%s: %s: %s", request.sequence.request_id, type(error).__name__, error)
+            raise
+        except asyncio.CancelledError:
+            counters.inc("requests_cancelled")
+            raise
+        counters.inc("requests_completed")
+
+    async def _serve(self, request: prefill_pb2.PrefillRequest, context: _Context) -> None:
+        session = self._worker.session
+        sequence = SequenceRequest.from_proto(request.sequence, time.monotonic(), self._limits)
+        _check_ticket(request.ticket, session)
+        job = session.engine.submit(sequence)
+        try:
+            async with asyncio.timeout_at(sequence.deadline_s):
+                await self._run(session, job, request.ticket, context)
+        except TimeoutError as error:
+            raise errors.DeadlineExceeded("the deadline passed during prefill") from error
+        finally:
+            session.engine.release(job)
+
+    async def _run(self, session: Session, job: PrefillJob, ticket: kv_pb2.Ticket, context: _Context) -> None:
+        async with self._peers.open(ticket.handoff_address) as stream:
+            handoff = Handoff(session.setup, session.engine, session.sends, job, ticket, stream)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    handing_off = tasks.create_task(handoff.run())
+                    token = await job.first_token()
+                    finish_reason = job.prompt.request.finish_reason(
+                        token.token_id, job.prompt.request.num_output_tokens
+                    )
+                    await context.write(_first_token(token, finish_reason))
+                    if finish_reason:
+                        handing_off.cancel()
+            except* errors.BatonError as group:
+                raise first_error(group) from None
+            finally:
+                self._count(handoff.stats)
+        await context.write(_completed(job, handoff.stats))
+
+    def _count(self, stats: HandoffStats) -> None:
+        counters = self._worker.counters
+        counters.inc("blocks_shipped", stats.num_blocks_shipped)
+        counters.inc("blocks_reused", stats.num_blocks_reused)
+        counters.inc("bytes_shipped", stats.bytes_shipped)
+        counters.inc("chunks_resent", stats.num_chunks_resent)
+
+
+def _check_ticket(ticket: kv_pb2.Ticket, session: Session) -> None:
+    ours = session.setup.layout_fingerprint
+    if ticket.layout_fingerprint != ours:
+        theirs = f"{ticket.decode_worker_id!r} has layout {ticket.layout_fingerprint!r}"
+        raise errors.FailedPrecondition(f"{theirs}, this worker has {ours}")
+    if not ticket.rank_addresses:
+        raise errors.InvalidArgument("ticket.rank_addresses", [], "at least one")
+    if not ticket.handoff_address:
+        raise errors.InvalidArgument("ticket.handoff_address", "", "host:port")
+
+
+def _first_token(
+    token: SampledToken, finish_reason: sampling_pb2.FinishReason.ValueType
+) -> prefill_pb2.PrefillResponse:
+    first = prefill_pb2.FirstToken(token_id=token.token_id, finish_reason=finish_reason)
+    if token.logprob is not None:
+        first.logprobs.chosen.token_id = token.token_id
+        first.logprobs.chosen.logprob = token.logprob
+        for token_id, logprob in token.top_logprobs or ():
+            first.logprobs.top.add(token_id=token_id, logprob=logprob)
+    return prefill_pb2.PrefillResponse(first_token=first)
+
+
+def _completed(job: PrefillJob, stats: HandoffStats) -> prefill_pb2.PrefillResponse:
+    completed = prefill_pb2.PrefillCompleted(
+        queue_ns=job.scheduled_ns - job.received_ns,
+        prefill_ns=job.sampled_ns - job.scheduled_ns,
+        grant_ns=stats.grant_ns,
+        transfer_ns=max(0, stats.transfer_ns),
+        verify_ns=stats.verify_ns,
+        num_blocks_shipped=stats.num_blocks_shipped,
+        bytes_shipped=stats.bytes_shipped,
+        num_blocks_reused=stats.num_blocks_reused,
+        num_cached_tokens=job.num_cached_tokens,
+        num_chunks_resent=stats.num_chunks_resent,
+        transport=stats.transport,
+    )
+    return prefill_pb2.PrefillResponse(completed=completed)

@@ -1,0 +1,140 @@
+"""Blocks through a staging slot and back: nothing is lost, and nothing damaged is let in."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import DigestMismatch, InternalError, Truncated
+from common.kvcache.layout import HEADER_BYTES, KVLayout, plan_legs
+from common.kvcache.storage import KVStorage
+
+LAYERS, BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 12, 16, 8
+TAG = 0xFEDC_BA98_7654_3210
+
+
+def storage(num_kv_heads: int = 4, dtype: torch.dtype = torch.float32, seed: int | None = None) -> KVStorage:
+    """Noise if there is a seed, else zeros."""
+    made = KVStorage(LAYERS, BLOCKS, num_kv_heads, BLOCK_SIZE, HEAD_DIM, dtype, torch.device("cpu"))
+    if seed is not None:
+        made.kv.normal_(generator=torch.Generator().manual_seed(seed))
+    return made
+
+
+def filled_slot(source: KVStorage, block_ids: list[int]) -> torch.Tensor:
+    slot = torch.empty(source.leg_bytes(len(block_ids), 2), dtype=torch.uint8)
+    source.gather(block_ids, 1, 2, slot, TAG)
+    return slot
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_payload_is_the_blocks_in_the_order_asked_for(dtype: torch.dtype) -> None:
+    source = storage(dtype=dtype, seed=1)
+    slot = torch.empty(1 << 20, dtype=torch.uint8)
+    num_bytes = source.gather([7, 2, 9], 1, 2, slot, TAG)
+    payload = slot[HEADER_BYTES:num_bytes].view(dtype).view(LAYERS, 3, 2, 2, BLOCK_SIZE, HEAD_DIM)
+    assert torch.equal(payload, source.kv[:, [7, 2, 9], :, 1:3])
+    layout = KVLayout(LAYERS, 4, HEAD_DIM, BLOCK_SIZE, str(dtype).removeprefix("torch."))
+    assert num_bytes == layout.leg_bytes(3, 2) == source.leg_bytes(3, 2)
+
+
+def test_scatter_writes_only_the_heads_and_blocks_named() -> None:
+    source, target = storage(seed=1), storage(seed=2)
+    before = target.kv.clone()
+    target.scatter([5, 0], 2, 2, filled_slot(source, [7, 2]), TAG)
+    expected = before.clone()
+    expected[:, [5, 0], :, 2:4] = source.kv[:, [7, 2], :, 1:3]
+    assert torch.equal(target.kv, expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    num_kv_heads=st.sampled_from([1, 2, 4, 8]),
+    prefill_tp=st.sampled_from([1, 2, 4]),
+    decode_tp=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 1000),
+)
+def test_legs_between_any_two_groups_bring_every_head_over(
+    num_kv_heads: int, prefill_tp: int, decode_tp: int, seed: int
+) -> None:
+    whole = storage(num_kv_heads, seed=seed).kv
+    rng = random.Random(seed)
+    source_ids, target_ids = rng.sample(range(BLOCKS), 4), rng.sample(range(BLOCKS), 4)
+
+    def first_head(rank: int, size: int) -> int:
+        return rank * num_kv_heads // size
+
+    def rank_storage(size: int) -> KVStorage:
+        return storage(max(1, num_kv_heads // size))
+
+    senders = [rank_storage(prefill_tp) for _ in range(prefill_tp)]
+    for rank, sender in enumerate(senders):
+        first = first_head(rank, prefill_tp)
+        sender.kv.copy_(whole[:, :, :, first : first + sender.shape.num_kv_heads])
+    receivers = [rank_storage(decode_tp) for _ in range(decode_tp)]
+    for leg in plan_legs(num_kv_heads, prefill_tp, decode_tp):
+        sender, receiver = senders[leg.prefill_rank], receivers[leg.decode_rank]
+        slot = torch.empty(sender.leg_bytes(4, leg.num_heads), dtype=torch.uint8)
+        local = leg.first_head - first_head(leg.prefill_rank, prefill_tp)
+        sender.gather(source_ids, local, leg.num_heads, slot, TAG)
+        local = leg.first_head - first_head(leg.decode_rank, decode_tp)
+        receiver.scatter(target_ids, local, leg.num_heads, slot, TAG)
+    for rank, receiver in enumerate(receivers):
+        first = first_head(rank, decode_tp)
+        expected = whole[:, source_ids, :, first : first + receiver.shape.num_kv_heads]
+        assert torch.equal(receiver.kv[:, target_ids], expected)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_flipped_bit_anywhere_reaches_no_block(data: st.DataObject) -> None:
+    target = storage()
+    slot = filled_slot(storage(seed=1), [7, 2])
+    meaningful = [*range(12), *range(16, 40), *range(HEADER_BYTES, slot.numel())]
+    byte, bit = data.draw(st.sampled_from(meaningful)), data.draw(st.integers(0, 7))
+    slot[byte] ^= 1 << bit
+    with pytest.raises((DigestMismatch, Truncated)):
+        target.scatter([0, 1], 0, 2, slot, TAG)
+    assert not target.kv.any()
+
+
+def test_the_tag_of_another_grant_is_refused() -> None:
+    target = storage()
+    with pytest.raises(DigestMismatch, match="carries tag fedcba9876543210"):
+        target.scatter([0, 1], 0, 2, filled_slot(storage(seed=1), [7, 2]), TAG + 1)
+    assert not target.kv.any()
+
+
+def test_another_number_of_bytes_than_expected_is_refused() -> None:
+    target = storage()
+    slot = filled_slot(storage(seed=1), [7, 2])
+    with pytest.raises(Truncated, match="arrived"):
+        target.scatter([0, 1], 0, 2, slot[:-1], TAG)
+    with pytest.raises(Truncated, match="announces"):
+        target.scatter([0], 0, 2, slot, TAG)
+    assert not target.kv.any()
+
+
+def test_bytes_that_were_never_gathered_are_refused() -> None:
+    with pytest.raises(DigestMismatch, match="no KV payload"):
+        storage().scatter([0], 0, 2, torch.zeros(1 << 20, dtype=torch.uint8), TAG)
+
+
+@pytest.mark.parametrize(
+    ("block_ids", "first_head", "num_heads"),
+    [([BLOCKS], 0, 1), ([-1], 0, 1), ([], 0, 1), ([0], 3, 2), ([0], -1, 2), ([0], 0, 0)],
+)
+def test_blocks_and_heads_outside_the_storage_are_refused(
+    block_ids: list[int], first_head: int, num_heads: int
+) -> None:
+    with pytest.raises(InternalError, match="not within"):
+        storage().gather(block_ids, first_head, num_heads, torch.empty(1 << 20, dtype=torch.uint8), TAG)
+
+
+def test_a_slot_that_is_too_small_is_refused() -> None:
+    with pytest.raises(InternalError, match="do not fit"):
+        storage().gather([0], 0, 1, torch.empty(HEADER_BYTES, dtype=torch.uint8), TAG)

@@ -1,0 +1,54 @@
+"""Finding tensors in safetensors files, and the digest that tells checkpoints apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.errors import ModelError
+from common.models.checkpoint import MODEL_DIGEST_BYTES, checkpoint_files, model_digest, tensor_entries
+
+
+def write(path: Path, shape: tuple[int, ...] = (2, 3)) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    save_file({"weight": torch.zeros(shape)}, path / "model.safetensors")
+    return path
+
+
+def test_entries_tell_shape_and_dtype(tmp_path: Path) -> None:
+    entry = tensor_entries(write(tmp_path / "a"))["weight"]
+    assert (entry.shape, entry.dtype, entry.file.name) == ((2, 3), "F32", "model.safetensors")
+
+
+def test_an_index_names_the_files(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "2.safetensors", "b": "1.safetensors", "c": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [file.name for file in checkpoint_files(tmp_path)] == ["1.safetensors", "2.safetensors"]
+
+
+def test_the_digest_depends_on_config_and_headers_alone(tmp_path: Path) -> None:
+    digest = model_digest(write(tmp_path / "a"))
+    assert len(digest) == MODEL_DIGEST_BYTES
+    assert model_digest(write(tmp_path / "b")) == digest
+    assert model_digest(write(tmp_path / "c", shape=(3, 2))) != digest
+    (tmp_path / "b" / "config.json").write_text('{"rope_theta": 1}')
+    assert model_digest(tmp_path / "b") != digest
+
+
+def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="holds neither"):
+        checkpoint_files(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(ModelError, match="cut short"):
+        tensor_entries(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 32)
+    with pytest.raises(ModelError, match="cut short or no safetensors"):
+        tensor_entries(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="weight_map"):
+        checkpoint_files(tmp_path)

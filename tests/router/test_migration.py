@@ -1,0 +1,258 @@
+"""Whatever dies, and whenever: the client sees each token exactly once and in order, or one typed error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from baton.v1 import decode_pb2, inference_pb2, sampling_pb2, worker_pb2
+
+from common.errors import (
+    BatonError,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    PeerLost,
+    ResourceExhausted,
+    Unavailable,
+)
+from common.rpc.status import error_from_rpc
+from tests.router.byte_checkpoint import byte_ids
+from tests.router.cluster import Cluster, running_cluster
+from tests.router.fake_workers import FakeDecode, letters
+
+NUM_TOKENS = 9
+
+
+def request(num_tokens: int = NUM_TOKENS, **fields: object) -> inference_pb2.GenerateRequest:
+    made = inference_pb2.GenerateRequest(text="hello", **fields)  # type: ignore[arg-type]
+    made.sampling.max_tokens = num_tokens
+    made.sampling.logprobs = 0
+    return made
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with running_cluster(tmp_path, num_prefills=2, num_decodes=2) as running:
+        yield running
+
+
+async def assert_exact(cluster: Cluster, num_migrations: int, num_tokens: int = NUM_TOKENS) -> None:
+    """One request, and everything that must hold of it whatever happened."""
+    outputs = await cluster.generate(request(num_tokens))
+    assert outputs[0].token_ids == letters(0, num_tokens)
+    assert outputs[0].logprob_ids == letters(0, num_tokens)
+    assert outputs[0].text == "abcdefghijklmnopqrstuvwxyz"[:num_tokens]
+    last = outputs[0].last
+    assert last is not None
+    assert last.finish_reason == sampling_pb2.FINISH_REASON_LENGTH
+    assert last.lifetime.num_migrations == num_migrations
+    assert last.usage.num_output_tokens == num_tokens
+    await cluster.wait_all_closed()
+    assert cluster.router.admission.queue.num_in_flight == 0
+
+
+async def generate_error(cluster: Cluster, num_tokens: int = NUM_TOKENS, timeout_s: float = 20.0) -> BatonError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.generate(request(num_tokens), timeout_s)
+    await cluster.wait_all_closed()
+    return error_from_rpc(caught.value)
+
+
+@pytest.mark.parametrize("position", range(1, NUM_TOKENS))
+@pytest.mark.parametrize("tokens_per_batch", [1, 3])
+async def test_tokens_are_exact_when_decode_dies_at_any_position(
+    cluster: Cluster, position: int, tokens_per_batch: int
+) -> None:
+    cluster.script.tokens_per_batch = tokens_per_batch
+    cluster.script.at_position[position] = FakeDecode.die
+    await assert_exact(cluster, num_migrations=1 if fires(position, tokens_per_batch) else 0)
+
+
+@pytest.mark.parametrize("position", range(1, NUM_TOKENS))
+@pytest.mark.parametrize("end", [decode_pb2.SEQUENCE_END_PREEMPTED, decode_pb2.SEQUENCE_END_LOST])
+async def test_tokens_are_exact_when_a_sequence_must_move(
+    cluster: Cluster, position: int, end: decode_pb2.SequenceEnd.ValueType
+) -> None:
+    cluster.script.at_position[position] = end
+    await assert_exact(cluster, num_migrations=1)
+    log = [list(sequence.token_ids) for decode in cluster.decodes for sequence in decode.opened]
+    assert sorted(log, key=len) == [byte_ids("hello"), byte_ids("hello") + letters(0, position)]
+
+
+def fires(position: int, tokens_per_batch: int) -> bool:
+    """Whether a fake that works in batches gets to this position before it is done."""
+    return any(start >= position for start in range(1, NUM_TOKENS, tokens_per_batch))
+
+
+async def test_a_moved_sequence_gets_a_new_id_and_prefers_another_worker(cluster: Cluster) -> None:
+    cluster.script.at_position[4] = decode_pb2.SEQUENCE_END_LOST
+    await assert_exact(cluster, num_migrations=1)
+    assert [len(decode.opened) for decode in cluster.decodes] == [1, 1]
+    ids = {sequence.sequence_id for decode in cluster.decodes for sequence in decode.opened}
+    assert len(ids) == 2
+    assert all(s.num_prompt_tokens == 5 for decode in cluster.decodes for s in decode.opened)
+
+
+async def test_preemptions_do_not_count_as_losses(cluster: Cluster) -> None:
+    for position in range(1, NUM_TOKENS):
+        cluster.script.at_position[position] = decode_pb2.SEQUENCE_END_PREEMPTED
+    # Every attempt brings a token from prefill, so no attempt stalls, and every second position is passed.
+    outputs = await cluster.generate(request())
+    assert outputs[0].token_ids == letters(0, NUM_TOKENS)
+    assert outputs[0].last is not None
+    assert outputs[0].last.lifetime.num_migrations > 3
+
+
+async def test_losses_are_bounded(cluster: Cluster) -> None:
+    cluster.script.prefill_errors_before_token += [Unavailable(f"loss {index}") for index in range(10)]
+    error = await generate_error(cluster)
+    assert isinstance(error, Unavailable)
+    assert cluster.num_prefills == 4
+    assert "loss 3" in str(error)
+
+
+@pytest.mark.parametrize(
+    "error", [Unavailable("gone"), PeerLost("decode"), InternalError("bug"), FailedPrecondition("fp")]
+)
+async def test_a_prefill_that_fails_before_its_token_is_replaced(cluster: Cluster, error: BatonError) -> None:
+    cluster.script.prefill_errors_before_token.append(error)
+    await assert_exact(cluster, num_migrations=1)
+    assert [len(prefill.requests) for prefill in cluster.prefills] == [1, 1]
+
+
+async def test_a_prefill_that_fails_after_its_token_is_replaced(cluster: Cluster) -> None:
+    cluster.script.prefill_errors_after_token.append(PeerLost("decode"))
+    await assert_exact(cluster, num_migrations=1)
+    sizes = sorted(len(p.sequence.token_ids) for prefill in cluster.prefills for p in prefill.requests)
+    assert sizes == [5, 6]
+
+
+async def test_a_prefill_that_dies_after_the_hand_off_does_no_harm(cluster: Cluster) -> None:
+    cluster.script.before_completed.clear()
+    cluster.script.before_decode.clear()
+    responses = aiter(cluster.stub.Generate(request()))
+    token_ids = list((await anext(responses)).token_ids)
+    cluster.script.before_decode.set()
+    token_ids += (await anext(responses)).token_ids
+    used = next(prefill for prefill in cluster.prefills if prefill.requests)
+    await used.die()
+    last = None
+    async for response in responses:
+        token_ids += response.token_ids
+        last = response
+    assert token_ids == letters(0, NUM_TOKENS)
+    assert last is not None
+    assert last.lifetime.num_migrations == 0
+
+
+async def test_an_open_that_is_refused_goes_elsewhere(cluster: Cluster) -> None:
+    cluster.script.open_errors.append(ResourceExhausted("no blocks"))
+    await assert_exact(cluster, num_migrations=1)
+    assert [len(decode.opened) for decode in cluster.decodes] == [1, 1]
+
+
+async def test_a_service_that_is_full_everywhere_says_so(cluster: Cluster) -> None:
+    cluster.script.open_errors += [ResourceExhausted("no blocks", 3.0) for _ in range(10)]
+    error = await generate_error(cluster)
+    assert isinstance(error, ResourceExhausted)
+    assert error.retry_after_s == 3.0
+
+
+async def test_a_sequence_that_failed_alone_is_not_sent_again(cluster: Cluster) -> None:
+    cluster.script.at_position[3] = decode_pb2.SEQUENCE_END_FAILED
+    error = await generate_error(cluster)
+    assert isinstance(error, InternalError)
+    assert "it failed" in str(error)
+    assert cluster.num_opened == 1
+
+
+async def test_a_deadline_seen_by_decode_is_the_requests_deadline(cluster: Cluster) -> None:
+    cluster.script.at_position[3] = decode_pb2.SEQUENCE_END_DEADLINE
+    assert isinstance(await generate_error(cluster), DeadlineExceeded)
+    assert cluster.num_opened == 1
+
+
+async def test_a_broken_token_stream_loses_the_sequence_and_stands_again(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+
+        async def break_streams(decode: FakeDecode) -> None:
+            decode.break_streams()
+            await asyncio.Event().wait()
+
+        cluster.script.at_position[3] = break_streams
+        await assert_exact(cluster, num_migrations=1)
+
+
+async def test_an_only_pair_that_dies_and_comes_back_finishes_the_sequence(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        revived: list[asyncio.Task[None]] = []
+
+        async def revive(decode: FakeDecode) -> None:
+            await decode.die()
+            await cluster.wait_until_serving(False)
+            await decode.start()
+
+        async def die_and_revive(decode: FakeDecode) -> None:
+            revived.append(asyncio.get_running_loop().create_task(revive(decode)))
+            await asyncio.Event().wait()
+
+        cluster.script.at_position[4] = die_and_revive
+        await assert_exact(cluster, num_migrations=1)
+        await asyncio.gather(*revived)
+
+
+async def test_ranks_that_restart_keep_the_sequence_waiting(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        decode = cluster.decodes[0]
+
+        async def restart_ranks(decode: FakeDecode) -> None:
+            decode.set_state(worker_pb2.WORKER_STATE_STARTING)
+
+        cluster.script.at_position[4] = restart_ranks
+        cluster.script.at_position[5] = decode_pb2.SEQUENCE_END_LOST
+        running = asyncio.ensure_future(assert_exact(cluster, num_migrations=1))
+        await cluster.wait_until_serving(False)
+        decode.set_state(worker_pb2.WORKER_STATE_READY)
+        await running
+
+
+async def test_output_that_was_complete_when_its_worker_died_is_not_sent_again(cluster: Cluster) -> None:
+    stop = byte_ids("e")[0]
+
+    for decode in cluster.decodes:
+        original = decode._next_tokens
+
+        def next_tokens(sequence: object, position: int, original: object = original) -> object:
+            entry = original(sequence, position)  # type: ignore[operator]
+            entry.ClearField("end")
+            return entry
+
+        decode._next_tokens = next_tokens  # type: ignore[assignment, method-assign]
+    asked = request(50)
+    asked.sampling.stop_token_ids.append(stop)
+    outputs = await cluster.generate(asked)
+    assert outputs[0].token_ids == letters(0, 5)
+    assert outputs[0].text == "abcd"
+    assert cluster.num_opened == 1
+    await cluster.wait_all_closed()
+
+
+@pytest.mark.parametrize("choices", [2, 5])
+async def test_each_of_several_choices_survives_a_death(cluster: Cluster, choices: int) -> None:
+    cluster.script.at_position[4] = FakeDecode.die
+    outputs = await cluster.generate(request(n=choices))
+    assert {index: output.token_ids for index, output in outputs.items()} == {
+        choice: letters(choice, NUM_TOKENS) for choice in range(choices)
+    }
+
+
+async def test_without_workers_a_request_is_unavailable_soon(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path, placement_timeout_s=0.05) as cluster:
+        await cluster.decodes[0].die()
+        await cluster.wait_until_serving(False)
+        assert isinstance(await generate_error(cluster), Unavailable)
+        assert cluster.num_prefills == 0
