@@ -71,7 +71,7 @@ def attention(
     """Causal attention of every query over its sequence's cached tokens, its own included.
 
     q: [T, num_heads, head_dim]; kv_layer: [num_blocks, 2, num_kv_heads, block_size, head_dim].
-    Returns [T, num_heads * head_dim]. Tokens outside a context are masked but read: they must be finite.
+    Returns [T, num_heads * head_dim]. Tokens outside a context are masked but read: blocks hold only finite numbers.
     """
     assert isinstance(plan, ReferencePlan)
     num_tokens, num_heads, head_dim = q.shape

@@ -66,6 +66,8 @@ def qk_norm_rope_store(
 ) -> torch.Tensor:
     """Normalise (if the model does) and rotate Q and K, store K and V in their blocks, return Q.
 
+    Blocks only ever hold finite numbers: what is not finite is stored as zero.
+
     qkv: [T, num_heads + 2 * num_kv_heads, head_dim], overwritten; cos, sin: [T, 1, head_dim];
     q_norm, k_norm: [head_dim]; kv_layer: [num_blocks, 2, num_kv_heads, block_size, head_dim].
     Returns [T, num_heads, head_dim], a view of qkv.
@@ -79,5 +81,7 @@ def qk_norm_rope_store(
     qk = qkv[:, : num_heads + num_kv_heads]
     swapped = qk.roll(head_dim // 2, dims=-1)
     qk.mul_(cos).addcmul_(swapped, sin)
-    kv_layer.view(-1, head_dim).index_copy_(0, plan.store_index, qkv[:, num_heads:].reshape(-1, head_dim))
+    # Attention multiplies what it masks by zero, so a NaN that stayed behind in a block would reach its next owner.
+    finite = qkv[:, num_heads:].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    kv_layer.view(-1, head_dim).index_copy_(0, plan.store_index, finite.view(-1, head_dim))
     return qkv[:, :num_heads]

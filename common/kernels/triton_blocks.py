@@ -89,9 +89,7 @@ def _move(
     )
     assert kv.is_contiguous() and payload.is_contiguous()
     assert payload.numel() * payload.element_size() == num_layers * 2 * shape[0] * shape[4] * _WORD_BYTES
-    return _launch(
-        kv.view(-1).view(torch.int64), payload.view(-1).view(torch.int64), block_ids, shape, mode
-    )
+    return _launch(kv.view(-1).view(torch.int64), payload.view(-1).view(torch.int64), block_ids, shape, mode)
 
 
 def _launch(

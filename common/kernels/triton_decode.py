@@ -131,16 +131,14 @@ def _stream(device: torch.device) -> int:
 _WORKSPACES: dict[tuple[torch.device, int], _Workspace] = {}
 
 
-def _workspace(
-    device: torch.device, stream: int, num_programs: int, row_elements: int, num_rows: int
-) -> _Workspace:
+def _workspace(device: torch.device, stream: int, num_programs: int, row_elements: int, num_rows: int) -> _Workspace:
     """Grown when needed, kept otherwise: a captured graph keeps using the tensors it was captured with."""
     space = _WORKSPACES.get((device, stream))
     num_elements = 2 * num_programs * row_elements
     if space is None or space.acc.numel() < num_elements or space.arrivals.numel() < num_rows:
         space = _Workspace(
             acc=torch.empty(num_elements, dtype=torch.float32, device=device),
-            max_sum=torch.empty(2 * num_elements, dtype=torch.float32, device=device),
+            max_sum=torch.empty(num_elements, dtype=torch.float32, device=device),
             arrivals=torch.zeros(max(num_rows, 4096), dtype=torch.int32, device=device),
         )
         _WORKSPACES[device, stream] = space
@@ -180,14 +178,16 @@ def _load_tile(
     """Keys [key, key + TILE) of one head, [TILE, HEAD_DIM]. WHICH: 0 for K, 1 for V."""
     if USE_TMA:
         block = tl.load(tables_ptr + block_row + key // BLOCK_SIZE)
-        return kv.load([((block * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE, 0])
-    keys = key + tl.arange(0, TILE)
-    if TILE == BLOCK_SIZE:
-        blocks = tl.load(tables_ptr + block_row + key // BLOCK_SIZE).to(tl.int64) + tl.zeros_like(keys)
+        tile = kv.load([((block * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE, 0])
     else:
-        blocks = tl.load(tables_ptr + block_row + keys // BLOCK_SIZE).to(tl.int64)
-    rows = ((blocks * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE
-    return tl.load(kv + rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
+        keys = key + tl.arange(0, TILE)
+        if TILE == BLOCK_SIZE:
+            blocks = tl.load(tables_ptr + block_row + key // BLOCK_SIZE).to(tl.int64)
+        else:
+            blocks = tl.load(tables_ptr + block_row + keys // BLOCK_SIZE).to(tl.int64)
+        rows = ((blocks * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE
+        tile = tl.load(kv + rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
+    return tile
 
 
 @triton.jit

@@ -24,9 +24,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out.view(x.shape)
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Add x to `residual` in place and return the norm of the sum. x, residual: [T, n]; weight: [n]."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     num_columns = x.shape[1]
@@ -91,9 +89,7 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
     """x: [T, n], rows contiguous. Softmax over the last dimension."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     columns = triton.next_power_of_2(x.shape[1])
-    _softmax_kernel[(x.shape[0],)](
-        x, out, x.stride(0), x.shape[1], COLUMNS=columns, num_warps=_row_warps(columns)
-    )
+    _softmax_kernel[(x.shape[0],)](x, out, x.stride(0), x.shape[1], COLUMNS=columns, num_warps=_row_warps(columns))
     return out
 
 
@@ -177,9 +173,7 @@ def _qk_norm_rope_store_kernel(
 
 
 @triton.jit
-def _layer_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, stride, num_columns, eps, COLUMNS: tl.constexpr
-):
+def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, stride, num_columns, eps, COLUMNS: tl.constexpr):
     """Grid: (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, COLUMNS)

@@ -3,7 +3,8 @@
 A *receiver* listens on an address and posts receives; a *sender* connects and sends. A message is matched by
 (connection, tag); tags come from grants (`common.kvcache.grant`) and are used once. A sender whose tag was never
 posted, or whose receive was cancelled, matches nothing: it is dropped and counted, and its bytes never reach
-memory that was handed out. So post a receive before its tag is advertised. Backends are chosen by URL scheme in `common.transport.registry`.
+memory that was handed out. So post a receive before its tag is advertised. Backends are chosen by URL scheme in
+`common.transport.registry`.
 
 This module knows nothing of KV blocks, requests or gRPC.
 """
@@ -82,8 +83,8 @@ class Connection(Protocol):
         """Send a contiguous uint8 tensor of shape [num_bytes] and wait until the buffer may be reused.
 
         The peer may not have it yet, and may drop it: completion only gives the buffer back. On a GPU, synchronise the
-        writes to the buffer first. Raises `PeerLost`. Cancelling the awaiting task does not recall bytes: the caller must not reuse the buffer
-        before `drained()` or the connection's close. Bound it with a timeout of your own.
+        writes to the buffer first. Raises `PeerLost`. Cancelling the awaiting task does not recall bytes: the caller
+        must not reuse the buffer before `drained()` or the connection's close. Bound it with a timeout of your own.
         """
         ...
 

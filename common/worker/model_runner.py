@@ -101,6 +101,8 @@ class ModelRunner:
         started_ns = time.perf_counter_ns()
         errors: dict[int, str] = {}
         runnable: list[tuple[Segment, Span]] = []
+        if len({segment.row for segment in plan.segments}) < len(plan.segments):
+            raise InternalError(f"step {plan.step_id} has two segments for one row")
         for segment in plan.segments:
             error = self._refusal(segment)
             if error:

@@ -51,6 +51,7 @@ async def serve(config: DecodeConfig) -> None:
                 async with asyncio.timeout(config.drain_timeout_s):
                     await worker.engine.wait_idle()
             status.close()
+            worker.sessions.end_all()
             await server.stop(_STOP_GRACE_S)
             reporting.cancel()
             running.cancel()
@@ -84,13 +85,21 @@ def main() -> int:
     """Returns the exit status: 1 if there is nothing to serve."""
     config = load_config_or_exit(DecodeConfig, sys.argv[1:], os.environ)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s decode %(name)s: %(message)s")
+    failures: list[BatonError] = []
     try:
         asyncio.run(serve(config))
     except* BatonError as group:
-        for error in group.exceptions:
-            _log.error("%s: %s", type(error).__name__, error)
-        return 1
-    return 0
+        failures = _leaves(group)
+    for failure in failures:
+        _log.error("%s: %s", type(failure).__name__, failure)
+    return 1 if failures else 0
+
+
+def _leaves(group: BaseExceptionGroup[BatonError]) -> list[BatonError]:
+    found: list[BatonError] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from baton.v1 import decode_pb2, sampling_pb2
 
-from common.errors import Cancelled, FailedPrecondition, ResourceExhausted
+from common.errors import BatonError, Cancelled, FailedPrecondition, ResourceExhausted, Unavailable
 from services.decode.request import End, SequenceEnded, TokenSampled
 
 _PROTO_END = {
@@ -31,7 +31,7 @@ class Session:
         self._max_pending = max_pending
         self._pending: dict[int, decode_pb2.SequenceTokens] = {}
         self._flushed = asyncio.Event()
-        self._error: Cancelled | ResourceExhausted | None = None
+        self._error: BatonError | None = None
 
     async def batches(self) -> AsyncIterator[decode_pb2.TokenBatch]:
         """An empty batch, then what is new after each `flush`. Raises what ended the session."""
@@ -69,7 +69,7 @@ class Session:
         elif self._pending:
             self._flushed.set()
 
-    def end(self, error: Cancelled | ResourceExhausted) -> None:
+    def end(self, error: BatonError) -> None:
         """The stream raises this next."""
         self._error = error
         self._flushed.set()
@@ -105,6 +105,11 @@ class Sessions:
             return False
         del self._sessions[session.session_id]
         return True
+
+    def end_all(self) -> None:
+        """The worker stops: end every stream."""
+        for session in self._sessions.values():
+            session.end(Unavailable("the worker is stopping"))
 
     def require(self, session_id: str) -> None:
         """Raises `FailedPrecondition` unless the session's stream stands."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from baton.v1 import decode_pb2, kv_pb2, worker_pb2
 
@@ -109,7 +109,7 @@ class DecodeWorker:
         self.draining = True
         self._on_change()
 
-    async def subscribe(self, session_id: str) -> AsyncIterator[decode_pb2.TokenBatch]:
+    async def subscribe(self, session_id: str) -> AsyncGenerator[decode_pb2.TokenBatch, None]:
         """A router's tokens. Whichever way this ends, the sequences that were opened under it are closed."""
         if not session_id:
             raise InvalidArgument("session_id", session_id, "must not be empty")

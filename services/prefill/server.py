@@ -24,6 +24,7 @@ from services.prefill.handoff import Handoff, HandoffStats, first_error
 from services.prefill.worker import PrefillWorker, Session
 
 _log = logging.getLogger(__name__)
+_WRITE_GRACE_S = 1.0
 SERVICE_NAME = "baton.v1.Prefill"
 
 _Context = grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse]
@@ -76,7 +77,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
                     finish_reason = job.prompt.request.finish_reason(
                         token.token_id, job.prompt.request.num_output_tokens
                     )
-                    await context.write(_first_token(token, finish_reason))
+                    await _write(context, _first_token(token, finish_reason))
                     if finish_reason:
                         handing_off.cancel()
             except* errors.BatonError as group:
@@ -91,6 +92,18 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
         counters.inc("blocks_reused", stats.num_blocks_reused)
         counters.inc("bytes_shipped", stats.bytes_shipped)
         counters.inc("chunks_resent", stats.num_chunks_resent)
+
+
+async def _write(context: _Context, response: prefill_pb2.PrefillResponse) -> None:
+    """Write, and be done with it also when cancelled: gRPC cannot send a status while a write is under way."""
+    writing = asyncio.create_task(context.write(response))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        done, _ = await asyncio.wait({writing}, timeout=_WRITE_GRACE_S)
+        for write in done:
+            write.exception()  # the caller is gone, which we know
+        raise
 
 
 def _check_ticket(ticket: kv_pb2.Ticket, session: Session) -> None:

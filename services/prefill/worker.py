@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from baton.v1 import worker_pb2
@@ -29,6 +29,8 @@ from services.prefill.sends import Sends
 
 _log = logging.getLogger(__name__)
 RANK_MODULE = "services.prefill.rank"
+
+StartGroup = Callable[[str, Sequence[StartRank], float], Awaitable[RankGroup]]
 
 COUNTERS = {
     "steps": "Steps computed.",
@@ -58,9 +60,15 @@ class Session:
 
 
 class PrefillWorker:
-    """Use `run` for its life. `on_change` is told whenever the status may have changed."""
+    """Use `run` for its life. `on_change` is told whenever the status may have changed; `start_group` starts ranks."""
 
-    def __init__(self, config: PrefillConfig, model: WorkerModel, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: PrefillConfig,
+        model: WorkerModel,
+        on_change: Callable[[], None],
+        start_group: StartGroup = RankGroup.start,
+    ) -> None:
         self.config = config
         self.model = model
         self.incarnation = secrets.token_hex(8)
@@ -68,6 +76,7 @@ class PrefillWorker:
         self.counters.set_gauges(self._gauges)
         self.draining = False
         self._tell_change = on_change
+        self._start_ranks = start_group
         self._changed = asyncio.Event()
         self._session: Session | None = None
         self._num_starts = 0
@@ -159,7 +168,7 @@ class PrefillWorker:
 
     async def _start_group(self) -> RankGroup:
         self._num_starts += 1
-        return await RankGroup.start(RANK_MODULE, self._start_messages(), self.config.start_timeout_s)
+        return await self._start_ranks(RANK_MODULE, self._start_messages(), self.config.start_timeout_s)
 
     def _start_messages(self) -> list[StartRank]:
         config = self.config

@@ -69,7 +69,9 @@ class Choice:
                     break
         if logprobs:
             self._pending_logprobs += logprobs[: len(self.tokens) - num_before]
-        self._on_change(self)
+        if not self.has_ended or not num_before:
+            # The last tokens go with the last message, which follows at once; but a first token never waits.
+            self._on_change(self)
 
     def end(self, reason: sampling_pb2.FinishReason.ValueType) -> None:
         """No token follows. Keeps an earlier reason."""
@@ -88,9 +90,7 @@ class Choice:
         self._on_change(self)
 
     def take(self) -> inference_pb2.GenerateResponse | None:
-        """Everything that waits, as one message; None while there is nothing, or the end is not complete."""
-        if self.has_ended and not self.is_complete:
-            return None
+        """Everything that waits, as one message; None while there is nothing."""
         num_tokens = len(self.tokens)
         if num_tokens == self._num_taken and not self._pending_text and not self.is_complete:
             return None

@@ -16,11 +16,15 @@ Result = TypeVar("Result")
 TIMEOUT_S = 30.0
 
 
-def run_ranks(size: int, store: Path, body: Callable[[TensorParallelGroup], Result]) -> list[Result]:
+def run_ranks(
+    size: int, store: Path, body: Callable[[TensorParallelGroup], Result], use_shared_memory: bool = True
+) -> list[Result]:
     """`body` on every rank at once; its results in rank order."""
 
     def run_rank(rank: int) -> Result:
-        group = TensorParallelGroup.open(rank, size, f"file://{store}", torch.device("cpu"), TIMEOUT_S)
+        group = TensorParallelGroup.open(
+            rank, size, f"file://{store}", torch.device("cpu"), TIMEOUT_S, use_shared_memory
+        )
         try:
             return body(group)
         finally:

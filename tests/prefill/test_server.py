@@ -1,0 +1,467 @@
+"""One Prefill call from end to end, and every way in which it can stop half-way: nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from baton.v1 import kv_pb2, prefill_pb2, sampling_pb2, worker_pb2
+
+from common import errors
+from common.worker.step_plan import SampledToken
+from tests.prefill.fakes import FIRST_TOKEN, Stage, drain
+from tests.prefill.harness import BLOCK_SIZE, running
+
+STAGES = ("begin", "offered", "granted", "arrived", "finish")
+
+
+async def test_prompt_is_computed_shipped_and_joined() -> None:
+    async with running() as harness:
+        first, completed = await harness.prefill(harness.request(22))
+        assert (first.token_id, first.finish_reason) == (FIRST_TOKEN, sampling_pb2.FINISH_REASON_UNSPECIFIED)
+        assert not first.HasField("logprobs")
+        assert harness.decode.finish == kv_pb2.HandoffFinish(first_token_id=FIRST_TOKEN, num_blocks=6)
+        assert sum(offer.num_blocks for offer in harness.decode.offers) == 6
+        assert all(offer.num_blocks <= 3 for offer in harness.decode.offers)
+        assert completed.num_blocks_shipped == 6
+        assert completed.bytes_shipped == sum(leg.num_bytes for _, leg in harness.ranks.sends)
+        assert (completed.num_blocks_reused, completed.num_cached_tokens, completed.num_chunks_resent) == (0, 0, 0)
+        assert completed.verify_ns == 5 * len(harness.decode.offers)
+        assert min(completed.queue_ns, completed.prefill_ns, completed.grant_ns, completed.transfer_ns) > 0
+        assert completed.transport == "fake:lane"
+        status = await harness.settled()
+        assert status.num_blocks_cached == 5
+        assert status.counters["requests_completed"] == 1
+        assert status.counters["blocks_shipped"] == 6
+
+
+async def test_handoff_begins_with_who_we_are() -> None:
+    async with running(tp_size=2) as harness:
+        await harness.prefill(harness.request())
+        begin = harness.decode.begin
+        assert begin is not None
+        assert (begin.ticket_id, begin.prefill_worker_id, begin.prefill_tp_size) == (77, "prefill-0", 2)
+        assert begin.layout_fingerprint == "fingerprint"
+        assert len(set(begin.rank_peer_names)) == 2
+
+
+async def test_blocks_that_decode_holds_are_not_sent() -> None:
+    async with running() as harness:
+        harness.decode.num_blocks_reused = 4
+        _, completed = await harness.prefill(harness.request(22))
+        assert [(offer.first_block, offer.num_blocks) for offer in harness.decode.offers] == [(4, 2)]
+        assert (completed.num_blocks_reused, completed.num_blocks_shipped) == (4, 2)
+        await harness.settled()
+
+
+async def test_only_the_tail_is_computed_and_sent_if_all_else_is_there() -> None:
+    async with running() as harness:
+        await harness.prefill(harness.request(22))
+        harness.decode.offers.clear()
+        harness.decode.num_blocks_reused = 5
+        _, completed = await harness.prefill(harness.request(22))
+        assert [(offer.first_block, offer.num_blocks) for offer in harness.decode.offers] == [(5, 1)]
+        assert completed.num_cached_tokens == 5 * BLOCK_SIZE
+        await harness.settled()
+
+
+async def test_finished_chunks_travel_while_the_rest_is_computed() -> None:
+    async with running() as harness:
+        harness.ranks.is_manual = True
+        call = asyncio.create_task(harness.prefill(harness.request(40)))
+        await harness.ranks.on_plan.wait()
+        harness.ranks.answer_step()
+        async with asyncio.timeout(5):
+            await harness.ranks.on_held.wait()
+        assert harness.decode.offers[0].num_blocks == 3
+        assert not call.done()
+        harness.ranks.is_manual = False
+        while harness.ranks.plans:
+            harness.ranks.answer_step()
+        await call
+        await harness.settled()
+
+
+async def test_at_most_two_chunks_travel_at_once() -> None:
+    async with running(num_send_slots=4) as harness:
+        harness.decode.max_blocks_per_chunk = 1
+        await harness.prefill(harness.request(60))
+        assert harness.decode.max_chunks_in_flight == 2
+        assert len(harness.decode.offers) == 15
+        await harness.settled()
+
+
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+async def test_legs_are_packed_into_the_slots_of_their_ranks(prefill_tp: int, decode_tp: int) -> None:
+    async with running(tp_size=prefill_tp, decode_tp=decode_tp) as harness:
+        await harness.prefill(harness.request(8))
+        layout = harness.worker.model.layout
+        sent = [
+            (rank, leg.offset, leg.num_bytes, leg.first_local_head, leg.num_heads, leg.address)
+            for rank, leg in harness.ranks.sends
+        ]
+        num_heads = 4 // max(prefill_tp, decode_tp)
+        size = layout.leg_bytes(2, num_heads)
+        per_rank = max(1, decode_tp // prefill_tp)
+        expected = []
+        for index in range(max(prefill_tp, decode_tp)):
+            place = index % per_rank
+            address = f"fake://decode/{index * decode_tp // max(prefill_tp, decode_tp)}"
+            expected.append((index // per_rank, place * size, size, place * num_heads, num_heads, address))
+        assert sorted(sent) == sorted(expected)
+        assert set(harness.ranks.connects) == {(rank, address) for rank, *_, address in sent}
+        await harness.settled()
+
+
+async def test_chunk_is_never_larger_than_our_own_slot() -> None:
+    async with running(slot_bytes=4096 + 64) as harness:
+        harness.decode.max_blocks_per_chunk = 100
+        await harness.prefill(harness.request(60))
+        largest = harness.worker.model.layout.max_blocks_per_slot(4096 + 64, 4)
+        assert largest < 15
+        assert max(offer.num_blocks for offer in harness.decode.offers) <= largest
+        assert all(leg.offset + leg.num_bytes <= 4096 + 64 for _, leg in harness.ranks.sends)
+        await harness.settled()
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        kv_pb2.CHUNK_REJECT_REASON_DIGEST_MISMATCH,
+        kv_pb2.CHUNK_REJECT_REASON_TRUNCATED,
+        kv_pb2.CHUNK_REJECT_REASON_TIMEOUT,
+        kv_pb2.CHUNK_REJECT_REASON_PEER_LOST,
+    ],
+)
+async def test_rejected_chunk_is_sent_again(reason: kv_pb2.ChunkRejectReason.ValueType) -> None:
+    async with running() as harness:
+        harness.decode.verdicts = [reason]
+        _, completed = await harness.prefill(harness.request(8))
+        assert [offer.chunk_index for offer in harness.decode.offers] == [0, 0]
+        assert (completed.num_chunks_resent, completed.num_blocks_shipped) == (1, 2)
+        assert completed.bytes_shipped == 2 * harness.worker.model.layout.leg_bytes(2, 4)
+        num_connects = 2 if reason == kv_pb2.CHUNK_REJECT_REASON_PEER_LOST else 1
+        assert len(harness.ranks.connects) == num_connects
+        await harness.settled()
+
+
+async def test_chunk_is_not_sent_again_for_ever() -> None:
+    async with running(max_chunk_resends=2) as harness:
+        harness.decode.verdicts = [kv_pb2.CHUNK_REJECT_REASON_DIGEST_MISMATCH] * 10
+        with pytest.raises(errors.DigestMismatch):
+            await harness.prefill(harness.request(8))
+        assert len(harness.decode.offers) == 3
+        assert (await harness.settled()).counters["requests_failed"] == 1
+
+
+async def test_deadline_passes_while_no_grant_comes() -> None:
+    async with running() as harness:
+        harness.decode.stage = Stage("offered")
+        with pytest.raises(errors.DeadlineExceeded):
+            await harness.prefill(harness.request(timeout_s=0.3))
+        await harness.settled()
+
+
+async def test_deadline_passes_in_the_queue() -> None:
+    async with running() as harness:
+        harness.ranks.is_manual = True
+        with pytest.raises(errors.DeadlineExceeded):
+            await harness.prefill(harness.request(timeout_s=0.2))
+        while harness.ranks.plans:
+            harness.ranks.answer_step()
+        await harness.settled()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_decode_dies(stage: str) -> None:
+    async with running() as harness:
+        harness.decode.stage = Stage(stage, "die")
+        with pytest.raises(errors.Unavailable):
+            await harness.prefill(harness.request())
+        await harness.settled()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+async def test_router_goes_away(stage: str) -> None:
+    async with running() as harness:
+        harness.decode.stage = Stage(stage)
+        call = harness.call(harness.request())
+        async with asyncio.timeout(5):
+            await harness.decode.reached.wait()
+        call.cancel()
+        status = await harness.settled()
+        await harness.until(lambda status: status.counters["requests_cancelled"] == 1)
+        assert status.num_slots_quarantined == 0
+
+
+async def test_router_goes_away_while_the_prompt_computes() -> None:
+    async with running() as harness:
+        harness.ranks.is_manual = True
+        call = harness.call(harness.request(40))
+        await harness.ranks.on_plan.wait()
+        call.cancel()
+        await harness.until(lambda status: status.num_running == 0)
+        assert harness.worker.status().num_blocks_held > 0  # plans are in flight
+        assert harness.ranks.rows == set() or harness.ranks.plans
+        while harness.ranks.plans:
+            harness.ranks.answer_step()
+        await harness.settled()
+        assert harness.ranks.rows == set()
+
+
+async def test_router_goes_away_while_a_rank_gathers() -> None:
+    async with running() as harness:
+        harness.ranks.holds_sends = True
+        call = harness.call(harness.request(8))
+        await harness.ranks.on_held.wait()
+        call.cancel()
+        await harness.until(lambda status: status.num_running == 0)
+        status = harness.worker.status()
+        assert (status.num_blocks_held, status.num_slots_in_use) == (2, 1)
+        harness.ranks.finish_send()
+        await harness.settled()
+
+
+async def test_send_in_doubt_keeps_its_slot_until_it_is_drained() -> None:
+    async with running() as harness:
+        harness.ranks.holds_sends = True
+        call = asyncio.create_task(harness.prefill(harness.request(8)))
+        await harness.ranks.on_held.wait()
+        harness.ranks.on_held.clear()
+        leg, operation = harness.ranks.finish_send("TransferTimeout", is_in_doubt=True)
+        await harness.ranks.on_held.wait()
+        again, _ = harness.ranks.finish_send()
+        assert again.slot != leg.slot
+        _, completed = await call
+        assert (completed.num_chunks_resent, harness.decode.aborted) == (1, [0])
+        status = await harness.until(lambda status: status.num_running == 0)
+        assert (status.num_slots_quarantined, status.num_slots_free) == (1, 1)
+        assert status.num_blocks_held == 0
+        drain(leg, operation)
+        await harness.settled()
+
+
+async def test_failed_send_reconnects_and_is_offered_again() -> None:
+    async with running() as harness:
+        harness.ranks.holds_sends = True
+        call = asyncio.create_task(harness.prefill(harness.request(8)))
+        await harness.ranks.on_held.wait()
+        harness.ranks.on_held.clear()
+        harness.ranks.finish_send("PeerLost")
+        await harness.ranks.on_held.wait()
+        harness.ranks.finish_send()
+        _, completed = await call
+        assert completed.num_chunks_resent == 1
+        await harness.settled()
+
+
+async def test_chunks_wait_for_a_send_slot_in_turn() -> None:
+    async with running(num_send_slots=1) as harness:
+        harness.ranks.holds_sends = True
+        calls = [asyncio.create_task(harness.prefill(harness.request(8, first_token_id=i * 10))) for i in range(3)]
+        for _ in calls:
+            async with asyncio.timeout(5):
+                await harness.ranks.on_held.wait()
+            assert len(harness.ranks.held) == 1
+            harness.ranks.on_held.clear()
+            harness.ranks.finish_send()
+        await asyncio.gather(*calls)
+        await harness.settled()
+
+
+async def test_grant_that_ends_before_a_slot_is_free_is_given_back() -> None:
+    async with running(num_send_slots=1, max_chunk_resends=0) as harness:
+        harness.ranks.holds_sends = True
+        holder = asyncio.create_task(harness.prefill(harness.request(8)))
+        await harness.ranks.on_held.wait()
+        harness.decode.grant_timeout_s = 0.1
+        with pytest.raises(errors.TransferTimeout):
+            await harness.prefill(harness.request(8, first_token_id=50))
+        assert harness.decode.aborted == [0]
+        harness.ranks.finish_send()
+        await holder
+        await harness.settled()
+
+
+async def test_unreachable_decode_rank_fails_the_call() -> None:
+    async with running() as harness:
+        harness.ranks.connect_error = "PeerLost"
+        with pytest.raises(errors.PeerLost):
+            await harness.prefill(harness.request())
+        await harness.settled()
+
+
+def _other_size(grant: kv_pb2.ChunkGrant) -> None:
+    grant.legs[0].num_bytes += 1
+
+
+def _other_rank(grant: kv_pb2.ChunkGrant) -> None:
+    grant.legs[0].prefill_rank = 9
+
+
+def _leg_twice(grant: kv_pb2.ChunkGrant) -> None:
+    grant.legs.add().CopyFrom(grant.legs[0])
+
+
+@pytest.mark.parametrize("change", [_other_size, _other_rank, _leg_twice])
+async def test_grant_with_other_legs_is_not_obeyed(change: object) -> None:
+    async with running() as harness:
+        harness.decode.change_grant = change  # type: ignore[assignment]
+        with pytest.raises(errors.TransferError, match="other legs"):
+            await harness.prefill(harness.request())
+        assert harness.ranks.sends == []
+        await harness.settled()
+
+
+async def test_decode_that_claims_more_blocks_than_there_are_is_not_believed() -> None:
+    async with running() as harness:
+        harness.decode.num_blocks_reused = 7
+        with pytest.raises(errors.TransferError, match="7 of 6"):
+            await harness.prefill(harness.request(22))
+        await harness.settled()
+
+
+@pytest.mark.parametrize("ending", ["eos", "stop", "length"])
+async def test_first_token_that_ends_the_output_ends_the_handoff(ending: str) -> None:
+    async with running() as harness:
+        request = harness.request()
+        if ending == "eos":
+            request.sequence.eos_token_ids.append(FIRST_TOKEN)
+        elif ending == "stop":
+            request.sequence.sampling.stop_token_ids.append(FIRST_TOKEN)
+        else:
+            request.sequence.sampling.max_tokens = 1
+        harness.decode.stage = Stage("offered")
+        first, completed = await harness.prefill(request)
+        length = ending == "length"
+        reason = sampling_pb2.FINISH_REASON_LENGTH if length else sampling_pb2.FINISH_REASON_STOP
+        assert first.finish_reason == reason
+        assert completed.prefill_ns > 0
+        await harness.settled()
+        assert harness.decode.finish is None
+
+
+async def test_tokens_before_a_migration_count_towards_the_limit() -> None:
+    async with running() as harness:
+        request = harness.request(20)
+        request.sequence.num_prompt_tokens = 15
+        request.sequence.sampling.max_tokens = 6
+        first, _ = await harness.prefill(request)
+        assert first.finish_reason == sampling_pb2.FINISH_REASON_LENGTH
+
+
+async def test_log_probabilities_are_reported() -> None:
+    async with running() as harness:
+        harness.ranks.token = SampledToken(-1, 5, -0.5, [(5, -0.5), (6, -1.5)])
+        first, _ = await harness.prefill(harness.request())
+        assert (first.logprobs.chosen.token_id, first.logprobs.chosen.logprob) == (5, -0.5)
+        assert [(top.token_id, top.logprob) for top in first.logprobs.top] == [(5, -0.5), (6, -1.5)]
+
+
+async def test_prompt_that_the_ranks_refuse_fails_alone() -> None:
+    async with running() as harness:
+        harness.ranks.token = SampledToken(-1, -1, error="not a number")
+        with pytest.raises(errors.InternalError):
+            await harness.prefill(harness.request())
+        harness.ranks.token = SampledToken(-1, FIRST_TOKEN)
+        await harness.prefill(harness.request())
+        await harness.settled()
+
+
+@pytest.mark.parametrize("when", ["computing", "sending"])
+async def test_lost_ranks_fail_every_call_and_are_replaced(when: str) -> None:
+    async with running() as harness:
+        ranks = harness.ranks
+        ranks.is_manual, ranks.holds_sends = when == "computing", when == "sending"
+        calls = [asyncio.create_task(harness.prefill(harness.request(8, first_token_id=i))) for i in (1, 50)]
+        await harness.until(lambda status: status.num_running == 2)
+        await (ranks.on_plan if when == "computing" else ranks.on_held).wait()
+        ranks.lose()
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(result, errors.Unavailable)
+        status = await harness.until(lambda status: status.state == worker_pb2.WORKER_STATE_READY)
+        assert harness.ranks is not ranks
+        assert status.counters["ranks_lost"] == 1
+        assert status.num_blocks_cached == 0
+        await harness.prefill(harness.request())
+        assert harness.decode.begin is not None
+        assert "/2/" in harness.decode.begin.rank_peer_names[0]
+        await harness.settled()
+
+
+async def test_full_queue_refuses_before_anything_is_computed() -> None:
+    async with running(max_waiting=1, max_rows=1) as harness:
+        harness.ranks.is_manual = True
+        calls = [asyncio.create_task(harness.prefill(harness.request(40)))]
+        await harness.ranks.on_plan.wait()
+        calls.append(asyncio.create_task(harness.prefill(harness.request(40, first_token_id=50))))
+        await harness.until(lambda status: status.num_waiting == 1)
+        with pytest.raises(errors.ResourceExhausted) as raised:
+            await harness.prefill(harness.request(8, first_token_id=70))
+        assert raised.value.retry_after_s > 0
+        harness.ranks.is_manual = False
+        while harness.ranks.plans:
+            harness.ranks.answer_step()
+        await asyncio.gather(*calls)
+        status = await harness.settled()
+        assert status.counters["requests_refused"] == 1
+
+
+async def test_worker_that_does_not_fit_is_refused() -> None:
+    async with running() as harness:
+        request = harness.request()
+        request.ticket.layout_fingerprint = "another"
+        with pytest.raises(errors.FailedPrecondition, match="another"):
+            await harness.prefill(request)
+        await harness.settled()
+
+
+def _no_ranks(request: prefill_pb2.PrefillRequest) -> None:
+    request.ticket.ClearField("rank_addresses")
+
+
+def _no_address(request: prefill_pb2.PrefillRequest) -> None:
+    request.ticket.ClearField("handoff_address")
+
+
+def _odd_ranks(request: prefill_pb2.PrefillRequest) -> None:
+    request.ticket.rank_addresses.extend(["fake://decode/1", "fake://decode/2"])
+
+
+def _no_tokens(request: prefill_pb2.PrefillRequest) -> None:
+    request.sequence.ClearField("token_ids")
+
+
+@pytest.mark.parametrize("change", [_no_ranks, _no_address, _odd_ranks, _no_tokens])
+async def test_nonsense_from_a_router_is_refused(change: object) -> None:
+    async with running() as harness:
+        request = harness.request()
+        assert callable(change)
+        change(request)
+        with pytest.raises(errors.InvalidArgument):
+            await harness.prefill(request)
+        await harness.settled()
+
+
+async def test_draining_worker_finishes_what_it_has_and_takes_nothing_new() -> None:
+    async with running() as harness:
+        harness.ranks.holds_sends = True
+        call = asyncio.create_task(harness.prefill(harness.request(8)))
+        await harness.ranks.on_held.wait()
+        harness.worker.drain()
+        with pytest.raises(errors.Unavailable):
+            await harness.prefill(harness.request(8))
+        idle = asyncio.create_task(harness.worker.wait_idle(5.0))
+        harness.ranks.finish_send()
+        await call
+        assert await idle
+        assert harness.worker.status().state == worker_pb2.WORKER_STATE_DRAINING
+
+
+async def test_unanswered_drain_gives_up_after_its_time() -> None:
+    async with running() as harness:
+        harness.ranks.is_manual = True
+        call = harness.call(harness.request(8))
+        await harness.ranks.on_plan.wait()
+        assert not await harness.worker.wait_idle(0.05)
+        call.cancel()
