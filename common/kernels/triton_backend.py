@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from common.kernels import triton_rows
+from common.kernels import triton_prefill, triton_prefill_hopper, triton_rows
 from common.kernels.batch import BatchPlan, KVShape, Span
 from common.kernels.triton_blocks import (
     digest_on_device,
@@ -32,13 +32,14 @@ from common.kernels.triton_decode import (
     default_tuning,
     refresh,
 )
-from common.kernels.triton_prefill import PrefillBatch, prefill_attention
+from common.kernels.triton_prefill import PrefillBatch
 from common.kernels.triton_rows import add_rms_norm, rms_norm, silu_mul
 
 __all__ = [
     "TritonPlan",
     "add_rms_norm",
     "attention",
+    "attention_into",
     "digest_on_device",
     "digest_value",
     "gather_blocks",
@@ -154,14 +155,22 @@ def attention(
     q: torch.Tensor, kv_layer: torch.Tensor, plan: BatchPlan, window: int | None, scale: float
 ) -> torch.Tensor:
     """As the reference."""
-    assert isinstance(plan, TritonPlan)
     num_tokens, num_heads, head_dim = q.shape
     out = q.new_empty((num_tokens, num_heads * head_dim))
+    attention_into(q, kv_layer, plan, window, scale, out)
+    return out
+
+
+def attention_into(
+    q: torch.Tensor, kv_layer: torch.Tensor, plan: BatchPlan, window: int | None, scale: float, out: torch.Tensor
+) -> None:
+    """`attention` into `out`, [T, num_heads * head_dim]."""
+    assert isinstance(plan, TritonPlan)
     if plan.prefill is not None:
-        prefill_attention(q, kv_layer, plan.prefill, window, scale, out)
+        kernel = triton_prefill_hopper if triton_prefill_hopper.supports(q, kv_layer) else triton_prefill
+        kernel.prefill_attention(q, kv_layer, plan.prefill, window, scale, out)
     if plan.decode is not None:
         decode_attention(q, kv_layer, plan.decode, window, scale, out, plan.decode_tuning)
-    return out
 
 
 def _decode_batch(

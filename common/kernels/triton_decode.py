@@ -8,7 +8,6 @@ captured into a CUDA graph. A row that several programs share is merged by the l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Final
 
 import torch
@@ -16,7 +15,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2_E: Final = 1.4426950408889634
+from common.kernels.triton_device import LOG2_E, current_stream, num_multiprocessors
+
 _MIN_DOT_ROWS: Final = 16
 _MERGED_AT_ONCE: Final = 8  # partial results loaded in one go
 
@@ -63,7 +63,7 @@ def default_tuning(block_size: int, head_dim: int, dtype: torch.dtype) -> Decode
         tile=max(block_size, 64 if head_dim <= 128 else 32),
         programs_per_multiprocessor=2,
         num_warps=4,
-        num_stages=3,
+        num_stages=4,
         min_tiles=2,
         use_tma=use_tma,
     )
@@ -98,10 +98,10 @@ def decode_attention(
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
     tuning = tuning or default_tuning(block_size, head_dim, kv_layer.dtype)
     num_sequences = batch.block_tables.shape[0]
-    num_programs = _num_multiprocessors(kv_layer.device) * tuning.programs_per_multiprocessor
+    num_programs = num_multiprocessors(kv_layer.device) * tuning.programs_per_multiprocessor
     group = num_heads // num_kv_heads
     space = _workspace(
-        kv_layer.device, _stream(kv_layer.device), num_programs, group * head_dim, num_sequences * num_kv_heads
+        kv_layer.device, current_stream(kv_layer.device), num_programs, group * head_dim, num_sequences * num_kv_heads
     )
     keys = kv_layer.view(-1, head_dim)
     _decode_kernel[(num_programs,)](
@@ -115,17 +115,6 @@ def decode_attention(
         WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=_MERGED_AT_ONCE,
         MERGED_ROWS=triton.next_power_of_2(group), num_warps=tuning.num_warps, num_stages=tuning.num_stages,
     )  # fmt: skip
-
-
-@cache
-def _num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter: some, so that rows are shared
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 _WORKSPACES: dict[tuple[torch.device, int], _Workspace] = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 import torch
@@ -17,8 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.kernels.batch import Span
-
-LOG2_E: Final = 1.4426950408889634
+from common.kernels.triton_device import LOG2_E
 
 
 @dataclass(frozen=True, slots=True)

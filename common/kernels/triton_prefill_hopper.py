@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from common.kernels.triton_prefill import LOG2_E, PrefillBatch
+from common.kernels.triton_device import LOG2_E, is_hopper, num_multiprocessors
+from common.kernels.triton_prefill import PrefillBatch
 
 _ROWS: Final = 128
 _KEYS: Final = 128
@@ -31,17 +32,16 @@ _COLUMNS: Final = 64  # a swizzled row of shared memory: 128 bytes
 _GL_DTYPES: Final = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def supports(q: torch.Tensor, kv_layer: torch.Tensor, window: int | None) -> bool:
+def supports(q: torch.Tensor, kv_layer: torch.Tensor) -> bool:
     """Whether `prefill_attention` takes these."""
-    del window
-    _, _, _, block_size, head_dim = kv_layer.shape
+    block_size, head_dim = kv_layer.shape[3:]
     return (
-        kv_layer.dtype in _GL_DTYPES
+        is_hopper(kv_layer.device)
+        and kv_layer.dtype in _GL_DTYPES
         and q.dtype == kv_layer.dtype
         and block_size in (64, 128)
         and head_dim in (64, 128)
-        and kv_layer.device.type == "cuda"
-        and torch.cuda.get_device_capability(kv_layer.device)[0] == 9
+        and q.shape[1] // kv_layer.shape[2] <= _ROWS // 2
     )
 
 
@@ -52,7 +52,6 @@ def prefill_attention(
     window: int | None,
     scale: float,
     out: torch.Tensor,
-    num_programs: int,
     num_stages: int = 2,
 ) -> None:
     """As `triton_prefill.prefill_attention`."""
@@ -61,11 +60,12 @@ def prefill_attention(
     group = num_heads // num_kv_heads
     tiles = batch.tiles(_ROWS // 2 // group * 2)
     num_items = tiles.shape[0] * num_kv_heads
+    num_programs = min(num_multiprocessors(kv_layer.device), num_items)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     keys = kv_layer.view(-1, head_dim)
     piece = min(block_size, _KEYS)
     descriptor = TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [piece, _COLUMNS], layout)
-    _kernel[(min(num_programs, num_items),)](
+    _kernel[(num_programs,)](
         q, descriptor, batch.block_tables, tiles, out, q.stride(0), batch.block_tables.stride(0), num_items, window or 0,
         scale * LOG2_E,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, ROWS=_ROWS, KEYS=_KEYS,
@@ -180,7 +180,17 @@ def _steps(
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         new_weights, best, sums, kept = _softmax_step(
-            scores, best, sums, (first_tile - back) * KEYS, positions, window, qk_scale, MASKED, WINDOWED, KEYS, S_LAYOUT
+            scores,
+            best,
+            sums,
+            (first_tile - back) * KEYS,
+            positions,
+            window,
+            qk_scale,
+            MASKED,
+            WINDOWED,
+            KEYS,
+            S_LAYOUT,
         )
         acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
         mbarrier.arrive(v_empty.index(before), count=1)

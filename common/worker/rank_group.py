@@ -244,7 +244,7 @@ async def _spawn(module: str) -> _Rank:
             str(kv_rank.fileno()),
             pass_fds=(step_rank.fileno(), kv_rank.fileno()),
             stdin=asyncio.subprocess.DEVNULL,
-            env=os.environ | {"BATON_PARENT_PID": str(os.getpid())},
+            env=os.environ | {"BATON_PARENT_PID": str(os.getpid()), "UCX_WARN_UNUSED_ENV_VARS": "n"},
         )
     except BaseException:
         step_front.close()

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from common.config import ServiceConfig
 from services.prefill.admission import SchedulerLimits
 
+_SLOT_ALIGNMENT_BYTES = 64  # legs start at multiples of the element size
+
 
 class PrefillConfig(ServiceConfig):
     """The prefill worker: computes KV caches and hands them to decode workers."""
@@ -23,7 +25,8 @@ class PrefillConfig(ServiceConfig):
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16: weights, activations, KV cache.")
     tp_size: int = Field(1, ge=1, le=64, description="Tensor-parallel ranks.")
 
-    num_blocks: int = Field(1024, ge=1, description="KV blocks of each rank.")
+    num_blocks: int = Field(1024, ge=1, description="KV blocks of each rank, unless kv_bytes says how many.")
+    kv_bytes: int = Field(0, ge=0, description="Memory of each rank for KV blocks, bytes; 0: see num_blocks.")
     block_size: int = Field(64, ge=1, description="Tokens in a block; decode workers must have the same.")
     prefix_cache: bool = Field(True, description="Keep the blocks of finished prompts for prompts that start alike.")
 
@@ -42,7 +45,7 @@ class PrefillConfig(ServiceConfig):
 
     transport_url: str = Field("ucx://0.0.0.0:0", description="Where the ranks open their transport endpoints.")
     transport_progress: Literal["event", "polling"] = Field("event", description="How the transport is driven.")
-    num_send_slots: int = Field(4, ge=1, le=256, description="Staging slots of each rank for sending.")
+    num_slots: int = Field(4, ge=1, le=256, description="Staging slots of each rank for sending.")
     slot_bytes: int = Field(8 << 20, ge=4096, description="Size of a staging slot, bytes.")
     max_chunks_in_flight: int = Field(2, ge=1, le=16, description="Chunks of one hand-off that travel at once.")
     max_chunk_resends: int = Field(3, ge=0, description="How often one chunk is offered again after it failed.")
@@ -62,6 +65,8 @@ class PrefillConfig(ServiceConfig):
     def _check(self) -> Self:
         if self.max_step_tokens < 2 * self.block_size:
             raise ValueError(f"max_step_tokens must be at least two blocks of {self.block_size} tokens")
+        if self.slot_bytes % _SLOT_ALIGNMENT_BYTES:
+            raise ValueError(f"slot_bytes must be a multiple of {_SLOT_ALIGNMENT_BYTES}")
         return self
 
     @property

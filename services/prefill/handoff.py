@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from baton.v1 import kv_pb2
 
 from common import errors
-from common.kvcache.layout import HEADER_BYTES, KVLayout, Leg, heads_of_rank, plan_legs
+from common.kvcache.layout import KVLayout
 from services.prefill.decode_peers import HandoffStream
 from services.prefill.engine import PrefillEngine, PrefillJob
-from services.prefill.sends import RankLeg, Sends
+from services.prefill.legs import ChunkLegs
+from services.prefill.sends import Sends
 
 # How long decode may take, after the grant's time, to say what became of a chunk.
 ANSWER_GRACE_S = 5.0
@@ -112,8 +113,7 @@ class Handoff:
         self._ticket = ticket
         self._stream = stream
         self._now_ns = now_ns
-        num_kv_heads = setup.layout.num_kv_heads
-        self._legs = plan_legs(num_kv_heads, setup.tp_size, len(ticket.rank_addresses))
+        self._legs = ChunkLegs(setup.layout, setup.tp_size, tuple(ticket.rank_addresses))
         loop = asyncio.get_running_loop()
         self._accepted: asyncio.Future[kv_pb2.HandoffAccepted] = loop.create_future()
         self._joined: asyncio.Future[None] = loop.create_future()
@@ -167,16 +167,13 @@ class Handoff:
 
     async def _connect(self) -> None:
         """Connect every rank to the decode ranks that it has legs to; notes the lanes."""
-        pairs = sorted({(leg.prefill_rank, leg.decode_rank) for leg in self._legs})
-        connects = (
-            self._sends.connect(rank, self._ticket.rank_addresses[peer], self._setup.connect_timeout_s)
-            for rank, peer in pairs
-        )
+        timeout_s = self._setup.connect_timeout_s
+        connects = (self._sends.connect(rank, address, timeout_s) for rank, address in self._legs.connections)
         self.stats.transport = ",".join(sorted(set(await asyncio.gather(*connects))))
 
     async def _ship_all(self) -> None:
         accepted = await self._accepted
-        size = min(accepted.max_blocks_per_chunk, self._slot_capacity())
+        size = min(accepted.max_blocks_per_chunk, self._legs.max_blocks(self._setup.slot_bytes))
         if size < 1:
             raise errors.FailedPrecondition("a staging slot is smaller than one block")
         if accepted.num_blocks_reused > self._job.num_blocks:
@@ -245,7 +242,7 @@ class Handoff:
 
     async def _fill(self, chunk: _Chunk, grant: kv_pb2.ChunkGrant, deadline_s: float) -> None:
         """Take a slot and start the send. If none is free in time, give the grant back."""
-        legs = self._rank_legs(chunk, grant)
+        legs = self._legs.pack(chunk.num_blocks, grant.legs)
         assert self._connecting is not None
         try:
             async with asyncio.timeout_at(deadline_s):
@@ -269,50 +266,6 @@ class Handoff:
     async def _abort(self, chunk: _Chunk, reason: str) -> None:
         aborted = kv_pb2.ChunkAborted(chunk_index=chunk.index, reason=reason)
         await self._stream.send(kv_pb2.HandoffRequest(chunk_aborted=aborted))
-
-    def _slot_capacity(self) -> int:
-        """Blocks of which all legs of each rank fit into its slot."""
-        layout = self._setup.layout
-        capacities = []
-        for rank in {leg.prefill_rank for leg in self._legs}:
-            own = [leg for leg in self._legs if leg.prefill_rank == rank]
-            block_bytes = layout.block_bytes(sum(leg.num_heads for leg in own))
-            capacities.append((self._setup.slot_bytes - len(own) * HEADER_BYTES) // block_bytes)
-        return min(capacities)
-
-    def _rank_legs(self, chunk: _Chunk, grant: kv_pb2.ChunkGrant) -> list[RankLeg]:
-        """The grant's legs, packed into the slot of each rank. Raises `TransferError` if they are not the expected
-        ones: a rank must never be told to send what is not there."""
-        layout = self._setup.layout
-        granted = [Leg(leg.prefill_rank, leg.decode_rank, leg.first_head, leg.num_heads) for leg in grant.legs]
-        sizes = [layout.leg_bytes(chunk.num_blocks, leg.num_heads) for leg in granted]
-        if sorted(granted, key=_leg_order) != sorted(self._legs, key=_leg_order) or sizes != [
-            leg.num_bytes for leg in grant.legs
-        ]:
-            raise errors.TransferError(f"the grant of chunk {chunk.index} has other legs than the layout says")
-        offsets = dict.fromkeys(range(self._setup.tp_size), 0)
-        legs = []
-        for leg in grant.legs:
-            rank = leg.prefill_rank
-            first_own_head = heads_of_rank(layout.num_kv_heads, self._setup.tp_size, rank).start
-            address = self._ticket.rank_addresses[leg.decode_rank]
-            legs.append(
-                RankLeg(
-                    rank=rank,
-                    address=address,
-                    offset=offsets[rank],
-                    num_bytes=leg.num_bytes,
-                    tag=leg.tag,
-                    first_local_head=leg.first_head - first_own_head,
-                    num_heads=leg.num_heads,
-                )
-            )
-            offsets[rank] += leg.num_bytes
-        return legs
-
-
-def _leg_order(leg: Leg) -> tuple[int, int]:
-    return leg.decode_rank, leg.first_head
 
 
 def first_error(group: BaseExceptionGroup[errors.BatonError]) -> errors.BatonError:

@@ -14,28 +14,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from common import errors
 from common.kvcache.grant import SlotHandle
 from common.kvcache.slot_pool import SlotPool
 from common.worker.rank_group import Operation, RankGroup, error_of
 from common.worker.rank_messages import ConnectDone, ConnectPeer, RankKVMessage, SendDone, SendLeg, SlotDrained
+from services.prefill.legs import RankLeg
 
 _MAX_WAITERS = 1 << 16  # each is a chunk in flight of an admitted prompt, which the scheduler bounds
-
-
-@dataclass(frozen=True, slots=True)
-class RankLeg:
-    """One leg of a chunk: what `rank` gathers into [offset, offset + num_bytes) of its slot and sends."""
-
-    rank: int
-    address: str
-    offset: int
-    num_bytes: int
-    tag: int
-    first_local_head: int
-    num_heads: int
 
 
 class Sends:

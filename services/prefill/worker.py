@@ -16,6 +16,7 @@ from baton.v1 import worker_pb2
 
 from common import errors
 from common.kvcache.kv_cache_manager import KVCacheManager
+from common.kvcache.layout import heads_of_rank
 from common.telemetry.counters import Counters
 from common.worker.rank_group import RankGroup
 from common.worker.rank_messages import StartRank
@@ -71,6 +72,7 @@ class PrefillWorker:
     ) -> None:
         self.config = config
         self.model = model
+        self.num_blocks = _num_blocks(config, model)
         self.incarnation = secrets.token_hex(8)
         self.counters = Counters(COUNTERS)
         self.counters.set_gauges(self._gauges)
@@ -137,8 +139,8 @@ class PrefillWorker:
         )
         session = self._session
         if session is None:
-            status.num_blocks_free = self.config.num_blocks
-            status.num_slots_free = self.config.num_send_slots
+            status.num_blocks_free = self.num_blocks
+            status.num_slots_free = self.config.num_slots
             return status
         scheduler, blocks = session.engine.scheduler, session.engine.scheduler.kv.stats()
         status.num_waiting = scheduler.num_waiting
@@ -181,11 +183,11 @@ class PrefillWorker:
                 model_dir=str(config.model),
                 device=config.device,
                 dtype=config.dtype,
-                num_blocks=config.num_blocks,
+                num_blocks=self.num_blocks,
                 block_size=config.block_size,
                 max_rows=config.max_rows,
                 max_step_tokens=config.max_step_tokens,
-                num_slots=config.num_send_slots,
+                num_slots=config.num_slots,
                 slot_bytes=config.slot_bytes,
                 transport_url=config.transport_url,
                 transport_progress=config.transport_progress,
@@ -201,7 +203,7 @@ class PrefillWorker:
 
     def _begin_session(self, ranks: RankGroup) -> None:
         config = self.config
-        kv = KVCacheManager(config.num_blocks, config.block_size, config.prefix_cache)
+        kv = KVCacheManager(self.num_blocks, config.block_size, config.prefix_cache)
         scheduler = Scheduler(kv, config.scheduler_limits, self.model.digest)
         setup = HandoffSetup(
             worker_id=config.worker_id,
@@ -215,7 +217,7 @@ class PrefillWorker:
             connect_timeout_s=config.connect_timeout_s,
         )
         engine = PrefillEngine(ranks, scheduler, self.counters, self._on_change)
-        self._session = Session(ranks, engine, Sends(ranks, config.num_send_slots, self._on_change), setup)
+        self._session = Session(ranks, engine, Sends(ranks, config.num_slots, self._on_change), setup)
         assert self._tasks is not None
         self._tasks.create_task(_run_session(self._session))
         _log.info("%s is ready: %d ranks, layout %s", config.worker_id, config.tp_size, self.model.fingerprint)
@@ -240,6 +242,15 @@ async def _run_session(session: Session) -> None:
             await session.engine.run()
     except* errors.Unavailable as lost:
         _log.debug("the engine ended: %s", lost.exceptions[0])
+
+
+def _num_blocks(config: PrefillConfig, model: WorkerModel) -> int:
+    if not config.kv_bytes:
+        return config.num_blocks
+    block_bytes = model.layout.block_bytes(len(heads_of_rank(model.layout.num_kv_heads, config.tp_size, 0)))
+    if config.kv_bytes < block_bytes:
+        raise errors.InvalidArgument("kv_bytes", config.kv_bytes, f"a block has {block_bytes} bytes")
+    return config.kv_bytes // block_bytes
 
 
 def _free_port() -> int:

@@ -20,7 +20,7 @@ FAMILIES = [  # family, prefill ranks, decode ranks: every family, and every pai
     ("llama3", 1, 2),
     ("qwen2", 2, 1),
     ("qwen3", 1, 4),
-    ("mistral", 2, 4),
+    ("mistral_window", 2, 4),
 ]
 
 

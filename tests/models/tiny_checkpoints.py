@@ -19,7 +19,7 @@ from transformers import (
 )
 
 VOCAB_SIZE: Final = 320
-CONTEXT_LENGTH: Final = 512
+CONTEXT_LENGTH: Final = 4096
 BOS_TOKEN_ID: Final = 0
 EOS_TOKEN_ID: Final = 1
 

@@ -55,7 +55,7 @@ def make_config(**changes: object) -> PrefillConfig:
         "num_blocks": NUM_BLOCKS,
         "block_size": BLOCK_SIZE,
         "max_step_tokens": 16,
-        "num_send_slots": 2,
+        "num_slots": 2,
         "slot_bytes": 1 << 16,
     }
     return PrefillConfig.model_validate(values | changes)
@@ -130,7 +130,7 @@ class Harness:
         """Wait until nothing is held, and verify that this is the whole truth."""
         status = await self.until(holds_nothing)
         assert status.num_blocks_free + status.num_blocks_cached == NUM_BLOCKS
-        assert status.num_slots_free == self.config.num_send_slots
+        assert status.num_slots_free == self.config.num_slots
         session = self.worker.session
         session.engine.scheduler.check_integrity()
         assert session.sends.num_waiting == 0

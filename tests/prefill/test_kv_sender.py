@@ -1,4 +1,4 @@
-"""A rank's sender over the in-process transport: what arrives is what was in the blocks, and slots are never guessed."""
+"""A rank's sender over the in-process transport: what arrives was in the blocks, and no slot is free too early."""
 
 from __future__ import annotations
 

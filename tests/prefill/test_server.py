@@ -83,7 +83,7 @@ async def test_finished_chunks_travel_while_the_rest_is_computed() -> None:
 
 
 async def test_at_most_two_chunks_travel_at_once() -> None:
-    async with running(num_send_slots=4) as harness:
+    async with running(num_slots=4) as harness:
         harness.decode.max_blocks_per_chunk = 1
         await harness.prefill(harness.request(60))
         assert harness.decode.max_chunks_in_flight == 2
@@ -256,7 +256,7 @@ async def test_failed_send_reconnects_and_is_offered_again() -> None:
 
 
 async def test_chunks_wait_for_a_send_slot_in_turn() -> None:
-    async with running(num_send_slots=1) as harness:
+    async with running(num_slots=1) as harness:
         harness.ranks.holds_sends = True
         calls = [asyncio.create_task(harness.prefill(harness.request(8, first_token_id=i * 10))) for i in range(3)]
         for _ in calls:
@@ -270,7 +270,7 @@ async def test_chunks_wait_for_a_send_slot_in_turn() -> None:
 
 
 async def test_grant_that_ends_before_a_slot_is_free_is_given_back() -> None:
-    async with running(num_send_slots=1, max_chunk_resends=0) as harness:
+    async with running(num_slots=1, max_chunk_resends=0) as harness:
         harness.ranks.holds_sends = True
         holder = asyncio.create_task(harness.prefill(harness.request(8)))
         await harness.ranks.on_held.wait()

@@ -173,6 +173,7 @@ async def test_no_byte_is_written_after_close_returns(pair: Pair) -> None:
     sending = asyncio.create_task(sender.send(1, pattern(BIG_BYTES, 0)))
     await until_arriving(receive)
     await receiver.close()
+    assert await receive.cancel(0.0) is CancelOutcome.PEER_LOST
     buffer.copy_(canary(BIG_BYTES))
     await asyncio.gather(sending, return_exceptions=True)
     await sender.drained()

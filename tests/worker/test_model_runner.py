@@ -141,6 +141,15 @@ def test_a_sequence_goes_on_where_it_was_handed_over(checkpoint: Path) -> None:
     assert tokens == expected
 
 
+def test_a_draw_depends_on_its_place_in_the_output(checkpoint: Path) -> None:
+    tokens: list[int] = []
+    for index in range(8):
+        bench = Bench(checkpoint)
+        bench.add(0, prompt_of(6), sampling=drawn(5))
+        tokens.append(bench.run(bench.segment(0, prompt_of(6), 0, output_index=index))[0].token_id)
+    assert len(set(tokens)) > 1
+
+
 def test_logprobs_come_with_the_token_they_belong_to(checkpoint: Path) -> None:
     bench = Bench(checkpoint)
     bench.add(0, prompt_of(9), sampling=drawn(1, logprobs=3))
