@@ -79,6 +79,10 @@ class DecodePeers:
         self._channels: dict[str, grpc.aio.Channel] = {}  # least recently used first
         self._num_streams: dict[str, int] = {}
 
+    @property
+    def num_channels(self) -> int:
+        return len(self._channels)
+
     @contextlib.asynccontextmanager
     async def open(self, address: str) -> AsyncIterator[HandoffStream]:
         """A stream to the decode worker; leaving the context breaks it, unless both ends were done."""

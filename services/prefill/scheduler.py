@@ -67,8 +67,8 @@ class Scheduler:
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Tokens that no plan has yet, of waiting and of running prompts."""
-        return self._num_queued_tokens + sum(prompt.num_remaining for prompt in self._running)
+        """Tokens that no plan has yet, of waiting and of running prompts. May be read from another thread."""
+        return self._num_queued_tokens + sum(prompt.num_remaining for prompt in list(self._running))
 
     @property
     def num_in_flight(self) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from common import errors
 from common.kvcache.grant import SlotHandle
 from common.kvcache.slot_pool import SlotPool
+from common.telemetry.counters import Counters
 from common.worker.rank_group import Operation, RankGroup, error_of
 from common.worker.rank_messages import ConnectDone, ConnectPeer, RankKVMessage, SendDone, SendLeg, SlotDrained
 from services.prefill.legs import RankLeg
@@ -28,8 +29,9 @@ _MAX_WAITERS = 1 << 16  # each is a chunk in flight of an admitted prompt, which
 class Sends:
     """The slots of one `RankGroup`, in lock-step on all ranks. Sends run as tasks of `run`."""
 
-    def __init__(self, ranks: RankGroup, num_slots: int, on_change: Callable[[], None]) -> None:
+    def __init__(self, ranks: RankGroup, num_slots: int, counters: Counters, on_change: Callable[[], None]) -> None:
         self._ranks = ranks
+        self._counters = counters
         self._slots: SlotPool[asyncio.Future[SlotHandle]] = SlotPool(
             num_slots, num_ranks=1, max_waiters=_MAX_WAITERS, nonce=lambda: 0
         )
@@ -159,6 +161,7 @@ class Sends:
         """Free the slot, at once or when every leg in doubt has drained."""
         if doubtful:
             self._slots.quarantine(handle)
+            self._counters.inc("slots_quarantined")
             self._on_change()
             for operation in doubtful:
                 drained = await operation.reply()

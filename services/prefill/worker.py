@@ -46,6 +46,7 @@ COUNTERS = {
     "blocks_reused": "Blocks that decode workers held already.",
     "bytes_shipped": "Bytes sent to decode workers, headers and repetitions included.",
     "chunks_resent": "Chunks that were offered again.",
+    "slots_quarantined": "Send slots whose last send was in doubt.",
     "ranks_lost": "Incarnations of the ranks that died.",
 }
 
@@ -217,7 +218,7 @@ class PrefillWorker:
             connect_timeout_s=config.connect_timeout_s,
         )
         engine = PrefillEngine(ranks, scheduler, self.counters, self._on_change)
-        self._session = Session(ranks, engine, Sends(ranks, config.num_slots, self._on_change), setup)
+        self._session = Session(ranks, engine, Sends(ranks, config.num_slots, self.counters, self._on_change), setup)
         assert self._tasks is not None
         self._tasks.create_task(_run_session(self._session))
         _log.info("%s is ready: %d ranks, layout %s", config.worker_id, config.tp_size, self.model.fingerprint)

@@ -8,7 +8,7 @@ from common.sampling.params import SamplingParams
 from common.worker.sequence import SequenceRequest
 
 EOS = 0
-VOCAB_SIZE = 11
+VOCAB_SIZE = 7
 
 
 def token_of(seed: int, output_index: int) -> int:

@@ -260,5 +260,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.num_open == 0, "steps alone did not bring every sequence to its end"
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestScheduler = SchedulerMachine.TestCase

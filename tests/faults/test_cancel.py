@@ -14,7 +14,7 @@ from cli.client import Client
 from cli.deployment import DeploymentSpec
 from common.errors import DeadlineExceeded
 from tests.faults.settling import SETTLE_S, Watcher, holds_nothing, watching
-from tests.integration.conftest import deployed
+from tests.integration.deployments import deployed
 from tests.integration.reference import Reference
 from tests.integration.requests import ask, greedy_request
 

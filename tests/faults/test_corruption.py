@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cli.deployment import DeploymentSpec
-from tests.integration.conftest import deployed
+from tests.integration.deployments import deployed
 from tests.integration.reference import Reference
 from tests.integration.requests import ask, greedy_request
 

@@ -12,7 +12,7 @@ import pytest
 from cli.deployment import Deployment, DeploymentSpec, ManagedProcess
 from common.errors import Unavailable
 from tests.faults.settling import SETTLE_S, holds_nothing, watching
-from tests.integration.conftest import deployed
+from tests.integration.deployments import deployed
 from tests.integration.reference import Reference
 from tests.integration.requests import ask, ask_all, greedy_request
 

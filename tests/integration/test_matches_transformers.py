@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cli.deployment import DeploymentSpec
-from tests.integration.conftest import deployed
+from tests.integration.deployments import deployed
 from tests.integration.reference import PROMPT_LENGTHS, Reference
 from tests.integration.requests import ask, ask_all, greedy_request
 from tests.models.tiny_checkpoints import write_tiny_checkpoint

@@ -236,6 +236,7 @@ async def test_send_in_doubt_keeps_its_slot_until_it_is_drained() -> None:
         assert (completed.num_chunks_resent, harness.decode.aborted) == (1, [0])
         status = await harness.until(lambda status: status.num_running == 0)
         assert (status.num_slots_quarantined, status.num_slots_free) == (1, 1)
+        assert status.counters["slots_quarantined"] == 1
         assert status.num_blocks_held == 0
         drain(leg, operation)
         await harness.settled()
