@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
+import psutil  # type: ignore[import-untyped]
 from baton.v1 import (
     decode_pb2,
     decode_pb2_grpc,
@@ -42,9 +42,7 @@ MAX_MESSAGE_BYTES = 16 << 20
 LETTER = 66
 
 
-class InstantWorkers(
-    worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer, prefill_pb2_grpc.PrefillServicer
-):
+class InstantWorkers(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer, prefill_pb2_grpc.PrefillServicer):
     """A worker of one role. Decode gives every open sequence one token per step, all in one batch."""
 
     def __init__(self, role: worker_pb2.WorkerRole.ValueType, step_s: float) -> None:
@@ -140,7 +138,7 @@ def generate_request(max_tokens: int) -> inference_pb2.GenerateRequest:
 async def measure_throughput(channel: grpc.aio.Channel, streams: int, seconds: float) -> dict[str, float]:
     """Messages and tokens per second with so many streams at a time, once all of them run."""
     # Raw bytes: the client's own parsing is none of the router's cost.
-    method = channel.unary_stream(
+    method: grpc.aio.UnaryStreamMultiCallable[inference_pb2.GenerateRequest, bytes] = channel.unary_stream(
         "/baton.v1.Inference/Generate",
         request_serializer=inference_pb2.GenerateRequest.SerializeToString,
     )
@@ -168,9 +166,7 @@ async def measure_throughput(channel: grpc.aio.Channel, streams: int, seconds: f
     }
 
 
-async def measure_latency(
-    channel: grpc.aio.Channel, prefill_address: str, repeats: int = 400
-) -> dict[str, float]:
+async def measure_latency(channel: grpc.aio.Channel, prefill_address: str, repeats: int = 400) -> dict[str, float]:
     """Whole requests of one token, one after the other: through the router, and straight to the prefill worker."""
     inference: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(channel)
     direct_channel = open_channel(prefill_address, MAX_MESSAGE_BYTES)

@@ -1,0 +1,1 @@
+"""Scripts that check, then measure, in one call. Results live in docs/performance.md."""
