@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from common.kernels.triton_device import LOG2_E, current_stream, num_multiprocessors
 
 _MIN_DOT_ROWS: Final = 16
-_MERGED_AT_ONCE: Final = 8  # partial results loaded in one go
+_MERGED_VALUES_PER_THREAD: Final = 64  # of partial results loaded in one go
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,8 @@ def decode_attention(
         kv_layer.device, current_stream(kv_layer.device), num_programs, group * head_dim, num_sequences * num_kv_heads
     )
     keys = kv_layer.view(-1, head_dim)
+    merged_rows = triton.next_power_of_2(group)
+    merged = max(1, _MERGED_VALUES_PER_THREAD * 32 * tuning.num_warps // (merged_rows * head_dim))
     _decode_kernel[(num_programs,)](
         q,
         TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [tuning.tile, head_dim]) if tuning.use_tma else keys,
@@ -112,8 +114,8 @@ def decode_attention(
         scale * LOG2_E,
         SEQUENCES=triton.next_power_of_2(num_sequences), NUM_KV_HEADS=num_kv_heads, GROUP=group,
         ROWS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
-        WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=_MERGED_AT_ONCE,
-        MERGED_ROWS=triton.next_power_of_2(group), num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+        WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=merged,
+        MERGED_ROWS=merged_rows, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
     )  # fmt: skip
 
 
@@ -302,7 +304,7 @@ def _merge(
     best = tl.full([MERGED_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([MERGED_ROWS], tl.float32)
     acc = tl.zeros([MERGED_ROWS, HEAD_DIM], tl.float32)
-    for start in range(0, num_parts, MERGED):
+    for start in tl.range(0, num_parts, MERGED, num_stages=2):
         part = start + tl.arange(0, MERGED)
         slot = (first_program + part) * 2 + tl.where(part == 0, starts_earlier, 0)
         mask = (part < num_parts)[:, None] & (row < GROUP)[None, :]
