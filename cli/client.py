@@ -62,7 +62,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="seed of the random numbers (default: drawn by the router)")
     add("--presence-penalty", type=float, help="-2 to 2")
     add("--frequency-penalty", type=float, help="-2 to 2")
-    add("--repetition-penalty", type=float, help="above 0 to 10; 1 is off")
+    add("--repetition-penalty", type=float, help="above 0.1 to 10; 1 is off")
     add("--logprobs", type=int, help="report so many alternatives for each token, 0 to 20")
     add("--ignore-eos", action="store_const", const=True, help="go on past end-of-sequence tokens")
 

@@ -47,7 +47,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
         except errors.BatonError as error:
             refused = isinstance(error, errors.ResourceExhausted | errors.InvalidArgument | errors.FailedPrecondition)
             counters.inc("requests_refused" if refused else "requests_failed")
-            _log.info("%s: %s: %s", request.sequence.request_id, type(error).__name__, error)
+            _log.info("%.128r: %s: %s", request.sequence.request_id, type(error).__name__, error)
             raise
         except asyncio.CancelledError:
             counters.inc("requests_cancelled")

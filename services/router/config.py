@@ -23,6 +23,7 @@ class RouterConfig(ServiceConfig):
     workers_file: Path | None = Field(
         None, description="TOML file with lists `prefill` and `decode` of more workers; read again when it changes."
     )
+    workers_file_interval_s: float = Field(1.0, gt=0, description="Time between looks at that file, seconds.")
     max_in_flight: int = Field(512, ge=16, description="Sequences under way at once (a request with n has n).")
     max_waiting: int = Field(1024, ge=0, description="Requests that may wait for a place; more are refused.")
     max_timeout_s: float = Field(600.0, gt=0, description="Longest deadline of a request, and the default, seconds.")

@@ -1,6 +1,6 @@
 """Writes a request's choices to its client: whatever waits is merged, so a slow client costs bounded memory.
 
-One task, the call's own handler, writes; choices only mark themselves as changed. Knows nothing of workers.
+One task writes; choices only mark themselves as changed. Knows nothing of workers.
 """
 
 from __future__ import annotations

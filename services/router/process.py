@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import random
 import secrets
@@ -39,6 +40,7 @@ class RouterProcess:
             session_id=secrets.token_hex(16),
             max_message_bytes=config.max_message_bytes,
             workers_file=config.workers_file,
+            file_interval_s=config.workers_file_interval_s,
         )
         limits = DispatchLimits(config.max_worker_losses, config.placement_timeout_s, config.migration_timeout_s)
         self._dispatcher = Dispatcher(self.registry, rng, limits)
@@ -100,6 +102,9 @@ async def run_router(config: RouterConfig) -> None:
     router = RouterProcess(config, model, random.Random(secrets.randbits(64)))
     if config.metrics_port:
         router.metrics.serve(config.metrics_port)
+    # What is loaded by now stays: the collector need not look at it again while requests wait.
+    gc.collect()
+    gc.freeze()
     async with router.running():
         _logger.info("%s on port %d", model.limits.name, router.port)
         await stopping.wait()

@@ -1,6 +1,7 @@
 """The Inference service: each call is validated, admitted, tokenised and dispatched here, in this order.
 
-The handler's own task writes to the client; everything else about the call is a child of it and ends with it.
+The handler's own task dispatches; the writer to the client and all else about the call are its children and end
+with it.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             choice.lifetime.queue_ns = admitted_ns - record.received_ns
         record.output = output
         async with asyncio.TaskGroup() as call:
-            call.create_task(self._dispatcher.run(plan, output.choices))
-            await output.write_to(context.write, record.received_ns)
+            call.create_task(output.write_to(context.write, record.received_ns))
+            await self._dispatcher.run(plan, output.choices)
 
     async def _prompt_ids(self, request: ValidatedRequest) -> list[int]:
         contents = (content for _, content in request.chat or ())

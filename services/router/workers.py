@@ -24,7 +24,6 @@ from services.router.token_streams import FIRST_RETRY_S, LAST_RETRY_S, TokenStre
 
 _logger = logging.getLogger(__name__)
 
-WORKERS_FILE_INTERVAL_S = 1.0
 STATUS_INTERVAL_MS = 100
 
 
@@ -161,7 +160,7 @@ class WorkerRegistry:
         session_id: str,
         max_message_bytes: int,
         workers_file: Path | None = None,
-        file_interval_s: float = WORKERS_FILE_INTERVAL_S,
+        file_interval_s: float = 1.0,
     ) -> None:
         self.session_id = session_id
         self.max_message_bytes = max_message_bytes

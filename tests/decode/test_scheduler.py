@@ -167,7 +167,7 @@ def test_a_newcomer_leaves_a_block_for_each_running_sequence() -> None:
 def test_blocks_are_given_in_the_order_in_which_they_were_asked_for() -> None:
     scheduler = make_scheduler(num_blocks=4)
     running = start(scheduler, 1, num_tokens=8)
-    large = scheduler.open(ROUTER, make_request(2, range(12)), ticket_id=2)
+    large = scheduler.open(ROUTER, make_request(2, range(12), max_tokens=4), ticket_id=2)
     small = scheduler.open(ROUTER, make_request(3, [9, 9, 9]), ticket_id=3)
     assert not scheduler.reserve(large)
     assert not scheduler.reserve(small), "a small one does not overtake"

@@ -14,6 +14,7 @@ control messages; the bytes travel between ranks over the transport, into stagin
   Finish           ─────────────►            the sequence joins the running batch
                    ◄─────────────  Joined
 
+Every grant is answered exactly once, by ChunkVerified or ChunkRejected; ChunkAborted only hastens the latter.
 A stream that breaks before Joined releases everything that the ticket holds.
 """
 

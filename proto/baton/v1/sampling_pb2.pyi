@@ -90,7 +90,7 @@ class SamplingParams(_message.Message):
     min_tokens: _builtins.int
     """End-of-sequence and stop tokens are suppressed until so many tokens were generated. At most max_tokens. Default 0."""
     temperature: _builtins.float
-    """0 is greedy; otherwise logits are divided by it. 0 to 100. Default 1."""
+    """0 is greedy; otherwise logits are divided by it. 0 to 10. Default 1."""
     top_p: _builtins.float
     """Keep the smallest set of tokens whose probabilities add up to this. Above 0, up to 1. Default 1 (off)."""
     top_k: _builtins.int
@@ -104,7 +104,7 @@ class SamplingParams(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted from a token's logit for each time it was generated. -2 to 2. Default 0."""
     repetition_penalty: _builtins.float
-    """Divides positive and multiplies negative logits of tokens in prompt or output. Above 0, up to 10. Default 1 (off)."""
+    """Divides positive and multiplies negative logits of tokens in prompt or output. 0.1 to 10. Default 1 (off)."""
     logprobs: _builtins.int
     """Report log-probabilities: 0 of the chosen token only, k also of the k most probable ones. At most 20. Unset: none."""
     ignore_eos: _builtins.bool

@@ -1,0 +1,379 @@
+"""The decode end of the hand-off, with a fault at every step. Each story ends with nothing held."""
+
+from __future__ import annotations
+
+import pytest
+from baton.v1 import kv_pb2
+
+from common.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    TransferError,
+    Unavailable,
+)
+from tests.decode.front import Front, Prefill, Router, next_post, running_front, ship
+from tests.decode.requests import token_of
+
+
+async def test_chunks_arrive_the_sequence_joins_and_its_tokens_come() -> None:
+    async with running_front(tp_size=2) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(7, num_tokens=10, max_tokens=4))
+        accepted = (await prefill.receive("accepted")).accepted
+        assert (accepted.num_blocks_reused, accepted.max_blocks_per_chunk > 0) == (0, True)
+        await ship(front, prefill, 0, 0, 2)
+        await ship(front, prefill, 1, 2, 1)
+        prefill.finish(num_blocks=3)
+        await prefill.receive("joined")
+        await prefill.call
+        assert await router.end_of(7) == "FINISHED"
+        assert router.tokens[7] == [token_of(1, index) for index in (1, 2, 3)]
+        await front.until_free()
+        assert front.group.num_operations == 0
+        await router.leave()
+
+
+async def test_legs_of_a_chunk_lie_side_by_side_in_the_slot_of_their_rank() -> None:
+    async with running_front(tp_size=1) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1), tp_size=2)
+        await prefill.receive("accepted")
+        prefill.offer(0, 0, 2)
+        grant = (await prefill.receive("grant")).grant
+        posts = [(await next_post(front))[1] for _ in range(2)]
+        assert [(post.peer_name, post.first_local_head, post.num_heads) for post in posts] == [
+            ("prefill/0", 0, 1),
+            ("prefill/1", 1, 1),
+        ]
+        assert (posts[0].offset, posts[1].offset) == (0, posts[0].num_bytes)
+        assert [(leg.tag, leg.num_bytes) for leg in grant.legs] == [(post.tag, post.num_bytes) for post in posts]
+        assert posts[0].tag != posts[1].tag
+        await router.leave()
+
+
+@pytest.mark.parametrize("step", ["begin", "post", "grant", "some legs", "verified"])
+async def test_a_stream_that_breaks_leaves_nothing_behind(step: str) -> None:
+    async with running_front(tp_size=2) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        if step != "begin":
+            prefill.offer(0, 0, 2)
+            _, post = await next_post(front)
+        if step not in ("begin", "post"):
+            await prefill.receive("grant")
+        if step in ("some legs", "verified"):
+            front.group.finish(post)
+        if step == "verified":
+            front.group.finish((await next_post(front))[1])
+            await prefill.receive("chunk_verified")
+        await prefill.break_off()
+        await front.until_free()
+        assert front.group.num_operations == 0
+        reused = router.open(2, num_tokens=10).num_blocks_reused
+        assert reused == 0, "other tokens"
+        await router.leave()
+
+
+async def test_what_was_verified_before_the_break_need_not_be_sent_again() -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        await ship(front, prefill, 0, 0, 2)
+        await prefill.break_off()
+        again = router.open(1)
+        assert again.num_blocks_reused == 2
+        prefill = Prefill(front, again)
+        assert (await prefill.receive("accepted")).accepted.num_blocks_reused == 2
+        await ship(front, prefill, 0, 2, 1)
+        prefill.finish(3)
+        await prefill.receive("joined")
+        assert await router.end_of(1) == "FINISHED"
+        await front.until_free()
+        await router.leave()
+
+
+@pytest.mark.parametrize(
+    ("error_kind", "outcome", "reason"),
+    [
+        ("DigestMismatch", "drained", kv_pb2.CHUNK_REJECT_REASON_DIGEST_MISMATCH),
+        ("Truncated", "drained", kv_pb2.CHUNK_REJECT_REASON_TRUNCATED),
+        ("PeerLost", "peer_lost", kv_pb2.CHUNK_REJECT_REASON_PEER_LOST),
+    ],
+)
+async def test_a_chunk_that_failed_is_rejected_and_taken_when_it_comes_again(
+    error_kind: str, outcome: str, reason: kv_pb2.ChunkRejectReason.ValueType
+) -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        front.group.cancel_outcome = outcome
+        prefill.offer(0, 0, 3)
+        first = (await prefill.receive("grant")).grant
+        _, post = await next_post(front)
+        front.group.finish(post, error_kind, "for the log")
+        rejected = (await prefill.receive("chunk_rejected")).chunk_rejected
+        assert (rejected.chunk_index, rejected.reason) == (0, reason)
+        prefill.offer(0, 0, 3)
+        second = (await prefill.receive("grant")).grant
+        assert second.legs[0].tag != first.legs[0].tag
+        front.group.finish((await next_post(front))[1])
+        await prefill.receive("chunk_verified")
+        name = kv_pb2.ChunkRejectReason.Name(reason).removeprefix("CHUNK_REJECT_REASON_").lower()
+        assert front.worker.counters.snapshot()[f"chunks_rejected_{name}"] == 1
+        assert front.worker.counters.snapshot()[f"cancelled_legs_{outcome}"] == 1
+        await prefill.break_off()
+        await front.until_free()
+        await router.leave()
+
+
+async def test_a_grant_that_is_not_used_in_time_is_taken_back() -> None:
+    async with running_front(grant_timeout_s=0.02) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        prefill.offer(0, 0, 3)
+        await prefill.receive("grant")
+        rejected = (await prefill.receive("chunk_rejected")).chunk_rejected
+        assert rejected.reason == kv_pb2.CHUNK_REJECT_REASON_TIMEOUT
+        assert front.group.num_cancels == 1
+        await prefill.break_off()
+        await front.until_free()
+        await router.leave()
+
+
+async def test_a_chunk_that_the_sender_gives_back_may_be_offered_again() -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        prefill.offer(0, 0, 3)
+        await prefill.receive("grant")
+        await next_post(front)
+        prefill.send(chunk_aborted=kv_pb2.ChunkAborted(chunk_index=0, reason="no slot"))
+        assert (await prefill.receive("chunk_rejected")).chunk_rejected.detail == "no slot"
+        await ship(front, prefill, 0, 0, 3)
+        await prefill.break_off()
+        await front.until_free()
+        await router.leave()
+
+
+async def test_a_slot_in_doubt_is_quarantined_until_its_connection_has_drained() -> None:
+    async with running_front(num_slots=1) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        prefill.offer(0, 0, 3)
+        await prefill.receive("grant")
+        _, post = await next_post(front)
+        front.group.cancel_outcome = "in_doubt"
+        await prefill.break_off()
+        await front.until(lambda: front.worker.status().num_slots_quarantined == 1)
+        assert front.worker.status().num_blocks_held == 0, "blocks are free at once"
+        other = Prefill(front, router.open(2))
+        await other.receive("accepted")
+        other.offer(0, 0, 3)
+        await front.until(lambda: front.worker.status().num_grants_waiting == 1)
+        front.group.cancel_outcome = "drained"
+        front.group.drain(post)
+        await other.receive("grant")
+        assert front.worker.status().num_slots_quarantined == 0
+        await other.break_off()
+        await front.until_free()
+        assert front.group.num_operations == 0
+        await router.leave()
+
+
+async def test_blocks_are_held_until_every_rank_has_answered_the_cancel() -> None:
+    async with running_front(tp_size=2) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        prefill.offer(0, 0, 3)
+        await prefill.receive("grant")
+        front.group.hold_cancels = True
+        prefill.send(chunk_aborted=kv_pb2.ChunkAborted(chunk_index=0))
+        await prefill.break_off()  # a second reason to cancel, while the first cancel is under way
+        await front.until(lambda: front.worker.scheduler.num_open == 0)
+        assert front.worker.status().num_blocks_held == 3
+        front.group.answer_cancels()
+        await front.until_free()
+        await router.leave()
+
+
+async def test_nobody_is_told_of_receives_unless_all_ranks_posted_theirs() -> None:
+    async with running_front(tp_size=2) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        front.group.refuse_posts[1] = ("TransferTimeout", "prefill/0 did not connect")
+        prefill.offer(0, 0, 3)
+        rejected = (await prefill.receive("chunk_rejected")).chunk_rejected
+        assert rejected.reason == kv_pb2.CHUNK_REJECT_REASON_PEER_LOST
+        assert front.worker.counters.snapshot()["cancelled_legs_not_advertised"] == 1
+        await prefill.break_off()
+        await front.until_free()
+        await router.leave()
+
+
+async def test_chunks_wait_for_a_slot_in_order() -> None:
+    async with running_front(num_slots=1) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        for index in range(3):
+            prefill.offer(index, index, 1)
+        for index in range(3):
+            assert (await prefill.receive("grant")).grant.chunk_index == index
+            front.group.finish((await next_post(front))[1])
+            assert (await prefill.receive("chunk_verified")).chunk_verified.chunk_index == index
+        prefill.finish(3)
+        await prefill.receive("joined")
+        assert await router.end_of(1) == "FINISHED"
+        await front.until_free()
+        await router.leave()
+
+
+async def test_a_deadline_ends_the_sequence_in_the_middle_of_a_transfer() -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1, timeout_s=0.05))
+        await prefill.receive("accepted")
+        prefill.offer(0, 0, 3)
+        await prefill.receive("grant")
+        with pytest.raises(DeadlineExceeded):
+            await prefill.call
+        assert await router.end_of(1) == "DEADLINE"
+        await front.until_free()
+        await router.leave()
+
+
+async def test_lost_ranks_end_everything_and_new_ones_start_clean() -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        prefill.offer(0, 0, 3)
+        await prefill.receive("grant")
+        front.group.lose("rank 0 died")
+        front.worker.on_lost("rank 0 died")
+        with pytest.raises(Unavailable):
+            await prefill.call
+        assert await router.end_of(1) == "LOST"
+        await front.until_free()
+        with pytest.raises(Unavailable, match="starting"):
+            router.open(2)
+        front.group = type(front.group)()
+        front.worker.on_ready(front.group)
+        prefill = Prefill(front, router.open(3))
+        await prefill.receive("accepted")
+        await ship(front, prefill, 0, 0, 3)
+        prefill.finish(3)
+        await prefill.receive("joined")
+        assert await router.end_of(3) == "FINISHED"
+        await front.until_free()
+        await router.leave()
+
+
+async def test_a_broken_session_ends_its_hand_offs_and_nobody_elses() -> None:
+    async with running_front() as front:
+        routers = [await Router(front, name).subscribed() for name in ("a", "b")]
+        prefills = [Prefill(front, router.open(1, seed=seed)) for seed, router in enumerate(routers)]
+        for prefill in prefills:
+            await prefill.receive("accepted")
+        await ship(front, prefills[0], 0, 0, 2)
+        await routers[0].leave()
+        with pytest.raises(Cancelled):
+            await prefills[0].call
+        await ship(front, prefills[1], 0, 0, 3)
+        prefills[1].finish(3)
+        await prefills[1].receive("joined")
+        assert await routers[1].end_of(1) == "FINISHED"
+        assert (routers[0].tokens, routers[0].ends) == ({}, {})
+        await front.until_free()
+        await routers[1].leave()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error"),
+    [
+        ("fingerprint", FailedPrecondition),
+        ("ticket", NotFound),
+        ("second stream", FailedPrecondition),
+        ("uneven heads", InvalidArgument),
+    ],
+)
+async def test_workers_that_do_not_fit_are_refused_at_begin(mistake: str, error: type[BatonError]) -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        ticket = router.open(1)
+        first = Prefill(front, ticket)
+        await first.receive("accepted")
+        if mistake == "fingerprint":
+            other = Prefill(front, ticket, fingerprint="another layout")
+        elif mistake == "ticket":
+            other = Prefill(front, kv_pb2.Ticket(ticket_id=ticket.ticket_id ^ 1))
+        elif mistake == "uneven heads":
+            await first.break_off()
+            other = Prefill(front, router.open(2), tp_size=3)
+        else:
+            other = Prefill(front, ticket)
+        with pytest.raises(error):
+            await other.call
+        await first.break_off()
+        front.worker.close("router", 2)
+        await front.until_free()
+        await router.leave()
+
+
+@pytest.mark.parametrize("mistake", ["again", "beyond", "too many", "empty", "unfinished", "token", "silence"])
+async def test_a_peer_that_breaks_the_protocol_loses_its_stream_only(mistake: str) -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        await ship(front, prefill, 0, 0, 2)
+        if mistake == "again":
+            prefill.offer(1, 1, 2)  # block 1 is in place, and may be shared
+        elif mistake == "beyond":
+            prefill.offer(1, 2, 2)
+        elif mistake == "too many":
+            prefill.offer(1, 2, 1 << 20)
+        elif mistake == "empty":
+            prefill.offer(1, 2, 0)
+        elif mistake == "unfinished":
+            prefill.finish(3)
+        elif mistake == "token":
+            await ship(front, prefill, 1, 2, 1)
+            prefill.finish(3, first_token_id=1 << 20)
+        else:
+            prefill.half_close()
+        with pytest.raises((FailedPrecondition, InvalidArgument, Cancelled)):
+            await prefill.call
+        await front.until_free()
+        await router.leave()
+
+
+async def test_a_peer_whose_chunks_always_fail_is_given_up() -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        with pytest.raises(TransferError, match="17 chunks were rejected"):
+            await _fail_forever(front, prefill)
+        await front.until_free()
+        await router.leave()
+
+
+async def _fail_forever(front: Front, prefill: Prefill) -> None:
+    while True:
+        prefill.offer(0, 0, 3)
+        await prefill.receive("grant")
+        front.group.finish((await next_post(front))[1], "DigestMismatch")
+        await prefill.receive("chunk_rejected")

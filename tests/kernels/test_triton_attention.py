@@ -1,0 +1,175 @@
+"""Attention of the Triton backend over KV blocks, against the plain-torch reference in float64."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.kernels import reference, triton_backend, triton_decode, triton_prefill
+from common.kernels.batch import KVShape, Span
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A ragged batch with its cache; blocks are handed out in random order."""
+
+    spans: list[Span]
+    shape: KVShape
+    q: torch.Tensor
+    kv: torch.Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.shape.head_dim**-0.5
+
+    def expected(self, window: int | None) -> torch.Tensor:
+        plan = reference.plan_batch(self.spans, [window], self.shape, torch.float64, DEVICE)
+        return reference.attention(self.q.double(), self.kv.double(), plan, window, self.scale)
+
+    def plan(self, window: int | None) -> triton_backend.TritonPlan:
+        return triton_backend.plan_batch(self.spans, [window], self.shape, self.kv.dtype, DEVICE)
+
+    def attend(self, window: int | None) -> torch.Tensor:
+        return triton_backend.attention(self.q, self.kv, self.plan(window), window, self.scale)
+
+
+def make_case(
+    lengths: list[tuple[int, int]],
+    num_heads: int = 8,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """lengths: (num_queries, context_length) of each sequence. q is a view of a wider projection, as in a model."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-context // block_size) for _, context in lengths]
+    ids = list(range(sum(counts) + 2))
+    random.Random(seed).shuffle(ids)
+    spans = [
+        Span(queries, context, [ids.pop() for _ in range(count)])
+        for (queries, context), count in zip(lengths, counts, strict=True)
+    ]
+    shape = KVShape(sum(counts) + 2, num_kv_heads, block_size, head_dim)
+    size = (shape.num_blocks, 2, num_kv_heads, block_size, head_dim)
+    qkv = torch.randn(sum(n for n, _ in lengths), num_heads + 2 * num_kv_heads, head_dim, generator=generator)
+    kv = torch.randn(size, generator=generator)
+    return Case(spans, shape, qkv.to(DEVICE, dtype)[:, :num_heads], kv.to(DEVICE, dtype))
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+MIXED = [(1, 70), (20, 20), (1, 5), (7, 40), (1, 1), (33, 100)]
+
+
+@pytest.mark.parametrize("window", [None, 33, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_matches_reference_on_a_ragged_batch(dtype: torch.dtype, window: int | None) -> None:
+    case = make_case(MIXED, dtype=dtype)
+    assert relative_error(case.attend(window), case.expected(window)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 2), (7, 1), (16, 1)])
+def test_packs_any_number_of_grouped_heads(num_heads: int, num_kv_heads: int) -> None:
+    case = make_case([(19, 40), (1, 37)], num_heads, num_kv_heads)
+    assert relative_error(case.attend(None), case.expected(None)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_takes_every_block_and_head_size(block_size: int, head_dim: int) -> None:
+    case = make_case([(40, 150), (1, 130), (1, 64)], 4, 2, head_dim, block_size, torch.float16)
+    assert relative_error(case.attend(None), case.expected(None)) < TOLERANCE[torch.float16]
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    contexts=st.lists(st.integers(1, 300), min_size=1, max_size=9),
+    window=st.none() | st.integers(1, 320),
+    seed=st.integers(0, 99),
+)
+def test_decode_shares_work_over_any_mix_of_lengths(contexts: list[int], window: int | None, seed: int) -> None:
+    case = make_case([(1, context) for context in contexts], seed=seed)
+    assert relative_error(case.attend(window), case.expected(window)) < TOLERANCE[torch.float32]
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    lengths=st.lists(st.tuples(st.integers(2, 80), st.integers(0, 150)), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 200),
+    seed=st.integers(0, 99),
+)
+def test_prefill_sees_prefix_and_own_chunk(lengths: list[tuple[int, int]], window: int | None, seed: int) -> None:
+    case = make_case([(queries, prefix + queries) for queries, prefix in lengths], seed=seed)
+    assert relative_error(case.attend(window), case.expected(window)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64])
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("min_tiles", [1, 4])
+def test_decode_tuning_changes_no_result(tile: int, programs: int, min_tiles: int) -> None:
+    case = make_case([(1, 300), (1, 20), (1, 17)])
+    plan = case.plan(None)
+    assert plan.decode is not None
+    tuning = triton_decode.DecodeTuning(tile, programs, 4, 2, min_tiles, use_tma=tile == 16)
+    triton_decode.refresh(plan.decode, case.shape.block_size, tile)
+    out = torch.full((3, 8 * 32), float("nan"), device=DEVICE)
+    triton_decode.decode_attention(case.q, case.kv, plan.decode, None, case.scale, out, tuning)
+    assert relative_error(out, case.expected(None)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("heads_outermost", [False, True])
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_prefill_tuning_changes_no_result(use_tma: bool, heads_outermost: bool) -> None:
+    case = make_case([(50, 90), (3, 3)])
+    plan = case.plan(None)
+    assert plan.prefill is not None
+    tuning = triton_prefill.PrefillTuning(64, 16 if use_tma else 32, 4, 2, use_tma, heads_outermost)
+    out = torch.full((53, 8 * 32), float("nan"), device=DEVICE)
+    triton_prefill.prefill_attention(case.q, case.kv, plan.prefill, None, case.scale, out, tuning)
+    assert relative_error(out, case.expected(None)) < TOLERANCE[torch.float32]
+
+
+def test_tiles_cover_every_query_once_and_start_with_the_most_keys() -> None:
+    case = make_case([(50, 90), (3, 300), (17, 17)])
+    spans = tuple(zip((0, 50, 53), case.spans, strict=True))
+    tiles = triton_prefill.make_tiles(spans, 8)
+    assert sorted(row for _, first, _, count in tiles for row in range(first, first + count)) == list(range(70))
+    assert [position for _, _, position, _ in tiles] == sorted((tile[2] for tile in tiles), reverse=True)
+
+
+def test_a_decode_plan_is_refilled_in_place() -> None:
+    """As between two replays of a captured graph: other sequences, other lengths, padding rows."""
+    case = make_case([(1, 70), (1, 33), (1, 200)])
+    plan = triton_backend.plan_decode(5, 16, [None, 40], case.shape, torch.float32, DEVICE)
+    assert plan.decode is not None
+    for order in ([0, 1, 2], [2, 0]):
+        tables = torch.zeros(5, 16, dtype=torch.int32)
+        lengths = torch.zeros(5, dtype=torch.int32)
+        for row, index in enumerate(order):
+            span = case.spans[index]
+            tables[row, : len(span.block_ids)] = torch.tensor(span.block_ids)
+            lengths[row] = span.context_length
+        plan.decode.block_tables.copy_(tables)
+        plan.decode.context_lengths.copy_(lengths)
+        triton_backend.refresh_decode(plan)
+        q = torch.zeros(5, 8, 32, device=DEVICE)
+        q[: len(order)] = case.q[order]
+        for window in (None, 40):
+            out = triton_backend.attention(q, case.kv, plan, window, case.scale)
+            assert relative_error(out[: len(order)], case.expected(window)[order]) < TOLERANCE[torch.float32]
+            assert torch.equal(out[len(order) :], torch.zeros_like(out[len(order) :]))
+        last = [(case.spans[i].context_length - 1) for i in order]
+        slots = [case.spans[i].block_ids[at // 16] * 16 + at % 16 for i, at in zip(order, last, strict=True)]
+        assert plan.store_slots.tolist() == slots + [-1] * (5 - len(order))

@@ -1,0 +1,94 @@
+"""Row kernels of the Triton backend, against the plain-torch reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from common.kernels import reference, triton_backend, triton_rows
+from common.kernels.batch import KVShape, Span
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = list(TOLERANCE)
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (out.double() - expected.double()).norm() / expected.double().norm()
+    assert float(error) < TOLERANCE[out.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_columns", [64, 100])
+def test_rms_norm(num_columns: int, dtype: torch.dtype) -> None:
+    x, weight = random(3, num_columns, dtype=dtype), random(num_columns, dtype=dtype, seed=1)
+    assert_close(
+        triton_backend.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight.double(), 1e-5)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_leaves_the_sum_in_the_residual(dtype: torch.dtype) -> None:
+    x, residual, weight = (
+        random(5, 96, dtype=dtype),
+        random(5, 96, dtype=dtype, seed=1),
+        random(96, dtype=dtype, seed=2),
+    )
+    total = x + residual
+    out = triton_backend.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(residual, total)
+    assert_close(out, reference.rms_norm(total.double(), weight.double(), 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(dtype: torch.dtype) -> None:
+    gate_up = random(3, 2 * 80, dtype=dtype)
+    assert_close(triton_backend.silu_mul(gate_up), reference.silu_mul(gate_up.double()))
+
+
+def test_layer_norm_and_softmax() -> None:
+    x, weight, bias = (random(4, 100, dtype=torch.float32, seed=seed) for seed in range(3))
+    weight, bias = weight[0], bias[0]
+    assert_close(triton_rows.layer_norm(x, weight, bias, 1e-5), functional.layer_norm(x, (100,), weight, bias))
+    assert_close(triton_rows.softmax(x), x.softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_queries_are_rotated_and_keys_and_values_stored(with_norm: bool, dtype: torch.dtype) -> None:
+    num_heads, num_kv_heads, head_dim, block_size = 6, 2, 32, 16
+    spans = [Span(20, 37, [3, 1, 5]), Span(1, 17, [0, 4])]
+    shape = KVShape(7, num_kv_heads, block_size, head_dim)
+    qkv = random(21, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+    cos, sin = (random(21, 1, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    norms = [random(head_dim, dtype=dtype, seed=seed) if with_norm else None for seed in (3, 4)]
+    kv = random(7, 2, num_kv_heads, block_size, head_dim, dtype=dtype, seed=5)
+    wide_kv = kv.double()
+    wide_norms = [norm if norm is None else norm.double() for norm in norms]
+    expected = reference.qk_norm_rope_store(
+        qkv.double(), num_heads, cos.double(), sin.double(), *wide_norms, 1e-5, wide_kv,
+        reference.plan_batch(spans, [None], shape, torch.float64, DEVICE),
+    )  # fmt: skip
+    untouched = kv.clone()
+    plan = triton_backend.plan_batch(spans, [None], shape, dtype, DEVICE)
+    q = triton_backend.qk_norm_rope_store(qkv, num_heads, cos, sin, *norms, 1e-5, kv, plan)
+    assert q.data_ptr() == qkv.data_ptr()
+    assert_close(q, expected)
+    assert_close(kv, wide_kv)
+    assert torch.equal(kv[[2, 6]], untouched[[2, 6]])
+
+
+def test_tokens_without_a_slot_are_not_stored() -> None:
+    shape = KVShape(2, 1, 16, 32)
+    kv = random(2, 2, 1, 16, 32, dtype=torch.float32)
+    before = kv.clone()
+    plan = triton_backend.plan_decode(3, 1, [None], shape, torch.float32, DEVICE)
+    angles = torch.ones(3, 1, 32, device=DEVICE)
+    qkv = random(3, 4, 32, dtype=torch.float32, seed=1)
+    triton_backend.qk_norm_rope_store(qkv, 2, angles, angles, None, None, 1e-5, kv, plan)
+    assert torch.equal(kv, before)

@@ -1,0 +1,106 @@
+"""First come, first served, never more than the places there are, and nothing leaks when a waiter goes away."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import ResourceExhausted
+from services.router.admission import MAX_RETRY_S, MIN_RETRY_S, Admission, AdmissionQueue
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(4, 12), st.integers(0, 5), st.lists(st.tuples(st.sampled_from("elg"), st.integers(1, 4)), max_size=60)
+)
+def test_places_are_kept_and_order_is_arrival(
+    max_in_flight: int, max_waiting: int, steps: list[tuple[str, int]]
+) -> None:
+    queue = AdmissionQueue(max_in_flight, max_waiting)
+    running: dict[int, int] = {}
+    waiting: dict[int, int] = {}
+    for request, (step, size) in enumerate(steps):
+        admitted: list[int] = []
+        if step == "e":
+            try:
+                if queue.enter(request, size):
+                    assert not waiting
+                    running[request] = size
+                else:
+                    waiting[request] = size
+            except ResourceExhausted as error:
+                retry_after_s = error.retry_after_s
+                assert len(waiting) == max_waiting
+                assert MIN_RETRY_S <= retry_after_s <= MAX_RETRY_S
+        elif step == "l" and running:
+            admitted = queue.leave(running.pop(next(iter(running))), now_s=float(request))
+        elif step == "g" and waiting:
+            gone = list(waiting)[size % len(waiting)]
+            del waiting[gone]
+            admitted = queue.give_up(gone)
+        assert admitted == list(waiting)[: len(admitted)]
+        running.update({name: waiting.pop(name) for name in admitted})
+        assert queue.num_in_flight == sum(running.values()) <= max_in_flight
+        assert queue.num_waiting == len(waiting) <= max_waiting
+        first_waiting = next(iter(waiting.values()), None)
+        assert first_waiting is None or queue.num_in_flight + first_waiting > max_in_flight
+
+
+def test_the_hint_follows_the_recent_rate() -> None:
+    queue = AdmissionQueue(1, 3)
+    queue.enter(0, 1)
+    for request in (1, 2, 3):
+        queue.enter(request, 1)
+    for step in range(3):
+        queue.leave(1, now_s=2.0 * step)
+        queue.enter(10 + step, 1)
+    with pytest.raises(ResourceExhausted) as caught:
+        queue.enter(99, 1)
+    assert caught.value.retry_after_s == pytest.approx(2.0 * 4)
+
+
+async def test_a_waiter_that_is_cancelled_frees_its_turn() -> None:
+    admission = Admission(AdmissionQueue(1, 4))
+    order: list[str] = []
+
+    async def use(name: str, leave: asyncio.Event) -> None:
+        async with admission.places(1):
+            order.append(name)
+            await leave.wait()
+
+    leave = asyncio.Event()
+    tasks = [asyncio.create_task(use(name, leave)) for name in "abc"]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    await asyncio.wait([tasks[1]])
+    leave.set()
+    await asyncio.gather(tasks[0], tasks[2])
+    assert order == ["a", "c"]
+    assert admission.queue.num_in_flight == admission.queue.num_waiting == 0
+
+
+@pytest.mark.parametrize("cancel_first", [True, False])
+async def test_cancelled_in_the_very_turn_of_its_admission_gives_its_places_back(cancel_first: bool) -> None:
+    admission = Admission(AdmissionQueue(1, 4))
+
+    async def use() -> None:
+        async with admission.places(1):
+            pass
+
+    holder = admission.places(1)
+    await holder.__aenter__()
+    waiters = [asyncio.create_task(use()) for _ in range(2)]
+    await asyncio.sleep(0)
+    if cancel_first:
+        waiters[0].cancel()
+        await holder.__aexit__(None, None, None)
+    else:
+        await holder.__aexit__(None, None, None)
+        waiters[0].cancel()
+    await asyncio.wait(waiters)
+    assert waiters[0].cancelled()
+    assert not waiters[1].cancelled()
+    assert admission.queue.num_in_flight == admission.queue.num_waiting == 0

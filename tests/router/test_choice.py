@@ -1,0 +1,151 @@
+"""Tokens in, messages out: whatever the cuts, the client gets the same text, tokens and reason."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from baton.v1 import decode_pb2, inference_pb2, prefill_pb2, sampling_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.router.choice import Choice, ChoiceLimits
+from services.router.output_stream import OutputStream
+from services.router.sequence_receiver import SequenceReceiver
+from services.router.tokenizer import Tokenizer
+from tests.router.byte_checkpoint import EOS_TOKEN_ID, byte_ids, write_byte_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.from_directory(write_byte_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+
+
+def make_choice(tokenizer: Tokenizer, max_tokens: int = 1000, stop: tuple[str, ...] = ()) -> Choice:
+    limits = ChoiceLimits(max_tokens, frozenset({EOS_TOKEN_ID}), stop, False, True)
+    return Choice(0, limits, tokenizer, lambda choice: None)
+
+
+def finished(choice: Choice) -> tuple[list[int], str, int]:
+    choice.end(sampling_pb2.FINISH_REASON_LENGTH)
+    choice.complete()
+    message = choice.take()
+    assert message is not None
+    assert choice.take() is None or choice.is_complete
+    return list(message.token_ids), message.text_delta, message.finish_reason
+
+
+TEXTS = st.text(st.sampled_from("abcé€😀 "), max_size=30)
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=TEXTS, cuts=st.lists(st.integers(1, 5), max_size=60), stop=st.sampled_from([(), ("ab",), ("c", "€a")]))
+def test_the_output_does_not_depend_on_the_cuts(
+    tokenizer: Tokenizer, text: str, cuts: list[int], stop: tuple[str, ...]
+) -> None:
+    ids = byte_ids(text)
+    whole, cut = make_choice(tokenizer, stop=stop), make_choice(tokenizer, stop=stop)
+    whole.accept(ids, ())
+    for size in cuts:
+        cut.accept(ids[:size], ())
+        ids = ids[size:]
+    cut.accept(ids, ())
+    expected = finished(whole)
+    assert finished(cut) == expected
+    ends = [text.index(s) for s in stop if s in text]
+    if not ends:
+        assert expected[1] == text
+    else:
+        assert expected[2] == sampling_pb2.FINISH_REASON_STOP
+        assert text.startswith(expected[1])
+
+
+def test_tokens_after_the_end_are_dropped(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer)
+    choice.accept([*byte_ids("ab"), EOS_TOKEN_ID, *byte_ids("cd")], ())
+    choice.accept(byte_ids("ef"), ())
+    assert finished(choice) == ([*byte_ids("ab"), EOS_TOKEN_ID], "ab", sampling_pb2.FINISH_REASON_STOP)
+
+
+def test_no_more_than_max_tokens_are_accepted(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer, max_tokens=3)
+    choice.accept(byte_ids("abcdef"), ())
+    assert choice.has_ended
+    assert finished(choice) == (byte_ids("abc"), "abc", sampling_pb2.FINISH_REASON_LENGTH)
+
+
+async def test_a_slow_writer_gets_one_message_for_all_that_waited(tokenizer: Tokenizer) -> None:
+    output = OutputStream("id", 1, 5, lambda: 0)
+    limits = ChoiceLimits(1000, frozenset(), (), False, True)
+    choice = Choice(0, limits, tokenizer, output.on_change)
+    output.choices = [choice]
+    written: list[inference_pb2.GenerateResponse] = []
+    may_write, writing = asyncio.Event(), asyncio.Event()
+
+    async def write(response: inference_pb2.GenerateResponse) -> None:
+        written.append(response)
+        writing.set()
+        await may_write.wait()
+
+    task = asyncio.create_task(output.write_to(write, 0))
+    choice.accept(byte_ids("a"), ())
+    await writing.wait()
+    for _ in range(500):
+        choice.accept(byte_ids("b"), ())
+    may_write.set()
+    choice.end(sampling_pb2.FINISH_REASON_LENGTH)
+    choice.complete()
+    await task
+    assert [len(response.token_ids) for response in written] == [1, 500]
+    assert written[1].text_delta == "b" * 500
+    assert written[1].usage.num_output_tokens == 501
+
+
+def entry(position: int, text: str, end: decode_pb2.SequenceEnd.ValueType = 0) -> decode_pb2.SequenceTokens:  # type: ignore[assignment]
+    return decode_pb2.SequenceTokens(first_position=position, token_ids=byte_ids(text), end=end)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6), overlap=st.integers(0, 3), first_after=st.integers(0, 6)
+)
+def test_each_token_is_taken_once_whenever_the_first_one_comes(
+    tokenizer: Tokenizer, sizes: list[int], overlap: int, first_after: int
+) -> None:
+    text = "abcdefghijklmnopqrstuvwxyz"[: 1 + sum(sizes)]
+
+    async def receive() -> None:
+        choice = make_choice(tokenizer)
+        receiver = SequenceReceiver(choice)
+        position = 1
+        for index, size in enumerate([*sizes, 0]):
+            if index == min(first_after, len(sizes)):
+                receiver.on_first_token(prefill_pb2.FirstToken(token_id=byte_ids("a")[0]))
+            if size:
+                start = max(1, position - overlap)
+                receiver.on_tokens(entry(start, text[start : position + size]))
+                position += size
+        assert not receiver.ended.done()
+        receiver.on_tokens(entry(0, "", decode_pb2.SEQUENCE_END_FINISHED))
+        assert receiver.ended.done()
+        assert finished(choice)[:2] == (byte_ids(text), text)
+
+    asyncio.run(receive())
+
+
+async def test_a_finish_that_overtakes_the_first_token_waits_for_it(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer)
+    receiver = SequenceReceiver(choice)
+    receiver.on_tokens(entry(1, "bc", decode_pb2.SEQUENCE_END_FINISHED))
+    assert not receiver.ended.done()
+    receiver.on_first_token(prefill_pb2.FirstToken(token_id=byte_ids("a")[0]))
+    assert receiver.ended.result().end == decode_pb2.SEQUENCE_END_FINISHED
+    assert finished(choice)[1] == "abc"
+
+
+async def test_an_output_that_is_complete_is_finished_even_if_its_worker_is_lost(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer, max_tokens=3)
+    receiver = SequenceReceiver(choice)
+    receiver.on_first_token(prefill_pb2.FirstToken(token_id=byte_ids("a")[0]))
+    receiver.on_tokens(entry(1, "bc", decode_pb2.SEQUENCE_END_LOST))
+    assert receiver.ended.result().end == decode_pb2.SEQUENCE_END_FINISHED

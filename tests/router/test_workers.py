@@ -1,0 +1,112 @@
+"""Workers come, go, drain and say nonsense; candidates are only those that can be used."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from baton.v1 import inference_pb2, worker_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.router.workers import Role
+from tests.router.cluster import Cluster, running_cluster
+from tests.router.fake_workers import FakeDecode, Script, letters
+
+
+async def wait_for_candidates(cluster: Cluster, role: Role, count: int) -> None:
+    async with asyncio.timeout(10):
+        while len(cluster.router.registry.candidates(role)) != count:
+            await cluster.router.registry.wait_changed()
+
+
+def write_workers(path: Path, prefill: list[str], decode: list[str]) -> None:
+    path.write_text(f"prefill = {prefill!r}\ndecode = {decode!r}\n")
+
+
+async def test_a_worker_joins_and_leaves_through_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "workers.toml"
+    write_workers(file, [], [])
+    extra = FakeDecode("extra", Script(), {})
+    await extra.start()
+    async with running_cluster(tmp_path / "model", workers_file=file, workers_file_interval_s=0.01) as cluster:
+        registry = cluster.router.registry
+        write_workers(file, [], [extra.address])
+        await wait_for_candidates(cluster, Role.DECODE, 2)
+        file.write_text("decode = nonsense")
+        write_workers(file, [], [])
+        await wait_for_candidates(cluster, Role.DECODE, 1)
+        assert registry.has_pair
+    await extra.die()
+
+
+async def test_a_worker_that_leaves_the_list_finishes_what_it_has(tmp_path: Path) -> None:
+    file = tmp_path / "workers.toml"
+    async with running_cluster(
+        tmp_path / "model", num_decodes=0, workers_file=file, workers_file_interval_s=0.01
+    ) as cluster:
+        decode = FakeDecode("d", cluster.script, cluster.prefills[0]._tickets)
+        await decode.start()
+        write_workers(file, [], [decode.address])
+        await cluster.wait_until_serving()
+        cluster.script.before_decode.clear()
+        request = inference_pb2.GenerateRequest(text="hi")
+        request.sampling.max_tokens = 6
+        responses = aiter(cluster.stub.Generate(request))
+        token_ids = list((await anext(responses)).token_ids)
+        write_workers(file, [], [])
+        await wait_for_candidates(cluster, Role.DECODE, 0)
+        cluster.script.before_decode.set()
+        async for response in responses:
+            token_ids += response.token_ids
+        assert token_ids == letters(0, 6)
+        assert len(decode.opened) == 1
+        await decode.die()
+
+
+async def test_a_draining_worker_is_no_candidate_and_health_follows(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        health: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(cluster.channel)
+        watch = aiter(health.Watch(health_pb2.HealthCheckRequest(service="baton.v1.Inference")))
+        seen = (await anext(watch)).status
+        if seen == health_pb2.HealthCheckResponse.NOT_SERVING:
+            seen = (await anext(watch)).status
+        assert seen == health_pb2.HealthCheckResponse.SERVING
+        cluster.prefills[0].set_state(worker_pb2.WORKER_STATE_DRAINING)
+        assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        cluster.prefills[0].set_state(worker_pb2.WORKER_STATE_READY)
+        assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_worker_that_restarts_is_found_again(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.prefills[0].die()
+        await cluster.wait_until_serving(False)
+        await cluster.prefills[0].start()
+        await cluster.wait_until_serving(True)
+
+
+async def test_workers_of_another_layout_are_not_paired(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        cluster.decodes[0].status.layout_fingerprint = "other"
+        cluster.decodes[0].set_state(worker_pb2.WORKER_STATE_READY)
+        await cluster.wait_until_serving(False)
+
+
+async def test_a_worker_listed_under_the_wrong_role_is_not_used(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        cluster.decodes[0].status.role = worker_pb2.WORKER_ROLE_PREFILL
+        cluster.decodes[0].set_state(worker_pb2.WORKER_STATE_READY)
+        await cluster.wait_until_serving(False)
+
+
+async def test_load_counts_what_was_dispatched_since_the_last_status(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        registry = cluster.router.registry
+        worker = registry.worker(Role.DECODE, cluster.decodes[0].address)
+        worker.acquire(3)
+        assert registry.candidates(Role.DECODE)[0].load == 3
+        cluster.decodes[0].status.num_running = 2
+        cluster.decodes[0].set_state(worker_pb2.WORKER_STATE_READY)
+        await registry.wait_changed()
+        assert registry.candidates(Role.DECODE)[0].load == 2
+        worker.release()

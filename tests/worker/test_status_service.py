@@ -1,0 +1,130 @@
+"""The Worker service: when watchers hear of changes, and that draining is passed on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from baton.v1 import worker_pb2, worker_pb2_grpc
+
+from common.rpc.client import open_channel
+from common.rpc.server import RpcServer
+from common.worker.status_service import SERVICE_NAME, StatusService
+
+
+class _Worker:
+    """Something with a status; time passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.status = worker_pb2.WorkerStatus(worker_id="worker", num_running=1)
+        self.drained = False
+        self.num_refreshes = 0
+        self.sleeps: list[float] = []
+        self.time_passes = asyncio.Event()
+        self.service = StatusService(self._build, self._drain, self._refresh, self._sleep)
+
+    def change(self, num_running: int) -> None:
+        self.status.num_running = num_running
+        self.service.notify()
+
+    def _build(self) -> worker_pb2.WorkerStatus:
+        status = worker_pb2.WorkerStatus()
+        status.CopyFrom(self.status)
+        return status
+
+    def _drain(self) -> None:
+        self.drained = True
+
+    async def _refresh(self) -> None:
+        self.num_refreshes += 1
+
+    async def _sleep(self, delay_s: float) -> None:
+        self.sleeps.append(delay_s)
+        await self.time_passes.wait()
+        self.time_passes.clear()
+
+
+async def _next(watch: AsyncIterator[worker_pb2.WorkerStatus]) -> int:
+    async with asyncio.timeout(5.0):
+        return (await anext(watch)).num_running
+
+
+async def test_a_watch_starts_with_a_status_and_goes_on_with_changes() -> None:
+    worker = _Worker()
+    watch = worker.service.watch(0.5)
+    assert await _next(watch) == 1
+    worker.change(2)
+    worker.time_passes.set()
+    assert await _next(watch) == 2
+    assert worker.sleeps == [0.5]
+
+
+async def test_changes_within_the_interval_are_one_status() -> None:
+    worker = _Worker()
+    watch = worker.service.watch(0.5)
+    await _next(watch)
+    waiting = asyncio.create_task(_next(watch))
+    await asyncio.sleep(0)
+    worker.change(2)
+    worker.change(3)
+    await asyncio.sleep(0)
+    assert not waiting.done(), "the interval is not over"
+    worker.time_passes.set()
+    assert await waiting == 3
+
+
+async def test_a_notification_without_a_change_sends_nothing() -> None:
+    worker = _Worker()
+    watch = worker.service.watch(0.0)
+    await _next(watch)
+    worker.time_passes.set()
+    waiting = asyncio.create_task(_next(watch))
+    worker.service.notify()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    worker.change(2)
+    assert await waiting == 2
+
+
+async def test_every_status_is_built_from_fresh_numbers() -> None:
+    worker = _Worker()
+    await _next(worker.service.watch(0.0))
+    assert worker.num_refreshes == 1
+
+
+async def test_the_workers_end_ends_the_watch() -> None:
+    worker = _Worker()
+    watch = worker.service.watch(0.0)
+    await _next(watch)
+    worker.time_passes.set()
+    worker.service.close()
+    with pytest.raises(StopAsyncIteration):
+        await _next(watch)
+
+
+async def test_it_serves_over_grpc() -> None:
+    worker = _Worker()
+    worker.time_passes.set()
+    server = RpcServer("127.0.0.1:0", max_message_bytes=1 << 20)
+    server.add(worker_pb2_grpc.add_WorkerServicer_to_server, worker.service, SERVICE_NAME)
+    port = await server.start()
+    try:
+        async with open_channel(f"127.0.0.1:{port}", 1 << 20) as channel:
+            stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+            assert (await stub.GetStatus(worker_pb2.GetStatusRequest())).worker_id == "worker"
+            call = stub.WatchStatus(worker_pb2.WatchStatusRequest(min_interval_ms=0))
+            first = await call.read()
+            assert first is not grpc.aio.EOF
+            await stub.Drain(worker_pb2.DrainRequest())
+            assert worker.drained
+            worker.change(9)
+            second = await call.read()
+            assert isinstance(second, worker_pb2.WorkerStatus)
+            assert second.num_running == 9
+            assert worker.sleeps == [0.0]
+            call.cancel()
+    finally:
+        await server.stop(0.0)
