@@ -103,7 +103,8 @@ def _launch(
     digest = torch.zeros(1, dtype=torch.int64, device=payload_words.device)
     if payload_words.numel() == 0:
         return digest
-    chunk = min(_MAX_CHUNK_WORDS, run_words & -run_words)  # a power of two that divides the run
+    # A power of two that divides the run, so that a chunk's addresses are contiguous on both sides.
+    chunk = _MAX_CHUNK_WORDS if mode == _DIGEST_ONLY else min(_MAX_CHUNK_WORDS, run_words & -run_words)
     num_pieces = triton.cdiv(payload_words.numel(), DIGEST_PIECE_WORDS)
     grid = (DIGEST_PIECE_WORDS // chunk, triton.cdiv(num_pieces, _PIECES))
     _move_kernel[grid](
@@ -145,7 +146,7 @@ def _move_kernel(
             run = first // run_words  # counts (layer, block, K or V)
             words = tl.arange(0, CHUNK)
             if MODE == 2:
-                word = tl.load(payload_ptr + first + words)
+                word = tl.load(payload_ptr + first + words, first + words < num_words, other=0)
             else:
                 entry = run // 2
                 block = tl.load(block_ids_ptr + entry % num_ids)

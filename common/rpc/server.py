@@ -6,6 +6,7 @@ asyncio.CancelledError passes untouched. Knows no service.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -143,10 +144,23 @@ def _written(generator: _Behavior) -> _Handler:
 
 async def _abort(context: _Context, method: str, error: Exception) -> None:
     if context.done():
-        # The client is gone: there is nobody to tell, and a failed write to it is no fault of ours.
-        _logger.debug("%s: ended after its client went away: %r", method, error)
-        return
+        raise asyncio.CancelledError from error  # there is nobody to tell
     known = find_baton_error(error)
+    if known is None and _is_broken_call(error):
+        # A write failed because the client went away, before its cancellation has come through.
+        raise asyncio.CancelledError from error
     if known is None or isinstance(known, InternalError):
         _logger.error("%s: unexpected %s", method, type(error).__name__, exc_info=error)
-    await abort_with(context, known or InternalError("internal error; see the server's log"))
+    try:
+        await abort_with(context, known or InternalError("internal error; see the server's log"))
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError as broken:
+        raise asyncio.CancelledError from broken
+
+
+def _is_broken_call(error: BaseException) -> bool:
+    """Whether gRPC could not write, alone or as the one cause of an exception group."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_broken_call(inner) for inner in error.exceptions)
+    return isinstance(error, grpc.aio.BaseError)

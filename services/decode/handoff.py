@@ -418,7 +418,7 @@ def _error_of_end(event: SequenceEnded) -> BatonError:
     if event.end is End.PREEMPTED:
         return ResourceExhausted("the sequence gave way to others")
     if event.end is End.LOST:
-        return Unavailable("the decode worker lost its ranks")
+        return Unavailable("the sequence was lost: the ranks died, or its router came with another stream")
     if event.end is End.FAILED:
         return InternalError(event.error)
     return Cancelled("the sequence was closed")

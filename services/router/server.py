@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
-from common.errors import DeadlineExceeded
+from common.errors import Cancelled, DeadlineExceeded
 from common.rpc.status import find_baton_error
 from services.router.admission import Admission
 from services.router.attempt import RequestPlan
@@ -45,6 +45,13 @@ class _Record:
     num_prompt_tokens: int = 0
     output: OutputStream | None = None
     outcome: str = "ok"
+
+
+async def _write(output: OutputStream, context: _Context, received_ns: int) -> None:
+    try:
+        await output.write_to(context.write, received_ns)
+    except grpc.aio.BaseError as error:
+        raise Cancelled("the client went away") from error
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -117,7 +124,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             choice.lifetime.queue_ns = admitted_ns - record.received_ns
         record.output = output
         async with asyncio.TaskGroup() as call:
-            call.create_task(output.write_to(context.write, record.received_ns))
+            call.create_task(_write(output, context, record.received_ns))
             await self._dispatcher.run(plan, output.choices)
 
     async def _prompt_ids(self, request: ValidatedRequest) -> list[int]:

@@ -13,10 +13,10 @@ from common.errors import ModelError
 from common.models.checkpoint import MODEL_DIGEST_BYTES, checkpoint_files, model_digest, tensor_entries
 
 
-def write(path: Path, shape: tuple[int, ...] = (2, 3)) -> Path:
+def write(path: Path, shape: tuple[int, ...] = (2, 3), value: float = 0.0) -> Path:
     path.mkdir()
     (path / "config.json").write_text("{}")
-    save_file({"weight": torch.zeros(shape)}, path / "model.safetensors")
+    save_file({"weight": torch.full(shape, value)}, path / "model.safetensors")
     return path
 
 
@@ -31,11 +31,12 @@ def test_an_index_names_the_files(tmp_path: Path) -> None:
     assert [file.name for file in checkpoint_files(tmp_path)] == ["1.safetensors", "2.safetensors"]
 
 
-def test_the_digest_depends_on_config_and_headers_alone(tmp_path: Path) -> None:
+def test_the_digest_depends_on_config_shapes_and_values(tmp_path: Path) -> None:
     digest = model_digest(write(tmp_path / "a"))
     assert len(digest) == MODEL_DIGEST_BYTES
     assert model_digest(write(tmp_path / "b")) == digest
     assert model_digest(write(tmp_path / "c", shape=(3, 2))) != digest
+    assert model_digest(write(tmp_path / "d", value=1.0)) != digest
     (tmp_path / "b" / "config.json").write_text('{"rope_theta": 1}')
     assert model_digest(tmp_path / "b") != digest
 
@@ -52,3 +53,9 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ModelError, match="weight_map"):
         checkpoint_files(tmp_path)
+
+
+@pytest.mark.parametrize("num_elements", [1_000, 1_000_000])
+def test_fine_tunes_of_any_size_have_digests_of_their_own(tmp_path: Path, num_elements: int) -> None:
+    before = model_digest(write(tmp_path / "before", shape=(num_elements,), value=0.5))
+    assert model_digest(write(tmp_path / "after", shape=(num_elements,), value=0.25)) != before

@@ -1,0 +1,119 @@
+"""Token streams of routers: merging, replacing, and giving up on one that does not read."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from baton.v1 import decode_pb2
+
+from common.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from services.decode.request import End, SequenceEnded, TokenSampled
+from services.decode.sessions import Sessions
+from tests.decode.front import Prefill, Router, running_front, ship
+
+
+def token(sequence_id: int, position: int, token_id: int, session_id: str = "router") -> TokenSampled:
+    return TokenSampled((session_id, sequence_id), position, token_id, None, [])
+
+
+def end(sequence_id: int, how: End) -> SequenceEnded:
+    return SequenceEnded(("router", sequence_id), 0, how, 0, "", 11, 22)
+
+
+async def test_the_first_batch_is_empty_and_each_step_makes_one() -> None:
+    sessions = Sessions(max_pending=8)
+    batches = sessions.begin("router").batches()
+    assert await anext(batches) == decode_pb2.TokenBatch()
+    for sequence_id in (1, 2):
+        sessions.publish(token(sequence_id, 1, 5))
+    sessions.flush()
+    batch = await anext(batches)
+    assert [(entry.sequence_id, list(entry.token_ids)) for entry in batch.sequences] == [(1, [5]), (2, [5])]
+
+
+async def test_what_a_slow_router_missed_is_merged_by_sequence() -> None:
+    sessions = Sessions(max_pending=8)
+    batches = sessions.begin("router").batches()
+    await anext(batches)
+    for position in (4, 5, 6):
+        sessions.publish(token(1, position, position * 10))
+        sessions.flush()
+    sessions.publish(end(1, End.FINISHED))
+    sessions.flush()
+    (entry,) = (await anext(batches)).sequences
+    assert (entry.first_position, list(entry.token_ids)) == (4, [40, 50, 60])
+    assert (entry.end, entry.decode_queue_ns, entry.decode_ns) == (decode_pb2.SEQUENCE_END_FINISHED, 11, 22)
+
+
+async def test_logprobs_come_one_for_each_token() -> None:
+    sessions = Sessions(max_pending=8)
+    batches = sessions.begin("router").batches()
+    await anext(batches)
+    sessions.publish(TokenSampled(("router", 1), 1, 5, -0.5, [(5, -0.5), (6, -1.5)]))
+    sessions.flush()
+    (entry,) = (await anext(batches)).sequences
+    assert (entry.logprobs[0].chosen.token_id, entry.logprobs[0].chosen.logprob) == (5, -0.5)
+    assert [top.token_id for top in entry.logprobs[0].top] == [5, 6]
+
+
+async def test_tokens_go_to_their_own_router_only() -> None:
+    sessions = Sessions(max_pending=8)
+    mine, other = (sessions.begin(name).batches() for name in ("router", "other"))
+    await anext(mine)
+    await anext(other)
+    sessions.publish(token(1, 1, 5, session_id="other"))
+    sessions.publish(token(2, 1, 6))
+    sessions.flush()
+    assert [entry.sequence_id for entry in (await anext(mine)).sequences] == [2]
+    assert [entry.sequence_id for entry in (await anext(other)).sequences] == [1]
+
+
+async def test_whoever_closed_a_sequence_is_not_told() -> None:
+    sessions = Sessions(max_pending=8)
+    batches = sessions.begin("router").batches()
+    await anext(batches)
+    sessions.publish(end(1, End.CLOSED))
+    sessions.publish(end(2, End.LOST))
+    sessions.flush()
+    assert [entry.sequence_id for entry in (await anext(batches)).sequences] == [2]
+
+
+async def test_a_router_that_does_not_read_loses_its_stream() -> None:
+    sessions = Sessions(max_pending=2)
+    batches = sessions.begin("router").batches()
+    await anext(batches)
+    for sequence_id in range(3):
+        sessions.publish(token(sequence_id, 1, 5))
+    sessions.flush()
+    with pytest.raises(ResourceExhausted):
+        await anext(batches)
+
+
+async def test_a_second_stream_replaces_the_first_whose_sequences_are_lost() -> None:
+    async with running_front() as front:
+        first = await Router(front).subscribed()
+        prefill = Prefill(front, first.open(1))
+        await prefill.receive("accepted")
+        await ship(front, prefill, 0, 0, 2)
+        second = await Router(front).subscribed()
+        assert await second.end_of(1) == "LOST"
+        with pytest.raises(Unavailable):
+            await prefill.call
+        second.open(2)
+        await first.leave()
+        await asyncio.sleep(0)
+        assert front.worker.scheduler.num_open == 1, "the end of the replaced stream closed what is not its own"
+        await second.leave()
+        await front.until_free()
+
+
+async def test_a_sequence_needs_a_stream() -> None:
+    async with running_front() as front:
+        router = Router(front)
+        with pytest.raises(FailedPrecondition):
+            router.open(1)
+        await router.subscribed()
+        router.open(1)
+        await router.leave()
+        await front.until_free()
