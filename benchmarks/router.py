@@ -166,8 +166,8 @@ async def measure_throughput(channel: grpc.aio.Channel, streams: int, seconds: f
     }
 
 
-async def measure_latency(channel: grpc.aio.Channel, prefill_address: str, repeats: int = 400) -> dict[str, float]:
-    """Whole requests of one token, one after the other: through the router, and straight to the prefill worker."""
+async def measure_latency(channel: grpc.aio.Channel, prefill_address: str, repeats: int = 800) -> dict[str, float]:
+    """Time to the one token of a request, one after the other: through the router, and straight from prefill."""
     inference: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(channel)
     direct_channel = open_channel(prefill_address, MAX_MESSAGE_BYTES)
     prefill: prefill_pb2_grpc.PrefillAsyncStub = prefill_pb2_grpc.PrefillStub(direct_channel)
@@ -175,9 +175,11 @@ async def measure_latency(channel: grpc.aio.Channel, prefill_address: str, repea
     direct_request = prefill_pb2.PrefillRequest()
     direct_request.sequence.sampling.max_tokens = 1
     routed_ms, direct_ms = [], []
-    for _ in range(repeats):
-        routed_ms.append(await _first_message_ms(inference.Generate(request)))
-        direct_ms.append(await _first_message_ms(prefill.Prefill(direct_request)))
+    for _ in range(4):
+        for _ in range(repeats // 4):
+            routed_ms.append(await _first_message_ms(inference.Generate(request)))
+        for _ in range(repeats // 4):
+            direct_ms.append(await _first_message_ms(prefill.Prefill(direct_request)))
     await direct_channel.close()
     routed, direct = statistics.median(routed_ms), statistics.median(direct_ms)
     return {"routed_p50_ms": routed, "direct_p50_ms": direct, "added_p50_ms": routed - direct}

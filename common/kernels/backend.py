@@ -5,8 +5,10 @@ Shapes and effects are documented at the reference, which every backend must mat
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from functools import cache
+from typing import Final, Protocol, cast
 
 import torch
 
@@ -87,12 +89,20 @@ class KernelBackend(Protocol):
     def payload_digest(self, payload: torch.Tensor, /) -> int: ...
 
 
-_BACKENDS: dict[str, KernelBackend] = {"cpu": reference, "cuda": reference}
+_CPU: Final[KernelBackend] = reference
+_CUDA_MODULE: Final = "common.kernels.cuda_backend"
 
 
 def kernels_for(device: torch.device) -> KernelBackend:
     """The backend of a device type; raises `InvalidArgument` for one that has none."""
-    backend = _BACKENDS.get(device.type)
-    if backend is None:
-        raise InvalidArgument("device", device, f"must be one of {', '.join(_BACKENDS)}")
-    return backend
+    if device.type == "cpu":
+        return _CPU
+    if device.type == "cuda":
+        return _cuda()
+    raise InvalidArgument("device", device, "must be one of cpu, cuda")
+
+
+@cache
+def _cuda() -> KernelBackend:
+    """Imported when first asked for: processes without a GPU never load Triton."""
+    return cast(KernelBackend, importlib.import_module(_CUDA_MODULE))

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.kernels.triton_device import LOG2_E, current_stream, num_multiprocessors
@@ -31,6 +32,7 @@ class DecodeTuning:
     num_stages: int
     min_tiles: int  # per program, while there are fewer tiles than programs could take
     use_tma: bool  # bulk tensor copies; needs tile == block size
+    early_start: int = 0  # while the kernel before ends: 0 not at all, 1 be there, 2 also find the share of work
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ def decode_attention(
         ROWS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
         WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=merged,
         MERGED_ROWS=merged_rows, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+        EARLY_START=tuning.early_start, launch_pdl=tuning.early_start > 0,
     )  # fmt: skip
 
 
@@ -187,9 +190,13 @@ def _decode_kernel(
     q_stride, table_stride, num_sequences, window, qk_scale,
     SEQUENCES: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, USE_TMA: tl.constexpr, MIN_TILES: tl.constexpr,
-    MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
+    MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr, EARLY_START: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. Slot 2p holds program p's first row if that goes on elsewhere, 2p + 1 its last."""
+    if EARLY_START > 0:
+        gdc_launch_dependents()
+    if EARLY_START == 1:
+        gdc_wait()
     program = tl.program_id(0)
     total = tl.load(tile_ends_ptr + num_sequences - 1) * NUM_KV_HEADS
     num_programs = tl.minimum(tl.num_programs(0), tl.maximum(total // MIN_TILES, 1))
@@ -204,6 +211,8 @@ def _decode_kernel(
     sequences = tl.arange(0, SEQUENCES)
     ends = tl.load(tile_ends_ptr + sequences, sequences < num_sequences, other=0)
     sequence = tl.sum(((sequences < num_sequences) & (ends * NUM_KV_HEADS <= tile)).to(tl.int32))
+    if EARLY_START == 2:
+        gdc_wait()
     row_of_dot = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD_DIM)
     while tile < end:

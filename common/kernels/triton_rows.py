@@ -7,8 +7,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 _ROPE_HEADS = 16  # heads of one token per program
+_ROPE_WARPS = 2
 _SILU_COLUMNS = 2048
 
 
@@ -70,7 +72,7 @@ def qk_norm_rope_store(
         qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, kv_layer, store_slots, eps,
         cos.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, HEADS=_ROPE_HEADS,
-        WITH_NORM=q_norm is not None and k_norm is not None, num_warps=4,
+        WITH_NORM=q_norm is not None and k_norm is not None, ON_DEVICE=qkv.is_cuda, num_warps=_ROPE_WARPS,
     )  # fmt: skip
     return qkv[:, :num_heads]
 
@@ -135,9 +137,11 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, stride, num_columns, COLUMNS: tl.cons
 def _qk_norm_rope_store_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kv_ptr, slots_ptr, eps, angle_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr, WITH_NORM: tl.constexpr,
+    HEADS: tl.constexpr, WITH_NORM: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, groups of HEADS). A thread owns both halves of what it rotates, so working in place is safe."""
+    if ON_DEVICE:  # attention may get ready meanwhile
+        gdc_launch_dependents()
     HALF: tl.constexpr = HEAD_DIM // 2
     ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     token = tl.program_id(0).to(tl.int64)

@@ -1,27 +1,45 @@
 """A rank's KV blocks as one tensor, and how they enter and leave staging slots.
 
-    slot: | header, 64 bytes | payload [num_layers, num_blocks, 2, num_heads, block_size, head_dim], contiguous |
-    header, little-endian: magic 8s | version u32 | 0 u32 | tag u64 | payload bytes u64 | digest u64 | zeros
+    slot: | header, 64 bytes (`slot_header`) | payload [num_layers, num_blocks, 2, num_heads, block_size, head_dim] |
 
-Received bytes are checked before any block is written. Knows neither transports nor which sequence owns a block.
+Received bytes are checked before any block is written. On a GPU, header and digest are written by the device, and only
+the thread that asks waits. Knows neither transports nor which sequence owns a block.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 import torch
 
-from common.errors import DigestMismatch, InternalError, Truncated
-from common.kernels.backend import kernels_for
+from common.errors import InternalError, Truncated
+from common.kernels.backend import KernelBackend, kernels_for
 from common.kernels.batch import KVShape
+from common.kvcache.device_queue import DeviceQueue, DeviceWork
 from common.kvcache.layout import HEADER_BYTES
+from common.kvcache.slot_header import DIGEST_OFFSET, check_digest, checked_digest, encode_header
 
-PAYLOAD_VERSION: Final = 1
-_MAGIC: Final = b"BATON-KV"
-_HEADER: Final = struct.Struct("<8sIIQQQ")
+_WORD_BYTES: Final = 8
+_HEADER_WORDS: Final = HEADER_BYTES // _WORD_BYTES
+_DIGEST_WORD: Final = DIGEST_OFFSET // _WORD_BYTES
+
+
+@runtime_checkable
+class DigestOnDevice(Protocol):
+    """What a kernel backend has beyond `KernelBackend` if digests can stay on the device: [1] int64, not waited for."""
+
+    def gather_with_digest(
+        self,
+        kv: torch.Tensor,
+        block_ids: torch.Tensor,
+        first_head: int,
+        num_heads: int,
+        payload: torch.Tensor,
+        /,
+    ) -> torch.Tensor: ...
+
+    def digest_on_device(self, payload: torch.Tensor, /) -> torch.Tensor: ...
 
 
 class KVStorage:
@@ -40,12 +58,14 @@ class KVStorage:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: KernelBackend | None = None,
     ) -> None:
         # Zeros rather than garbage: attention masks what lies beyond a context, but reads it.
         self.kv = torch.zeros(
             (num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim), dtype=dtype, device=device
         )
-        self._kernels = kernels_for(device)
+        self._kernels = kernels_for(device) if kernels is None else kernels
+        self._queue = DeviceQueue(device)
 
     @property
     def shape(self) -> KVShape:
@@ -62,26 +82,41 @@ class KVStorage:
         num_layers, _, _, _, block_size, head_dim = self.kv.shape
         return HEADER_BYTES + num_layers * num_blocks * 2 * num_heads * block_size * head_dim * self.kv.itemsize
 
-    @torch.inference_mode()
     def gather(
         self, block_ids: Sequence[int], first_local_head: int, num_heads: int, slot: torch.Tensor, tag: int
     ) -> int:
-        """Write header and payload to the front of `slot`; returns their bytes. Live blocks stay as they are.
+        """Write header and payload to the front of `slot`; returns their bytes once they are there.
 
-        slot: uint8 [at least `leg_bytes`], contiguous, on the storage's device. `tag`: uint64, checked by `scatter`.
+        slot: uint8 [at least `leg_bytes`], contiguous, 8-byte aligned, on the storage's device. `tag`: uint64, checked
+        by `scatter`. Live blocks stay as they are; the step that wrote them must be complete. Calls of `gather` and
+        `scatter` must not overlap; they may come from any thread.
         """
+        self.start_gather(block_ids, first_local_head, num_heads, slot, tag).wait()
+        return self.leg_bytes(len(block_ids), num_heads)
+
+    def start_gather(
+        self, block_ids: Sequence[int], first_local_head: int, num_heads: int, slot: torch.Tensor, tag: int
+    ) -> DeviceWork:
+        """`gather` without waiting for the device: slot and blocks are lent until the work is done."""
         num_bytes = self.leg_bytes(len(block_ids), num_heads)
         if slot.numel() < num_bytes:
             raise InternalError(f"{num_bytes} bytes do not fit into a slot of {slot.numel()}")
-        ids = self._checked(block_ids, first_local_head, num_heads)
-        payload = self._payload(slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
-        digest = self._kernels.gather_blocks(self.kv, ids, first_local_head, num_heads, payload)
-        header = _HEADER.pack(_MAGIC, PAYLOAD_VERSION, 0, tag, num_bytes - HEADER_BYTES, digest)
-        padded = bytearray(header.ljust(HEADER_BYTES, b"\0"))
-        slot[:HEADER_BYTES].copy_(torch.frombuffer(padded, dtype=torch.uint8))
-        return num_bytes
+        self._check(block_ids, first_local_head, num_heads)
+        header = encode_header(tag, num_bytes - HEADER_BYTES, 0)
+        with self._queue.entered():
+            words = self._queue.upload(_words(header, block_ids))
+            payload = self._payload(slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
+            ids = words[_HEADER_WORDS:]
+            if isinstance(self._kernels, DigestOnDevice):
+                digest = self._kernels.gather_with_digest(self.kv, ids, first_local_head, num_heads, payload)
+                words[_DIGEST_WORD : _DIGEST_WORD + 1].copy_(digest)
+            else:
+                words[_DIGEST_WORD] = _signed(
+                    self._kernels.gather_blocks(self.kv, ids, first_local_head, num_heads, payload)
+                )
+            slot[:HEADER_BYTES].view(torch.int64).copy_(words[:_HEADER_WORDS])
+            return self._queue.mark()
 
-    @torch.inference_mode()
     def scatter(
         self,
         block_ids: Sequence[int],
@@ -90,29 +125,51 @@ class KVStorage:
         slot: torch.Tensor,
         expected_tag: int,
     ) -> None:
-        """Check `slot`, uint8 [the bytes that arrived], then write its payload to heads of blocks.
+        """Check `slot`, uint8 [the bytes that arrived], then write its payload to heads of blocks, and wait for that.
 
         Raises `Truncated` (too few bytes, or the header says another size) or `DigestMismatch` (not the bytes that
         were gathered for this tag). No block is written then.
         """
+        self.start_scatter(block_ids, first_local_head, num_heads, slot, expected_tag).wait()
+
+    def start_scatter(
+        self,
+        block_ids: Sequence[int],
+        first_local_head: int,
+        num_heads: int,
+        slot: torch.Tensor,
+        expected_tag: int,
+    ) -> DeviceWork:
+        """`scatter` without waiting for the blocks: it returns, or raises, once the slot has been checked."""
         num_bytes = self.leg_bytes(len(block_ids), num_heads)
-        ids = self._checked(block_ids, first_local_head, num_heads)
+        self._check(block_ids, first_local_head, num_heads)
         if slot.numel() < num_bytes:
             raise Truncated(f"{slot.numel()} bytes arrived, {num_bytes} were expected")
-        digest = _checked_header(slot[:HEADER_BYTES], expected_tag, num_bytes - HEADER_BYTES)
-        payload = self._payload(slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
-        actual = self._kernels.payload_digest(payload)
-        if actual != digest:
-            raise DigestMismatch(f"payload digest {actual:016x}, the header says {digest:016x}")
-        self._kernels.scatter_blocks(self.kv, ids, first_local_head, num_heads, payload)
+        with self._queue.entered():
+            payload = self._payload(slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
+            ids = self._queue.upload(torch.tensor(list(block_ids), dtype=torch.int64))
+            self._verify(slot[:HEADER_BYTES], payload, expected_tag)
+            self._kernels.scatter_blocks(self.kv, ids, first_local_head, num_heads, payload)
+            return self._queue.mark()
+
+    def _verify(self, header: torch.Tensor, payload: torch.Tensor, expected_tag: int) -> None:
+        """Header and digest leave a GPU together: one small copy, waited for by this thread alone."""
+        if isinstance(self._kernels, DigestOnDevice):
+            words = torch.cat((header.view(torch.int64), self._kernels.digest_on_device(payload)))
+            raw = self._queue.download(words).numpy().tobytes()
+            announced = checked_digest(raw, expected_tag, payload.nbytes)
+            check_digest(int.from_bytes(raw[HEADER_BYTES:], "little"), announced)
+        else:
+            announced = checked_digest(header.cpu().numpy().tobytes(), expected_tag, payload.nbytes)
+            check_digest(self._kernels.payload_digest(payload), announced)
 
     def _payload(self, part: torch.Tensor, num_blocks: int, num_heads: int) -> torch.Tensor:
         """The bytes of a slot seen as K and V of blocks."""
         num_layers, _, _, _, block_size, head_dim = self.kv.shape
         return part.view(self.kv.dtype).view(num_layers, num_blocks, 2, num_heads, block_size, head_dim)
 
-    def _checked(self, block_ids: Sequence[int], first_head: int, num_heads: int) -> torch.Tensor:
-        """[n] int64 on the device; a wrong id here would write into somebody else's memory."""
+    def _check(self, block_ids: Sequence[int], first_head: int, num_heads: int) -> None:
+        """A wrong id here would write into somebody else's memory."""
         _, num_blocks, _, num_kv_heads, _, _ = self.kv.shape
         if not block_ids or not 0 <= min(block_ids) <= max(block_ids) < num_blocks:
             raise InternalError(f"block ids {list(block_ids)[:8]} are not within {num_blocks} blocks")
@@ -120,20 +177,14 @@ class KVStorage:
             raise InternalError(
                 f"heads [{first_head}, {first_head + num_heads}) are not within {num_kv_heads} KV heads"
             )
-        return torch.tensor(list(block_ids), dtype=torch.int64, device=self.kv.device)
 
 
-def _checked_header(header: torch.Tensor, expected_tag: int, payload_bytes: int) -> int:
-    """header: uint8 [HEADER_BYTES]. Returns the digest that the sender computed."""
-    raw = header.cpu().numpy().tobytes()
-    magic, version, _, tag, num_bytes, digest = _HEADER.unpack_from(raw)
-    if magic != _MAGIC or version != PAYLOAD_VERSION:
-        raise DigestMismatch(
-            f"the slot starts with {raw[:12].hex()}, which is no KV payload of version {PAYLOAD_VERSION}"
-        )
-    if tag != expected_tag:
-        raise DigestMismatch(f"the payload carries tag {tag:016x}, expected {expected_tag:016x}")
-    if num_bytes != payload_bytes:
-        raise Truncated(f"the header announces {num_bytes} bytes, {payload_bytes} were expected")
-    assert isinstance(digest, int)
-    return digest
+def _words(header: bytearray, block_ids: Sequence[int]) -> torch.Tensor:
+    """The header, then the block ids: int64 [_HEADER_WORDS + n], so that one copy takes both to the device."""
+    ids = b"".join(block_id.to_bytes(_WORD_BYTES, "little") for block_id in block_ids)
+    return torch.frombuffer(header + ids, dtype=torch.int64)
+
+
+def _signed(digest: int) -> int:
+    """The int64 with the bits of a number in [0, 2^64)."""
+    return digest - (digest >> 63 << 64)

@@ -39,7 +39,8 @@ class Decoder:
         self.num_parameters = weights.num_parameters
         self._weights = weights
         self._group = group
-        self._rope = RotaryEmbedding(config.rope, config.head_dim, self.dtype, self.device)
+        num_tabled = config.context_length if self.device.type == "cuda" else 0
+        self._rope = RotaryEmbedding(config.rope, config.head_dim, self.dtype, self.device, num_tabled)
         self._scale = config.head_dim**-0.5
         self._num_heads = len(shard.heads)
 
@@ -82,13 +83,17 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [n, hidden] as `forward` returned it. Returns [n, vocab] float32, the same on every rank."""
+        return self.head(hidden).float()
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`logits` in the model's dtype."""
         x = self.kernels.rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
         own = self.kernels.linear(x, self._weights.head.weight, None)
         if self.shard.size == 1:
-            return own.float()
+            return own
         gathered = self._group.all_gather(own)  # [size, n, vocab_stride]
         joined = gathered.transpose(0, 1).reshape(hidden.shape[0], -1)
-        return joined[:, : self.config.vocab_size].float()
+        return joined[:, : self.config.vocab_size]
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] → [T, hidden]; each rank adds the rows of its part of the vocabulary."""

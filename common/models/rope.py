@@ -1,7 +1,8 @@
 """Rotary position embedding: the angles of a batch's positions, with the frequency scaling of `RopeConfig`.
 
-Angles are computed per step rather than tabled, as a table over a context of 128k tokens costs more than it saves.
-`llama3` stretches wavelengths beyond the original context, as Llama 3.1 was trained.
+On a CPU angles are computed per step, as a table over a context of 128k tokens costs more than it saves; on a GPU,
+where each small operation costs a launch, they are looked up. `llama3` stretches wavelengths beyond the original
+context, as Llama 3.1 was trained.
 """
 
 from __future__ import annotations
@@ -25,12 +26,26 @@ class Rotation:
 class RotaryEmbedding:
     """The rotation of a model's heads at given positions."""
 
-    def __init__(self, config: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RopeConfig,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_tabled: int = 0,
+    ) -> None:
+        """`num_tabled`: positions whose rotation is kept in memory; 0, or all that will be asked for."""
         self._dtype = dtype
         self._inverse_frequencies = inverse_frequencies(config, head_dim).to(device)
+        self._table = self._computed(torch.arange(num_tabled, device=device)) if num_tabled else None
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
         """positions: [T] int64."""
+        if self._table is None:
+            return self._computed(positions)
+        return Rotation(self._table.cos.index_select(0, positions), self._table.sin.index_select(0, positions))
+
+    def _computed(self, positions: torch.Tensor) -> Rotation:
         angles = positions.to(torch.float32).unsqueeze(1) * self._inverse_frequencies
         cos, sin = angles.cos(), angles.sin()
         return Rotation(

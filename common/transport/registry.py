@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from common.errors import InvalidArgument
 from common.transport.base import Endpoint
+from common.transport.cuda_device import attached_cuda_device
 from common.transport.inproc import InprocNetwork
+from common.transport.nccl import NcclEndpoint
 from common.transport.ucx import UcxEndpoint
 from common.transport.ucx_worker import Progress
 
@@ -12,13 +14,16 @@ _PROCESS_NETWORK = InprocNetwork()
 
 
 async def open_endpoint(url: str, name: str, *, progress: Progress = Progress.EVENT, memory: str = "host") -> Endpoint:
-    """Listen at `inproc://host` or `ucx://host:port` (port 0: any) as the peer `name`, on the running loop.
+    """Listen at `inproc://host`, `ucx://host:port` or `nccl://host:port` (port 0: any) as the peer `name`, on this loop.
 
-    `progress` and `memory` (`host` or `cuda`) matter to UCX only. Raises `InvalidArgument` or `Unavailable`.
+    `memory` is where this end's buffers live: `host`, `cuda` (the thread's current device) or `cuda:1`. `progress` matters
+    to UCX only. Raises `InvalidArgument`, `Unavailable`, or `FailedPrecondition` for `nccl://` without NCCL or a GPU.
     """
     scheme = url.partition("://")[0]
     if scheme == "inproc":
         return _PROCESS_NETWORK.open(url, name)
     if scheme == "ucx":
         return UcxEndpoint(url, name, progress, memory)
-    raise InvalidArgument("url", url, "the scheme is inproc:// or ucx://")
+    if scheme == "nccl":
+        return await NcclEndpoint.open(url, name, attached_cuda_device(memory))
+    raise InvalidArgument("url", url, "the scheme is inproc://, ucx:// or nccl://")

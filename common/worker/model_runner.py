@@ -8,28 +8,50 @@ error of its own, the others run. Decides nothing: which rows run, and in which 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from common.errors import InternalError
 from common.kernels.batch import Span
 from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
 from common.sampling.sampler import BatchSampler, SampleOutput
+from common.worker.row_table import RowLimits, RowTable
 from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan, StepResult
 
 
-@dataclass(slots=True)
-class _Row:
-    """A sequence's state besides sampling."""
+class Pending(Protocol):
+    """A step that has been launched. Its tokens are on the device and already are the next step's input."""
 
-    has_last_token: bool
-    block_ids: list[int] = field(default_factory=list)
+    def result(self) -> StepResult:
+        """Wait for the device and read back what was sampled. Called once."""
+        ...
+
+
+class Runner(Protocol):
+    """One rank's part of a worker's engine. Not thread-safe, except that results may be awaited in another thread."""
+
+    def add_row(self, message: AddRow) -> None:
+        """Give the row to a sequence and rebuild its sampling state."""
+        ...
+
+    def remove_row(self, row: int) -> None:
+        """Take the row back."""
+        ...
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Enqueue a step on the device; on a device that runs asynchronously this returns before it is done."""
+        ...
+
+
+def row_limits(decoder: Decoder, storage: KVStorage) -> RowLimits:
+    """The bounds that a decoder and its storage set to segments."""
+    config, shape = decoder.config, storage.shape
+    return RowLimits(config.context_length, config.vocab_size, shape.num_blocks, shape.block_size)
 
 
 class PendingStep:
-    """A step that has been launched. Its tokens are on the device and already are the next step's input."""
+    """A step whose sampled tokens are on the device."""
 
     def __init__(
         self,
@@ -71,25 +93,22 @@ class ModelRunner:
         self._sampler = sampler
         self._shape = storage.shape
         self._windows = frozenset(decoder.config.windows)
-        self._rows: list[_Row | None] = [None] * max_rows
+        self._rows = RowTable(max_rows, row_limits(decoder, storage))
         self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=decoder.device)
 
     def add_row(self, message: AddRow) -> None:
         """Give the row to a sequence and rebuild its sampling state."""
-        if self._rows[message.row] is not None:
-            raise InternalError(f"row {message.row} is taken")
+        self._rows.require_free(message.row)
         outputs = message.output_token_ids
         self._sampler.add(message.row, message.sampling, message.prompt_token_ids, outputs)
-        self._rows[message.row] = _Row(has_last_token=bool(outputs))
+        self._rows.add(message.row, has_last_token=bool(outputs))
         if outputs:
             self._last_tokens[message.row] = outputs[-1]
 
     def remove_row(self, row: int) -> None:
         """Take the row back."""
-        if self._rows[row] is None:
-            raise InternalError(f"row {row} is not taken")
+        self._rows.remove(row)
         self._sampler.remove(row)
-        self._rows[row] = None
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step and wait for its tokens."""
@@ -99,16 +118,8 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> PendingStep:
         """Enqueue a step on the device; on a device that runs asynchronously this returns before it is done."""
         started_ns = time.perf_counter_ns()
-        errors: dict[int, str] = {}
-        runnable: list[tuple[Segment, Span]] = []
-        if len({segment.row for segment in plan.segments}) < len(plan.segments):
-            raise InternalError(f"step {plan.step_id} has two segments for one row")
-        for segment in plan.segments:
-            error = self._refusal(segment)
-            if error:
-                errors[segment.row] = error
-            else:
-                runnable.append((segment, self._span(segment)))
+        accepted, errors = self._rows.check(plan)
+        runnable = [(segment, self._span(segment)) for segment in accepted]
         if not runnable:
             return PendingStep(plan, errors, [], None, started_ns)
         # Decode first and by context length: attention takes neighbours together and pads to the longest.
@@ -165,38 +176,14 @@ class ModelRunner:
         output = self._sampler.sample(rows, self._decoder.logits(hidden), [segment.output_index for segment in sampled])
         self._last_tokens.index_copy_(0, self._tensor(rows), output.token_ids)
         for row in rows:
-            state = self._rows[row]
-            assert state is not None
-            state.has_last_token = True
+            self._rows[row].has_last_token = True
         return output
 
     def _span(self, segment: Segment) -> Span:
         """The segment's place in attention. Appends its new blocks to the row's table."""
         row = self._rows[segment.row]
-        assert row is not None
         row.block_ids += segment.new_block_ids
         return Span(segment.num_tokens, segment.position + segment.num_tokens, row.block_ids)
-
-    def _refusal(self, segment: Segment) -> str:
-        """Why the segment cannot run, or nothing."""
-        row = self._rows[segment.row] if 0 <= segment.row < len(self._rows) else None
-        if row is None:
-            return f"row {segment.row} holds no sequence"
-        end = segment.position + segment.num_tokens
-        num_blocks = len(row.block_ids) + len(segment.new_block_ids)
-        if segment.position < 0 or segment.num_tokens < 1:
-            return f"{segment.num_tokens} tokens at position {segment.position}"
-        if end > self._decoder.config.context_length:
-            return f"position {end - 1} is beyond the context of {self._decoder.config.context_length} tokens"
-        if end > num_blocks * self._shape.block_size:
-            return f"{num_blocks} blocks do not cover {end} tokens"
-        if _outside(segment.new_block_ids, self._shape.num_blocks):
-            return f"a block id is not within {self._shape.num_blocks} blocks"
-        if segment.token_ids is None:
-            return "" if row.has_last_token else "the row has sampled no token yet"
-        if _outside(segment.token_ids, self._decoder.config.vocab_size):
-            return f"a token id is not within the vocabulary of {self._decoder.config.vocab_size}"
-        return ""
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._decoder.device)
@@ -205,7 +192,3 @@ class ModelRunner:
 def _decode_first(item: tuple[Segment, Span]) -> tuple[bool, int]:
     span = item[1]
     return span.num_queries > 1, span.context_length
-
-
-def _outside(ids: list[int], limit: int) -> bool:
-    return bool(ids) and not 0 <= min(ids) <= max(ids) < limit

@@ -1,12 +1,14 @@
-"""A rank process: its main thread computes steps, a second thread moves KV bytes on its own event loop.
+"""A rank process: its main thread computes steps, a second thread moves KV bytes on its own event loop; on a GPU, where the
+main thread only launches, a third sends the results.
 
-Both take orders from the front over a local socket each and never decide anything. The end of the step channel is the
+The first two take orders from the front over a local socket each and never decide anything. The end of the step channel is the
 end of the process. What the KV thread does is the service's own: it passes a `KVService` factory.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -26,6 +28,7 @@ from common.transport.base import Endpoint
 from common.transport.registry import open_endpoint
 from common.transport.ucx_worker import Progress
 from common.worker.framing import AsyncFrames, BlockingFrames
+from common.worker.model_runner import Pending, Runner
 from common.worker.rank_messages import (
     FrontKVMessage,
     FrontStepMessage,
@@ -35,6 +38,7 @@ from common.worker.rank_messages import (
     StartRank,
 )
 from common.worker.rank_runtime import RankRuntime, build_runtime
+from common.worker.result_thread import ResultThread
 from common.worker.step_plan import AddRow, RemoveRow, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -74,7 +78,8 @@ def run_rank(argv: list[str], make_kv_service: KVServiceFactory) -> int:
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the front stops us
     step_fd, kv_fd = (int(value) for value in argv)
-    frames = BlockingFrames(socket.socket(fileno=step_fd))
+    step_socket = socket.socket(fileno=step_fd)
+    frames = BlockingFrames(step_socket)
     frame = frames.receive()
     if frame is None:
         return 0
@@ -90,24 +95,22 @@ def run_rank(argv: list[str], make_kv_service: KVServiceFactory) -> int:
         return 1
     frames.send(_ready(start.rank, address, runtime))
     try:
+        if runtime.device.type == "cuda":
+            return _launch_loop(frames, step_socket, start.rank, runtime)
         return _step_loop(frames, start.rank, runtime)
     finally:
         kv_thread.stop()
 
 
 def _step_loop(frames: BlockingFrames, rank: int, runtime: RankRuntime) -> int:
-    runner = runtime.runner
+    """Each step is computed and answered before the next message is read."""
     while (frame := frames.receive()) is not None:
-        message = _step_decoder.decode(frame)
         try:
-            if isinstance(message, StepPlan):
-                result = runner.run(message)
+            pending = _apply(_step_decoder.decode(frame), runtime.runner)
+            if pending is not None:
+                result = pending.result()
                 if rank == 0:
                     frames.send(result)
-            elif isinstance(message, AddRow):
-                runner.add_row(message)
-            elif isinstance(message, RemoveRow):
-                runner.remove_row(message.row)
         except BrokenPipeError:
             return 0
         except Exception as error:  # the process edge: whatever it is, the front must know why this rank ended
@@ -115,6 +118,36 @@ def _step_loop(frames: BlockingFrames, rank: int, runtime: RankRuntime) -> int:
             frames.send(_failure(rank, error))
             return 1
     return 0
+
+
+def _launch_loop(frames: BlockingFrames, step_socket: socket.socket, rank: int, runtime: RankRuntime) -> int:
+    """Steps are launched as their plans arrive, so that the device never waits; another thread awaits them."""
+
+    def interrupt() -> None:
+        with contextlib.suppress(OSError):
+            step_socket.shutdown(socket.SHUT_RD)
+
+    results = ResultThread(rank, rank == 0, frames.send, interrupt)
+    while (frame := frames.receive()) is not None:
+        try:
+            pending = _apply(_step_decoder.decode(frame), runtime.runner)
+        except Exception as error:  # as in `_step_loop`; the front learns of it behind the results before
+            results.fail(error)
+            break
+        if pending is not None:
+            results.put(pending)
+    return 0 if results.close() else 1
+
+
+def _apply(message: FrontStepMessage, runner: Runner) -> Pending | None:
+    """Do what the front says; returns the step if one was launched."""
+    if isinstance(message, StepPlan):
+        return runner.launch(message)
+    if isinstance(message, AddRow):
+        runner.add_row(message)
+    elif isinstance(message, RemoveRow):
+        runner.remove_row(message.row)
+    return None
 
 
 class _KVThread:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, cast
 
 import torch
 
@@ -11,10 +13,11 @@ from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
 from common.parallel.group import TensorParallelGroup
 from common.sampling.sampler import BatchSampler
-from common.worker.model_runner import ModelRunner
+from common.worker.model_runner import ModelRunner, Runner
 from common.worker.rank_messages import StartRank
 from common.worker.worker_model import read_worker_model
 
+_DEVICE_RUNNER: Final = "common.worker.device_runner"  # imports Triton, which processes without a GPU never load
 _COLLECTIVE_TIMEOUT_S = (
     60.0  # meeting at start, and every collective: a rank that is gone is noticed by the front first
 )
@@ -25,7 +28,7 @@ class RankRuntime:
     """One rank's state on its device. `storage` is shared with the KV thread; everything else is the step thread's."""
 
     device: torch.device
-    runner: ModelRunner
+    runner: Runner
     storage: KVStorage
     layout_fingerprint: str
     num_parameters: int
@@ -52,9 +55,15 @@ def build_runtime(start: StartRank) -> RankRuntime:
         dtype=dtype,
         device=device,
     )
-    sampler = BatchSampler(model.config.vocab_size, start.max_rows, device)
-    runner = ModelRunner(decoder, storage, sampler, start.max_rows)
+    runner = _runner(decoder, storage, start.max_rows)
     return RankRuntime(device, runner, storage, model.fingerprint, decoder.num_parameters)
+
+
+def _runner(decoder: Decoder, storage: KVStorage, max_rows: int) -> Runner:
+    if decoder.device.type == "cuda":
+        return cast(Runner, importlib.import_module(_DEVICE_RUNNER).DeviceRunner(decoder, storage, max_rows))
+    sampler = BatchSampler(decoder.config.vocab_size, max_rows, decoder.device)
+    return ModelRunner(decoder, storage, sampler, max_rows)
 
 
 def _device(start: StartRank) -> torch.device:

@@ -23,7 +23,8 @@ class StatusService(worker_pb2_grpc.WorkerServicer):
     """Builds a status when asked, and sends another to each watcher when `notify` was called and it differs.
 
     `build` makes a status. `drain` starts draining and returns at once. `refresh`, if given, is awaited before
-    `build`, for numbers that must be fetched; it must not raise.
+    GetStatus builds one, for numbers that must be fetched; it must not raise. Watchers never wait for it: they are told
+    of changes at once, whatever state the ranks are in.
     """
 
     def __init__(
@@ -86,7 +87,6 @@ class StatusService(worker_pb2_grpc.WorkerServicer):
             while not self._closed:
                 await changed.wait()
                 changed.clear()
-                await self._refresh()
                 status = self._build()
                 if status != last:
                     last = status

@@ -47,4 +47,4 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         request_iterator: AsyncIterator[kv_pb2.HandoffRequest],
         context: grpc.aio.ServicerContext[kv_pb2.HandoffRequest, kv_pb2.HandoffResponse],
     ) -> None:
-        await self._worker.handoffs.serve(request_iterator, context.write)
+        await self._worker.hand_off(request_iterator, context.write)

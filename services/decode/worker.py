@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from baton.v1 import decode_pb2, kv_pb2, worker_pb2
 
@@ -21,13 +22,14 @@ from common.worker.supervisor import RankSupervisor
 from common.worker.worker_model import WorkerModel
 from services.decode.config import DecodeConfig
 from services.decode.engine import DecodeEngine
-from services.decode.handoff import Handoffs, HandoffSetup
+from services.decode.handoff import Handoffs, HandoffSetup, Write
 from services.decode.request import End
 from services.decode.scheduler import DecodeScheduler
 from services.decode.sessions import Sessions
 
 _log = logging.getLogger(__name__)
 RANK_MODULE = "services.decode.rank"
+_REFRESH_TIMEOUT_S = 0.25
 
 COUNTERS = {
     "steps": "Steps planned.",
@@ -87,6 +89,7 @@ class DecodeWorker:
         self._group: RankGroup | None = None
         self._num_starts = 0
         self._transport_totals: dict[int, TransportStatsReply] = {}
+        self._is_refreshing = False
 
     @property
     def is_ready(self) -> bool:
@@ -180,22 +183,31 @@ class DecodeWorker:
             rank_pids=[] if self._group is None else self._group.pids,
         )
 
+    async def hand_off(self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write) -> None:
+        """See `Handoffs.serve`."""
+        try:
+            await self.handoffs.serve(requests, write)
+        finally:
+            if not self._is_refreshing:
+                with contextlib.suppress(Unavailable):  # stopping: nobody reads counters any more
+                    self.handoffs.spawn(self.refresh())
+
     async def refresh(self) -> None:
-        """Fetch the ranks' transport counters. Never raises for a rank that is lost."""
+        """Fetch the ranks' transport counters, if they answer soon. Never raises."""
         group = self._group
         if group is None:
             return
+        self._is_refreshing = True
         try:
-            for rank in range(len(group.pids)):
-                operation = group.begin(rank, GetTransportStats(group.next_op_id()))
-                try:
-                    reply = await operation.reply()
-                finally:
-                    operation.close()
-                if isinstance(reply, TransportStatsReply) and group is self._group:
-                    self._count_transport(rank, reply)
-        except Unavailable:
-            _log.debug("no transport counters: the ranks are lost")
+            async with asyncio.timeout(_REFRESH_TIMEOUT_S):
+                for rank in range(len(group.pids)):
+                    reply = await _transport_stats(group, rank)
+                    if group is self._group:
+                        self._count_transport(rank, reply)
+        except (Unavailable, TimeoutError):
+            _log.debug("no transport counters: the ranks are lost or busy")
+        finally:
+            self._is_refreshing = False
 
     def on_ready(self, group: RankGroup) -> None:
         """Ranks stand: take sequences."""
@@ -256,6 +268,16 @@ class DecodeWorker:
             )
             for rank in range(config.tp_size)
         ]
+
+
+async def _transport_stats(group: RankGroup, rank: int) -> TransportStatsReply:
+    operation = group.begin(rank, GetTransportStats(group.next_op_id()))
+    try:
+        reply = await operation.reply()
+    finally:
+        operation.close()
+    assert isinstance(reply, TransportStatsReply)
+    return reply
 
 
 def _num_blocks(config: DecodeConfig, model: WorkerModel) -> int:

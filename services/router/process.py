@@ -47,10 +47,10 @@ class RouterProcess:
         self._server = RpcServer(
             config.listen, max_message_bytes=config.max_message_bytes, so_reuseport=config.reuse_port
         )
-        servicer = InferenceServicer(
+        self.servicer = InferenceServicer(
             model, self.admission, self._dispatcher, self.registry, self.metrics, config.max_timeout_s
         )
-        self._server.add(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, SERVICE_NAME)
+        self._server.add(inference_pb2_grpc.add_InferenceServicer_to_server, self.servicer, SERVICE_NAME)
         self._watch_gauges()
 
     def _watch_gauges(self) -> None:

@@ -184,7 +184,8 @@ class WorkerRegistry:
 
     def candidates(self, role: Role) -> list[Candidate]:
         """The workers of a role that take requests now."""
-        found = (worker.candidate for worker in self._workers.values() if worker.role is role)
+        # A copy: metrics are read on another thread.
+        found = (worker.candidate for worker in tuple(self._workers.values()) if worker.role is role)
         return [candidate for candidate in found if candidate is not None]
 
     def worker(self, role: Role, address: str) -> Worker:

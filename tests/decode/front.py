@@ -164,7 +164,7 @@ class Prefill:
     def __init__(self, front: Front, ticket: kv_pb2.Ticket, tp_size: int = 1, fingerprint: str = "layout") -> None:
         self._requests: asyncio.Queue[kv_pb2.HandoffRequest | None] = asyncio.Queue()
         self._responses: asyncio.Queue[kv_pb2.HandoffResponse] = asyncio.Queue()
-        self.call = asyncio.create_task(front.worker.handoffs.serve(self._read(), self._responses.put))
+        self.call = asyncio.create_task(front.worker.hand_off(self._read(), self._responses.put))
         self.send(
             begin=kv_pb2.HandoffBegin(
                 ticket_id=ticket.ticket_id,
@@ -203,6 +203,11 @@ class Prefill:
         response = answer.result()
         assert response.WhichOneof("message") == kind, response
         return response
+
+    async def over(self) -> None:
+        """Returns when the call has; raises what it raised."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self.call
 
     async def break_off(self) -> None:
         """The connection breaks: gRPC cancels the call's handler."""

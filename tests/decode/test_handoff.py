@@ -29,7 +29,7 @@ async def test_chunks_arrive_the_sequence_joins_and_its_tokens_come() -> None:
         await ship(front, prefill, 1, 2, 1)
         prefill.finish(num_blocks=3)
         await prefill.receive("joined")
-        await prefill.call
+        await prefill.over()
         assert await router.end_of(7) == "FINISHED"
         assert router.tokens[7] == [token_of(1, index) for index in (1, 2, 3)]
         await front.until_free()
@@ -248,7 +248,7 @@ async def test_a_deadline_ends_the_sequence_in_the_middle_of_a_transfer() -> Non
         prefill.offer(0, 0, 3)
         await prefill.receive("grant")
         with pytest.raises(DeadlineExceeded):
-            await prefill.call
+            await prefill.over()
         assert await router.end_of(1) == "DEADLINE"
         await front.until_free()
         await router.leave()
@@ -264,7 +264,7 @@ async def test_lost_ranks_end_everything_and_new_ones_start_clean() -> None:
         front.group.lose("rank 0 died")
         front.worker.on_lost("rank 0 died")
         with pytest.raises(Unavailable):
-            await prefill.call
+            await prefill.over()
         assert await router.end_of(1) == "LOST"
         await front.until_free()
         with pytest.raises(Unavailable, match="starting"):
@@ -290,7 +290,7 @@ async def test_a_broken_session_ends_its_hand_offs_and_nobody_elses() -> None:
         await ship(front, prefills[0], 0, 0, 2)
         await routers[0].leave()
         with pytest.raises(Cancelled):
-            await prefills[0].call
+            await prefills[0].over()
         await ship(front, prefills[1], 0, 0, 3)
         prefills[1].finish(3)
         await prefills[1].receive("joined")
@@ -325,7 +325,7 @@ async def test_workers_that_do_not_fit_are_refused_at_begin(mistake: str, error:
         else:
             other = Prefill(front, ticket)
         with pytest.raises(error):
-            await other.call
+            await other.over()
         await first.break_off()
         front.worker.close("router", 2)
         await front.until_free()
@@ -355,7 +355,7 @@ async def test_a_peer_that_breaks_the_protocol_loses_its_stream_only(mistake: st
         else:
             prefill.half_close()
         with pytest.raises((FailedPrecondition, InvalidArgument, Cancelled)):
-            await prefill.call
+            await prefill.over()
         await front.until_free()
         await router.leave()
 

@@ -81,11 +81,14 @@ async def test_a_sequence_from_open_to_its_last_token() -> None:
         assert joined.HasField("joined")
         assert await call.read() is grpc.aio.EOF
         tokens: list[int] = []
-        async for batch in stream:
-            for entry in batch.sequences:
-                tokens.extend(entry.token_ids)
-            if any(entry.end == decode_pb2.SEQUENCE_END_FINISHED for entry in batch.sequences):
-                break
+        end = decode_pb2.SEQUENCE_END_UNSPECIFIED
+        while not end:
+            batch = await stream.read()
+            assert isinstance(batch, decode_pb2.TokenBatch)
+            (entry,) = batch.sequences
+            tokens.extend(entry.token_ids)
+            end = entry.end
+        assert end == decode_pb2.SEQUENCE_END_FINISHED
         assert tokens == [token_of(1, index) for index in (1, 2, 3)]
         stream.cancel()
         await service.front.until_free()

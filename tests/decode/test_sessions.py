@@ -99,7 +99,7 @@ async def test_a_second_stream_replaces_the_first_whose_sequences_are_lost() -> 
         second = await Router(front).subscribed()
         assert await second.end_of(1) == "LOST"
         with pytest.raises(Unavailable):
-            await prefill.call
+            await prefill.over()
         second.open(2)
         await first.leave()
         await asyncio.sleep(0)

@@ -14,18 +14,26 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def random_kv(num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 9, 2, num_kv_heads, block_size, head_dim, generator=generator).to(DEVICE, dtype)
+    return torch.randn(2, 9, 2, num_kv_heads, block_size, head_dim, generator=generator).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("first_head", "num_heads"), [(0, 4), (1, 2), (3, 1), (0, 3)])
-@pytest.mark.parametrize(("block_size", "head_dim"), [(16, 32), (64, 128), (8, 24)])
+@pytest.mark.parametrize(
+    ("dtype", "block_size", "head_dim", "first_head", "num_heads"),
+    [
+        (torch.float32, 16, 32, 0, 4),
+        (torch.bfloat16, 16, 32, 1, 2),
+        (torch.float16, 16, 32, 3, 1),
+        (torch.float32, 16, 32, 0, 3),
+        (torch.bfloat16, 64, 128, 1, 2),
+        (torch.bfloat16, 8, 48, 1, 3),
+    ],
+)
 def test_payload_digest_and_blocks_equal_the_reference(
-    block_size: int, head_dim: int, first_head: int, num_heads: int, dtype: torch.dtype
+    dtype: torch.dtype, block_size: int, head_dim: int, first_head: int, num_heads: int
 ) -> None:
     kv = random_kv(4, block_size, head_dim, dtype)
     ids = torch.tensor([7, 0, 3, 8, 1], device=DEVICE)
-    payload = torch.full((3, 5, 2, num_heads, block_size, head_dim), float("nan"), dtype=dtype, device=DEVICE)
+    payload = torch.full((2, 5, 2, num_heads, block_size, head_dim), float("nan"), dtype=dtype, device=DEVICE)
     expected = torch.empty_like(payload)
     digest = blocks_reference.gather_blocks(kv, ids, first_head, num_heads, expected)
     assert triton_backend.gather_blocks(kv, ids, first_head, num_heads, payload) == digest
@@ -39,8 +47,8 @@ def test_payload_digest_and_blocks_equal_the_reference(
     assert torch.equal(target, plain_target)
 
 
-@settings(deadline=None, max_examples=20)
-@given(num_words=st.integers(1, 70000), bit=st.integers(0, 63), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=8)
+@given(num_words=st.integers(1, 40000), bit=st.integers(0, 63), seed=st.integers(0, 99))
 def test_digest_equals_the_reference_and_sees_every_bit(num_words: int, bit: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(-(1 << 63), (1 << 63) - 1, (num_words,), generator=generator).to(DEVICE)
@@ -54,4 +62,4 @@ def test_digest_equals_the_reference_and_sees_every_bit(num_words: int, bit: int
 def test_an_empty_payload_has_digest_zero() -> None:
     kv = random_kv(2, 16, 32, torch.float32)
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    assert triton_backend.gather_blocks(kv, none, 0, 2, torch.empty(3, 0, 2, 2, 16, 32, device=DEVICE)) == 0
+    assert triton_backend.gather_blocks(kv, none, 0, 2, torch.empty(2, 0, 2, 2, 16, 32, device=DEVICE)) == 0

@@ -231,6 +231,28 @@ async def test_the_routers_own_limit_caps_the_deadline(tmp_path: Path) -> None:
         await cluster.wait_all_closed()
 
 
+async def test_a_deadline_that_has_passed_reaches_no_worker(cluster: Cluster) -> None:
+    class Late:
+        def time_remaining(self) -> float:
+            return 0.0
+
+    with pytest.raises(DeadlineExceeded):
+        await cluster.router.servicer.Generate(text_request(5), Late())  # type: ignore[arg-type]
+    assert cluster.num_opened == 0
+
+
+async def test_outcomes_and_tokens_are_counted(cluster: Cluster) -> None:
+    await cluster.generate(text_request(5, n=2))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await cluster.generate(text_request(5, n=99))
+    read = cluster.router.metrics.registry.get_sample_value
+    assert read("baton_router_requests_total", {"outcome": "ok"}) == 1
+    assert read("baton_router_requests_total", {"outcome": "InvalidArgument"}) == 1
+    assert read("baton_router_output_tokens_total") == 10
+    assert read("baton_router_in_flight") == 0
+    assert read("baton_router_decode_workers") == 1
+
+
 async def test_a_full_router_refuses_with_a_hint(tmp_path: Path) -> None:
     async with running_cluster(tmp_path, max_in_flight=16, max_waiting=0) as cluster:
         cluster.script.before_first_token.clear()

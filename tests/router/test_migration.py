@@ -20,6 +20,7 @@ from common.errors import (
     Unavailable,
 )
 from common.rpc.status import error_from_rpc
+from services.router.workers import Role
 from tests.router.byte_checkpoint import byte_ids
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import FakeDecode, letters
@@ -80,7 +81,9 @@ async def test_tokens_are_exact_when_a_sequence_must_move(
     cluster.script.at_position[position] = end
     await assert_exact(cluster, num_migrations=1)
     log = [list(sequence.token_ids) for decode in cluster.decodes for sequence in decode.opened]
-    assert sorted(log, key=len) == [byte_ids("hello"), byte_ids("hello") + letters(0, position)]
+    # The first token comes over prefill's connection: an end right after it may overtake it, and it is drawn anew.
+    known = (0, 1) if position == 1 else (position,)
+    assert sorted(log, key=len) in [[byte_ids("hello"), byte_ids("hello") + letters(0, count)] for count in known]
 
 
 def fires(position: int, tokens_per_batch: int) -> bool:
@@ -133,20 +136,22 @@ async def test_a_prefill_that_fails_after_its_token_is_replaced(cluster: Cluster
 
 async def test_a_prefill_that_dies_after_the_hand_off_does_no_harm(cluster: Cluster) -> None:
     cluster.script.before_completed.clear()
-    cluster.script.before_decode.clear()
-    responses = aiter(cluster.stub.Generate(request()))
-    token_ids = list((await anext(responses)).token_ids)
-    cluster.script.before_decode.set()
-    token_ids += (await anext(responses)).token_ids
-    used = next(prefill for prefill in cluster.prefills if prefill.requests)
-    await used.die()
-    last = None
-    async for response in responses:
-        token_ids += response.token_ids
-        last = response
-    assert token_ids == letters(0, NUM_TOKENS)
-    assert last is not None
-    assert last.lifetime.num_migrations == 0
+    registry = cluster.router.registry
+
+    async def kill_prefill(decode: FakeDecode) -> None:
+        await next(prefill for prefill in cluster.prefills if prefill.requests).die()
+        while len(registry.candidates(Role.PREFILL)) > 1:
+            await registry.wait_changed()
+
+    cluster.script.at_position[4] = kill_prefill
+    await assert_exact(cluster, num_migrations=0)
+    assert cluster.num_opened == 1
+
+
+async def test_a_prefill_that_fails_after_the_token_that_ends_the_output_does_no_harm(cluster: Cluster) -> None:
+    cluster.script.prefill_errors_after_token.append(Unavailable("gone"))
+    await assert_exact(cluster, num_migrations=0, num_tokens=1)
+    assert cluster.num_prefills == 1
 
 
 async def test_an_open_that_is_refused_goes_elsewhere(cluster: Cluster) -> None:

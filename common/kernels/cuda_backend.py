@@ -1,0 +1,126 @@
+"""The kernel backend of GPUs: the Triton kernels, with plans whose tables reach the device without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.kernels.batch import KVShape, Span
+from common.kernels.triton_backend import (
+    TritonPlan,
+    add_rms_norm,
+    attention,
+    gather_blocks,
+    layout_weight,
+    linear,
+    payload_digest,
+    plan_decode,
+    qk_norm_rope_store,
+    refresh_decode,
+    rms_norm,
+    scatter_blocks,
+    silu_mul,
+)
+from common.kernels.triton_decode import DecodeBatch, default_tuning, refresh
+from common.kernels.triton_prefill import PrefillBatch, make_tiles
+from common.kernels.upload import upload
+
+__all__ = [
+    "TritonPlan",
+    "add_rms_norm",
+    "attention",
+    "gather_blocks",
+    "layout_weight",
+    "linear",
+    "payload_digest",
+    "plan_batch",
+    "plan_decode",
+    "qk_norm_rope_store",
+    "refresh_decode",
+    "rms_norm",
+    "scatter_blocks",
+    "silu_mul",
+]
+
+_SPARE_COLUMNS = 8  # of block tables: the last tile may read past the context
+_Spans = list[tuple[int, Span]]  # with the row of their first query in the batch
+
+
+@dataclass(frozen=True, slots=True)
+class _UploadedBatch(PrefillBatch):
+    """Tiles are made by the first layer, when steps before this one may still run."""
+
+    def tiles(self, queries: int) -> torch.Tensor:
+        tiles = self._tiles.get(queries)
+        if tiles is None:
+            table = np.array(make_tiles(self.spans, queries), dtype=np.int32)
+            (tiles,) = upload([table], self.block_tables.device)
+            self._tiles[queries] = tiles
+        return tiles
+
+
+def plan_batch(
+    spans: Sequence[Span],
+    windows: Iterable[int | None],
+    shape: KVShape,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> TritonPlan:
+    """Tables for a batch whose tokens lie in the order of `spans`, in one copy. `windows`: those of the model."""
+    prefill: _Spans = []
+    decode: _Spans = []
+    first_row = 0
+    for span in spans:
+        (decode if span.num_queries == 1 else prefill).append((first_row, span))
+        first_row += span.num_queries
+    slots, prefill_tables, decode_tables, rows, lengths = upload(
+        [
+            _store_slots(spans, shape.block_size),
+            _block_tables(prefill, shape.block_size),
+            _block_tables(decode, shape.block_size),
+            np.array([row for row, _ in decode], dtype=np.int32),
+            np.array([span.context_length for _, span in decode], dtype=np.int32),
+        ],
+        device,
+    )
+    tuning = default_tuning(shape.block_size, shape.head_dim, dtype)
+    batch = None
+    if decode:
+        tile_ends = {window: torch.empty_like(lengths) for window in {None, *windows}}
+        batch = DecodeBatch(rows, decode_tables, lengths, tile_ends, torch.empty_like(lengths, dtype=torch.int64))
+        refresh(batch, shape.block_size, tuning.tile)
+    return TritonPlan(
+        shape=shape,
+        store_slots=slots,
+        prefill=_UploadedBatch(tuple(prefill), prefill_tables) if prefill else None,
+        decode=batch,
+        decode_tuning=tuning,
+    )
+
+
+def table_columns(num_blocks: int) -> int:
+    """Columns of a block table for contexts of so many blocks."""
+    return -(-num_blocks // _SPARE_COLUMNS) * _SPARE_COLUMNS + _SPARE_COLUMNS
+
+
+def _block_tables(spans: _Spans, block_size: int) -> npt.NDArray[np.int32]:
+    """[n, columns]"""
+    counts = [-(-span.context_length // block_size) for _, span in spans]
+    tables = np.zeros((len(spans), table_columns(max(counts, default=0))), dtype=np.int32)
+    for table, count, (_, span) in zip(tables, counts, spans, strict=True):
+        table[:count] = span.block_ids[:count]
+    return tables
+
+
+def _store_slots(spans: Sequence[Span], block_size: int) -> npt.NDArray[np.int64]:
+    """[T]: where each token's K and V go, block * block_size + offset."""
+    parts: list[npt.NDArray[np.int64]] = []
+    for span in spans:
+        positions = np.arange(span.context_length - span.num_queries, span.context_length)
+        blocks = np.asarray(span.block_ids, dtype=np.int64)[positions // block_size]
+        parts.append(blocks * block_size + positions % block_size)
+    return np.concatenate(parts)

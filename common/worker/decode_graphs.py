@@ -1,0 +1,161 @@
+"""Decode steps as captured CUDA graphs, one per batch size, from the packed plan to the sampled tokens.
+
+A batch is padded to the next captured size; padding has context length 0 and the spare row. Where there are no graphs
+(a CPU that interprets the kernels) the same function is called instead.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.cuda import _POOL_HANDLE
+
+from common.kernels import triton_step
+from common.kernels.cuda_backend import TritonPlan, plan_decode, refresh_decode
+from common.kvcache.storage import KVStorage
+from common.models.decoder import Decoder
+from common.sampling.device_sampler import DeviceSampler
+
+_WARM_UPS: Final = 2  # compile kernels and let libraries allocate, before anything is captured
+_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_STEP_BEYOND: Final = 64
+
+
+def batch_sizes(max_rows: int) -> tuple[int, ...]:
+    """The sizes to capture so that any batch of up to `max_rows` fits; padding stays below a half, mostly far below."""
+    beyond = range(_SIZES[-1] + _STEP_BEYOND, max_rows + _STEP_BEYOND, _STEP_BEYOND)
+    smaller = [size for size in (*_SIZES, *beyond) if size < max_rows]
+    return (*smaller, max_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOutput:
+    """Overwritten by the next step of the same size."""
+
+    token_ids: torch.Tensor  # [n] int32
+    logits: torch.Tensor  # [n, vocab]
+
+
+class DecodeGraphs:
+    """The captured steps. Tensors that they read and write are shared by all sizes, as steps follow each other."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        storage: KVStorage,
+        sampler: DeviceSampler,
+        row_tables: torch.Tensor,
+        sizes: tuple[int, ...],
+    ) -> None:
+        """row_tables: [rows + 1, columns] int32, the rows' block tables; the last row is for padding."""
+        self._decoder = decoder
+        self._storage = storage
+        self._sampler = sampler
+        self._row_tables = row_tables
+        self._sizes = sizes
+        device = decoder.device
+        self._token_ids = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
+        self._positions = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
+        self._packed: dict[int, torch.Tensor] = {}
+        self._replay: dict[int, Callable[[], DecodeOutput]] = {}
+        self._capture_all()
+
+    @property
+    def max_size(self) -> int:
+        return self._sizes[-1]
+
+    def size_for(self, num_rows: int) -> int:
+        """The smallest captured size that holds the batch."""
+        return self._sizes[bisect_left(self._sizes, num_rows)]
+
+    def packed(self, size: int) -> torch.Tensor:
+        """The input of `run(size)`, to be overwritten before it: see `triton_step`. [5, size] int32."""
+        return self._packed[size]
+
+    def run(self, size: int) -> DecodeOutput:
+        """Enqueue a step on the current stream."""
+        return self._replay[size]()
+
+    def _capture_all(self) -> None:
+        """Largest first: the smaller graphs fit into the memory that it took."""
+        device = self._decoder.device
+        captures = device.type == "cuda"
+        stream = torch.cuda.Stream(device) if captures else None  # type: ignore[no-untyped-call]
+        pool = torch.cuda.graph_pool_handle() if captures else None
+        for size in reversed(self._sizes):
+            packed = torch.full((triton_step.NUM_FIELDS, size), -1, dtype=torch.int32, device=device)
+            packed[triton_step.ROW] = self._row_tables.shape[0] - 1
+            packed[triton_step.LENGTH] = 0
+            packed[triton_step.OUTPUT_INDEX] = 0
+            self._packed[size] = packed
+            plan = plan_decode(
+                size,
+                self._row_tables.shape[1],
+                set(self._decoder.config.windows),
+                self._storage.shape,
+                self._decoder.dtype,
+                device,
+            )
+            step = _Step(self, packed, plan, torch.full((size,), -1, dtype=torch.int32, device=device))
+            self._replay[size] = step.run if stream is None else _captured(step.run, stream, pool)
+
+    @torch.inference_mode()
+    def _step(self, packed: torch.Tensor, plan: TritonPlan, token_ids: torch.Tensor) -> DecodeOutput:
+        decode = plan.decode
+        assert decode is not None
+        size = packed.shape[1]
+        inputs, positions = self._token_ids[:size], self._positions[:size]
+        triton_step.begin_step(
+            packed,
+            self._sampler.row_state,
+            self._row_tables,
+            self._storage.shape.block_size,
+            inputs,
+            positions,
+            decode.context_lengths,
+            decode.block_tables,
+        )
+        refresh_decode(plan)
+        hidden = self._decoder.forward(inputs, positions, plan, self._storage.kv)
+        logits = self._decoder.head(hidden)
+        self._sampler.draw(logits, packed[triton_step.ROW], packed[triton_step.OUTPUT_INDEX], token_ids)
+        return DecodeOutput(token_ids, logits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A decode step of one size with the tensors that are its own."""
+
+    graphs: DecodeGraphs
+    packed: torch.Tensor
+    plan: TritonPlan
+    token_ids: torch.Tensor
+
+    def run(self) -> DecodeOutput:
+        return self.graphs._step(self.packed, self.plan, self.token_ids)
+
+
+def _captured(
+    run: Callable[[], DecodeOutput], stream: torch.cuda.Stream, pool: _POOL_HANDLE | None
+) -> Callable[[], DecodeOutput]:
+    """Warm up on the stream that captures, so that what kernels keep for themselves exists already."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads of this process may use the device meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        output = run()
+    torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+    def replay() -> DecodeOutput:
+        graph.replay()
+        return output
+
+    return replay

@@ -1,0 +1,259 @@
+"""Runs step plans on a GPU without waiting for it: rows, their tables and last tokens live there, plans carry what is new.
+
+A step in which every row decodes one token is a captured graph behind one small copy; all others run kernel by kernel.
+Answers are copied to the host behind the step and can be awaited in another thread. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.kernels import triton_step
+from common.kernels.batch import Span
+from common.kernels.cuda_backend import table_columns
+from common.kernels.upload import overwrite, upload
+from common.kvcache.storage import KVStorage
+from common.models.decoder import Decoder
+from common.sampling.device_sampler import DeviceSampler, SpecialRows
+from common.worker.decode_graphs import DecodeGraphs, batch_sizes
+from common.worker.model_runner import row_limits
+from common.worker.row_table import RowTable
+from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan, StepResult
+
+_NOTHING_TO_CHOOSE = "no token can be chosen: the logits hold NaN or infinity, or every token is excluded"
+
+
+class DeviceStep:
+    """A step that has been launched."""
+
+    def __init__(self, plan: StepPlan, errors: dict[int, str], clock: StepClock) -> None:
+        self._plan = plan
+        self._errors = errors
+        self._clock = clock
+        self._sampled: list[Segment] = []
+        self._token_ids: torch.Tensor | None = None
+        self._special: SpecialRows | None = None
+
+    def answer(self, sampled: list[Segment], token_ids: torch.Tensor, special: SpecialRows | None) -> None:
+        """token_ids: [at least one per segment] int32 in host memory, complete when the clock has stopped."""
+        self._sampled, self._token_ids, self._special = sampled, token_ids, special
+
+    def result(self) -> StepResult:
+        """Wait for the device and read what was sampled. Touches nothing of later steps."""
+        compute_ns = self._clock.wait()
+        by_row = {row: SampledToken(row, -1, error=error) for row, error in self._errors.items()}
+        if self._token_ids is not None:
+            # Members of a batch beyond the segments are padding.
+            for segment, token_id in zip(self._sampled, self._token_ids.tolist(), strict=False):
+                error = "" if token_id >= 0 else _NOTHING_TO_CHOOSE
+                by_row[segment.row] = SampledToken(segment.row, token_id, error=error)
+        if self._special is not None:
+            for index, logprobs in zip(self._special.indices, self._special.output.logprobs, strict=True):
+                token = by_row[self._sampled[index].row]
+                if logprobs is not None and not token.error:
+                    by_row[token.row] = SampledToken(token.row, token.token_id, logprobs[0], logprobs[1])
+        sampled = [by_row[segment.row] for segment in self._plan.segments if segment.row in by_row]
+        return StepResult(self._plan.step_id, sampled, compute_ns)
+
+
+class StepClock:
+    """Marks a step's begin and end on the device's stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._started_ns = time.perf_counter_ns()
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events[0].record()
+
+    def stop(self) -> None:
+        """The step's work has been enqueued."""
+        if self._events is not None:
+            self._events[1].record()
+
+    def wait(self) -> int:
+        """Wait until the device has passed the end. Returns the nanoseconds between the two marks."""
+        if self._events is None:
+            return time.perf_counter_ns() - self._started_ns
+        begin, end = self._events
+        end.synchronize()
+        return max(1, int(begin.elapsed_time(end) * 1e6))
+
+
+class DeviceRunner:
+    """One rank's part of a worker's engine. All but `DeviceStep.result` is called from the step thread."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        storage: KVStorage,
+        max_rows: int,
+        graph_sizes: tuple[int, ...] | None = None,
+    ) -> None:
+        """Captures the decode steps; `graph_sizes` [empty: none]."""
+        self._decoder = decoder
+        self._storage = storage
+        self._shape = storage.shape
+        self._windows = frozenset(decoder.config.windows)
+        self._rows = RowTable(max_rows, row_limits(decoder, storage))
+        self._sampler = DeviceSampler(decoder.config.vocab_size, max_rows, decoder.device)
+        max_blocks = -(-decoder.config.context_length // self._shape.block_size)
+        self._columns = table_columns(max_blocks)
+        self._row_tables = torch.zeros((max_rows + 1, self._columns), dtype=torch.int32, device=decoder.device)
+        sizes = batch_sizes(max_rows) if graph_sizes is None else graph_sizes
+        self._graphs = DecodeGraphs(decoder, storage, self._sampler, self._row_tables, sizes) if sizes else None
+
+    def add_row(self, message: AddRow) -> None:
+        """Give the row to a sequence and rebuild its sampling state."""
+        self._rows.require_free(message.row)
+        outputs = message.output_token_ids
+        fields = self._sampler.add(message.row, message.sampling, message.prompt_token_ids, outputs)
+        self._rows.add(message.row, has_last_token=bool(outputs))
+        overwrite(self._sampler.row_state[message.row], fields)
+
+    def remove_row(self, row: int) -> None:
+        """Take the row back."""
+        self._rows.remove(row)
+        self._sampler.remove(row)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a step and wait for its tokens."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> DeviceStep:
+        """Enqueue a step; returns long before it is done."""
+        segments, errors = self._rows.check(plan)
+        clock = StepClock(self._decoder.device)
+        step = DeviceStep(plan, errors, clock)
+        if segments:
+            if self._graphs is not None and len(segments) <= self._graphs.max_size and all(map(_decodes, segments)):
+                self._decode(self._graphs, segments, step)
+            else:
+                self._run_eagerly(segments, step)
+        clock.stop()
+        return step
+
+    def _decode(self, graphs: DecodeGraphs, segments: list[Segment], step: DeviceStep) -> None:
+        """One captured step."""
+        size = graphs.size_for(len(segments))
+        packed, extra = self._pack(segments, size)
+        if extra:
+            self._extend_tables(extra)
+        overwrite(graphs.packed(size), packed)
+        output = graphs.run(size)
+        self._answer(step, segments, output.logits, output.token_ids)
+
+    def _pack(self, segments: list[Segment], size: int) -> tuple[npt.NDArray[np.int32], list[tuple[int, int]]]:
+        """The graph's input, [5, size], and block table entries for which it has no place: (flat index, block)."""
+        num_rows = len(segments)
+        packed = np.full((triton_step.NUM_FIELDS, size), -1, dtype=np.int32)
+        packed[triton_step.ROW] = len(self._rows)  # the spare row
+        packed[triton_step.LENGTH] = 0
+        packed[triton_step.OUTPUT_INDEX] = 0
+        packed[triton_step.ROW, :num_rows] = [segment.row for segment in segments]
+        packed[triton_step.LENGTH, :num_rows] = [segment.position + 1 for segment in segments]
+        packed[triton_step.OUTPUT_INDEX, :num_rows] = [segment.output_index for segment in segments]
+        extra: list[tuple[int, int]] = []
+        for index, segment in enumerate(segments):
+            new = segment.new_block_ids
+            if not new:
+                continue
+            table = self._rows[segment.row].block_ids
+            if len(new) == 1 and len(table) < self._columns:
+                packed[triton_step.NEW_COLUMN, index] = len(table)
+                packed[triton_step.NEW_BLOCK, index] = new[0]
+                table += new
+            else:
+                extra += self._extend(segment)
+        return packed, extra
+
+    def _run_eagerly(self, segments: list[Segment], step: DeviceStep) -> None:
+        """Prefill, alone or mixed with decode."""
+        entries = [entry for segment in segments for entry in self._extend(segment)]
+        if entries:
+            self._extend_tables(entries)
+        spans = [Span(s.num_tokens, s.position + s.num_tokens, self._rows[s.row].block_ids) for s in segments]
+        decoder = self._decoder
+        plan = decoder.kernels.plan_batch(spans, self._windows, self._shape, decoder.dtype, decoder.device)
+        sampled = [segment for segment in segments if segment.sample]
+        token_ids, positions, places, place_rows, ends, rows, output_indices = upload(
+            _step_arrays(segments), decoder.device
+        )
+        if places.numel():
+            last = self._sampler.row_state[:, 0].index_select(0, place_rows)
+            token_ids.index_copy_(0, places, last.to(torch.int64))
+        hidden = decoder.forward(token_ids, positions, plan, self._storage.kv)
+        if not sampled:
+            return
+        logits = decoder.head(hidden.index_select(0, ends))
+        chosen = torch.empty(len(sampled), dtype=torch.int32, device=decoder.device)
+        self._sampler.draw(logits, rows, output_indices, chosen)
+        self._answer(step, sampled, logits, chosen)
+        for segment in sampled:
+            self._rows[segment.row].has_last_token = True
+
+    def _answer(self, step: DeviceStep, sampled: list[Segment], logits: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Let special rows choose again, then send the tokens on their way. chosen: [n or more] int32."""
+        special = None
+        indices = [
+            i for i, segment in enumerate(sampled) if self._sampler.is_special(segment.row, segment.output_index)
+        ]
+        if indices:
+            rows = [sampled[index].row for index in indices]
+            output_indices = [sampled[index].output_index for index in indices]
+            special = self._sampler.redraw(indices, rows, output_indices, logits, chosen)
+        step.answer(sampled, chosen.to("cpu", non_blocking=True, copy=True), special)
+
+    def _extend(self, segment: Segment) -> list[tuple[int, int]]:
+        """Append the segment's new blocks to its row's table; returns what the device's table must learn."""
+        table = self._rows[segment.row].block_ids
+        first = segment.row * self._columns + len(table)
+        # A front may reserve more blocks than the context can fill; those are never read.
+        fitting = segment.new_block_ids[: max(0, self._columns - len(table))]
+        table += segment.new_block_ids
+        return [(first + number, block) for number, block in enumerate(fitting)]
+
+    def _extend_tables(self, entries: Sequence[tuple[int, int]]) -> None:
+        """entries: (flat index, block)."""
+        places = np.array([place for place, _ in entries], dtype=np.int64)
+        blocks = np.array([block for _, block in entries], dtype=np.int32)
+        at, values = upload([places, blocks], self._decoder.device)
+        self._row_tables.view(-1).index_copy_(0, at, values)
+
+
+def _decodes(segment: Segment) -> bool:
+    return segment.token_ids is None and segment.sample
+
+
+def _step_arrays(segments: list[Segment]) -> list[npt.NDArray[np.int64] | npt.NDArray[np.int32]]:
+    """Token ids and positions; places in them, and rows, of last tokens; last places, rows and output indices to sample."""
+    token_ids: list[npt.NDArray[np.int64]] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    lasts: list[tuple[int, int]] = []
+    samples: list[tuple[int, int, int]] = []
+    start = 0
+    for segment in segments:
+        if segment.token_ids is None:
+            lasts.append((start, segment.row))
+        token_ids.append(np.array(segment.token_ids or [0], dtype=np.int64))
+        positions.append(np.arange(segment.position, segment.position + segment.num_tokens))
+        start += segment.num_tokens
+        if segment.sample:
+            samples.append((start - 1, segment.row, segment.output_index))
+    sampled = np.array(samples, dtype=np.int64).reshape(-1, 3)
+    last = np.array(lasts, dtype=np.int64).reshape(-1, 2)
+    return [
+        np.concatenate(token_ids),
+        np.concatenate(positions),
+        last[:, 0],
+        last[:, 1],
+        sampled[:, 0],
+        sampled[:, 1].astype(np.int32),
+        sampled[:, 2].astype(np.int32),
+    ]
