@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import bisect
 import tempfile
 import time
 from pathlib import Path
@@ -14,22 +15,22 @@ from cli.deployment import Deployment, DeploymentSpec
 from cli.generate import stream_to_stdout
 from cli.up import DEFAULT_MODEL
 
-PROMPT = '''"""Utilities for reading configuration files."""
-
-import os
-import re
+PROMPT_END = "def insort_left(a, x, lo=0, hi=None, *, key=None):"
+NUM_SHOWN_LINES = 6
 
 
-class ConfigReader:
-    """Reads a configuration file.'''
+def default_prompt() -> str:
+    """The source of the standard library's `bisect`, cut off after the head of `insort_left`: some 500 tokens."""
+    source = Path(bisect.__file__).read_text(encoding="utf-8")
+    return source[: source.index(PROMPT_END) + len(PROMPT_END)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `baton demo`."""
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="Hugging Face directory")
     parser.add_argument("--decode-tp", type=int, default=2, metavar="N", help="ranks of the decode worker (2)")
-    parser.add_argument("--max-tokens", type=int, default=160, help="tokens to generate (160)")
-    parser.add_argument("--prompt", default=PROMPT, help="what to continue")
+    parser.add_argument("--max-tokens", type=int, default=120, help="most tokens to generate (120)")
+    parser.add_argument("--prompt", default=default_prompt(), help="what to continue (the start of bisect.py)")
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -41,7 +42,8 @@ async def run(args: argparse.Namespace) -> int:
         try:
             async with Deployment(spec, on_event=print) as deployment:
                 await deployment.ready(timeout_s=60.0)
-                print(f"ready after {time.monotonic() - started:.1f} s\n\n{args.prompt}", end="", flush=True)
+                print(f"ready after {time.monotonic() - started:.1f} s; the end of the prompt, and what follows:\n")
+                print("\n".join(args.prompt.splitlines()[-NUM_SHOWN_LINES:]), end="", flush=True)
                 request = inference_pb2.GenerateRequest(
                     text=args.prompt,
                     sampling=sampling_pb2.SamplingParams(max_tokens=args.max_tokens, temperature=0.0),
