@@ -228,7 +228,7 @@ async def run_benchmark(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as directory:
         write_byte_checkpoint(Path(directory))
         command = [sys.executable, *options.profiler, "-m", "services.router"]
-        command += ["--listen", f"127.0.0.1:{options.port}", "--model-dir", directory, "--log-level", "WARNING"]
+        command += ["--listen", f"127.0.0.1:{options.port}", "--model", directory, "--log-level", "WARNING"]
         router = await asyncio.create_subprocess_exec(*command, "--prefill", prefill, "--decode", decode)
         channel = open_channel(f"127.0.0.1:{options.port}", MAX_MESSAGE_BYTES)
         try:

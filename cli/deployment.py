@@ -156,7 +156,7 @@ class Deployment:
 
     def _router(self, port: int) -> ManagedProcess:
         address = f"{self._spec.host}:{port}"
-        flags = ["--listen", address, "--model-dir", str(self._spec.model)]
+        flags = ["--listen", address, "--model", str(self._spec.model)]
         flags += ["--prefill", ",".join(worker.address for worker in self.prefill)]
         flags += ["--decode", ",".join(worker.address for worker in self.decode)]
         flags += ["--processes", str(self._spec.router_processes)]

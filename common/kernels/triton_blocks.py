@@ -4,6 +4,8 @@ The payload's order and the digest are those of `common.kernels.blocks_reference
 is contiguous on both sides, so a program copies aligned chunks of 64-bit words. It takes the same chunk of several
 digest pieces, which share their word keys.
 """
+# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ The keys of all (sequence, KV head) rows form one line of tiles; each program ta
 the lengths of the sequences, so the grid is static and lengths and block tables are read on the device: a launch can be
 captured into a CUDA graph. A row that several programs share is merged by the last of them to finish, in a fixed order.
 """
+# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -13,7 +15,6 @@ from typing import Final
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.kernels.triton_device import LOG2_E, current_stream, num_multiprocessors
@@ -32,7 +33,6 @@ class DecodeTuning:
     num_stages: int
     min_tiles: int  # per program, while there are fewer tiles than programs could take
     use_tma: bool  # bulk tensor copies; needs tile == block size
-    early_start: int = 0  # while the kernel before ends: 0 not at all, 1 be there, 2 also find the share of work
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ def default_tuning(block_size: int, head_dim: int, dtype: torch.dtype) -> Decode
     use_tma = block_size == 64 and dtype != torch.float32 and head_dim >= 64
     return DecodeTuning(
         tile=max(block_size, 64 if head_dim <= 128 else 32),
-        programs_per_multiprocessor=2,
-        num_warps=4,
-        num_stages=4,
+        programs_per_multiprocessor=4,
+        num_warps=2,
+        num_stages=3,
         min_tiles=2,
         use_tma=use_tma,
     )
@@ -118,7 +118,6 @@ def decode_attention(
         ROWS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
         WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=merged,
         MERGED_ROWS=merged_rows, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
-        EARLY_START=tuning.early_start, launch_pdl=tuning.early_start > 0,
     )  # fmt: skip
 
 
@@ -190,13 +189,9 @@ def _decode_kernel(
     q_stride, table_stride, num_sequences, window, qk_scale,
     SEQUENCES: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, USE_TMA: tl.constexpr, MIN_TILES: tl.constexpr,
-    MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr, EARLY_START: tl.constexpr,
+    MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. Slot 2p holds program p's first row if that goes on elsewhere, 2p + 1 its last."""
-    if EARLY_START > 0:
-        gdc_launch_dependents()
-    if EARLY_START == 1:
-        gdc_wait()
     program = tl.program_id(0)
     total = tl.load(tile_ends_ptr + num_sequences - 1) * NUM_KV_HEADS
     num_programs = tl.minimum(tl.num_programs(0), tl.maximum(total // MIN_TILES, 1))
@@ -211,8 +206,6 @@ def _decode_kernel(
     sequences = tl.arange(0, SEQUENCES)
     ends = tl.load(tile_ends_ptr + sequences, sequences < num_sequences, other=0)
     sequence = tl.sum(((sequences < num_sequences) & (ends * NUM_KV_HEADS <= tile)).to(tl.int32))
-    if EARLY_START == 2:
-        gdc_wait()
     row_of_dot = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD_DIM)
     while tile < end:
@@ -313,7 +306,7 @@ def _merge(
     best = tl.full([MERGED_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([MERGED_ROWS], tl.float32)
     acc = tl.zeros([MERGED_ROWS, HEAD_DIM], tl.float32)
-    for start in tl.range(0, num_parts, MERGED, num_stages=2):
+    for start in tl.range(0, num_parts, MERGED, num_stages=4):
         part = start + tl.arange(0, MERGED)
         slot = (first_program + part) * 2 + tl.where(part == 0, starts_earlier, 0)
         mask = (part < num_parts)[:, None] & (row < GROUP)[None, :]

@@ -3,6 +3,8 @@
 A tile is `rows` rows: some consecutive queries of one sequence, with all query heads that share a KV head. Tiles are made
 on the host, longest first, so that the last ones to finish are short.
 """
+# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ tile's rows. While a group's softmax runs, its product with the previous V and t
 tensor cores busy: the overlap that FlashAttention-3 describes (Shah et al., 2024). Programs are persistent and take
 tiles in alternating order, longest first.
 """
+# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ def prefill_attention(
     keys = kv_layer.view(-1, head_dim)
     piece = min(block_size, _KEYS)
     descriptor = TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [piece, _COLUMNS], layout)
-    _kernel[(num_programs,)](
+    _hopper_kernel[(num_programs,)](
         q, descriptor, batch.block_tables, tiles, out, q.stride(0), batch.block_tables.stride(0), num_items, window or 0,
         scale * LOG2_E,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, ROWS=_ROWS, KEYS=_KEYS,
@@ -280,7 +282,7 @@ def _consumer(
 
 
 @gluon.jit
-def _kernel(
+def _hopper_kernel(
     q_ptr, kv, tables_ptr, tiles_ptr, out_ptr, q_stride, table_stride, num_items, window, qk_scale,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     ROWS: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,

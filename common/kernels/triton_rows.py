@@ -1,16 +1,17 @@
 """Triton kernels over the rows of activations: RMSNorm with and without residual add, SiLU·mul, QK-norm + rotary + KV store,
 and, for comparison with the libraries' own, LayerNorm and softmax. One pass over device memory each; sums in float32.
 """
+# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
-_ROPE_HEADS = 16  # heads of one token per program
-_ROPE_WARPS = 2
+_MAX_ROPE_HEADS = 64  # of one token per program
+_ROPE_HEADS_PER_WARP = 16
 _SILU_COLUMNS = 2048
 
 
@@ -67,12 +68,13 @@ def qk_norm_rope_store(
     """
     num_tokens, num_all_heads, head_dim = qkv.shape
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
-    grid = (num_tokens, triton.cdiv(num_all_heads, _ROPE_HEADS))
+    heads = min(_MAX_ROPE_HEADS, triton.next_power_of_2(num_all_heads))
+    grid = (num_tokens, triton.cdiv(num_all_heads, heads))
     _qk_norm_rope_store_kernel[grid](
         qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, kv_layer, store_slots, eps,
         cos.stride(0),
-        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, HEADS=_ROPE_HEADS,
-        WITH_NORM=q_norm is not None and k_norm is not None, ON_DEVICE=qkv.is_cuda, num_warps=_ROPE_WARPS,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, HEADS=heads,
+        WITH_NORM=q_norm is not None and k_norm is not None, num_warps=max(1, heads // _ROPE_HEADS_PER_WARP),
     )  # fmt: skip
     return qkv[:, :num_heads]
 
@@ -134,14 +136,19 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, stride, num_columns, COLUMNS: tl.cons
 
 
 @triton.jit
+def _head_scale(scale, q_norm_ptr, k_norm_ptr, is_query, is_value):
+    """[heads, columns]: what normalises Q and K heads, 1 for V."""
+    weight = tl.where(is_query, tl.load(q_norm_ptr), tl.load(k_norm_ptr)).to(tl.float32)
+    return tl.where(is_value, 1.0, scale * weight)
+
+
+@triton.jit
 def _qk_norm_rope_store_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kv_ptr, slots_ptr, eps, angle_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr, WITH_NORM: tl.constexpr, ON_DEVICE: tl.constexpr,
+    HEADS: tl.constexpr, WITH_NORM: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, groups of HEADS). A thread owns both halves of what it rotates, so working in place is safe."""
-    if ON_DEVICE:  # attention may get ready meanwhile
-        gdc_launch_dependents()
     HALF: tl.constexpr = HEAD_DIM // 2
     ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     token = tl.program_id(0).to(tl.int64)
@@ -152,19 +159,20 @@ def _qk_norm_rope_store_kernel(
     own = qkv_ptr + (token * ALL_HEADS + head) * HEAD_DIM + dim
     low = tl.load(own, head < ALL_HEADS, other=0.0).to(tl.float32)
     high = tl.load(own + HALF, head < ALL_HEADS, other=0.0).to(tl.float32)
-    v_low, v_high = low, high
     if WITH_NORM:
         scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1, keep_dims=True) / HEAD_DIM + eps)
-        q_low, q_high = tl.load(q_norm_ptr + dim), tl.load(q_norm_ptr + HALF + dim)
-        k_low, k_high = tl.load(k_norm_ptr + dim), tl.load(k_norm_ptr + HALF + dim)
-        low = low * scale * tl.where(is_query, q_low, k_low).to(tl.float32)
-        high = high * scale * tl.where(is_query, q_high, k_high).to(tl.float32)
+        low *= _head_scale(scale, q_norm_ptr + dim, k_norm_ptr + dim, is_query, is_value)
+        high *= _head_scale(scale, q_norm_ptr + HALF + dim, k_norm_ptr + HALF + dim, is_query, is_value)
     angle = token * angle_stride + dim
-    rotated_low = low * tl.load(cos_ptr + angle).to(tl.float32) + high * tl.load(sin_ptr + angle).to(tl.float32)
-    rotated_high = high * tl.load(cos_ptr + angle + HALF).to(tl.float32)
-    rotated_high += low * tl.load(sin_ptr + angle + HALF).to(tl.float32)
-    low = tl.where(is_value, v_low, rotated_low).to(qkv_ptr.dtype.element_ty)
-    high = tl.where(is_value, v_high, rotated_high).to(qkv_ptr.dtype.element_ty)
+    # Values are turned by nothing: exactly themselves.
+    cos_low = tl.where(is_value, 1.0, tl.load(cos_ptr + angle).to(tl.float32))
+    sin_low = tl.where(is_value, 0.0, tl.load(sin_ptr + angle).to(tl.float32))
+    rotated_low = low * cos_low + high * sin_low
+    cos_high = tl.where(is_value, 1.0, tl.load(cos_ptr + angle + HALF).to(tl.float32))
+    sin_high = tl.where(is_value, 0.0, tl.load(sin_ptr + angle + HALF).to(tl.float32))
+    rotated_high = high * cos_high + low * sin_high
+    low = rotated_low.to(qkv_ptr.dtype.element_ty)
+    high = rotated_high.to(qkv_ptr.dtype.element_ty)
     tl.store(own, low, is_query)
     tl.store(own + HALF, high, is_query)
     slot = tl.load(slots_ptr + token)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 NUM_STATE_FIELDS: Final = 8
 INVALID_TOKEN: Final = -1  # no token can be chosen: NaN or infinity
-_CHUNK: Final = 16384
+_CHUNK: Final = 8192
 _ZERO_LOW_BITS: Final = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # of the same number as a float32
 
 

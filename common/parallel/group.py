@@ -1,13 +1,14 @@
 """The tensor-parallel ranks of one worker and the collectives between them; a group of one does nothing.
 
-GPUs use NCCL, CPU ranks the memory that they share, or gloo where that cannot be relied on. A group holds no global
-state. Knows neither models nor requests.
+Ranks of one host use memory that they share, on GPUs as on CPUs; elsewhere GPUs use NCCL and CPUs gloo. A group
+holds no global state. Knows neither models nor requests.
 """
 
 from __future__ import annotations
 
+import importlib
 from datetime import timedelta
-from typing import Protocol
+from typing import Final, Protocol, cast, runtime_checkable
 
 import torch
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
@@ -15,6 +16,8 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from common.errors import InvalidArgument, Unavailable
 from common.parallel.process_group import ProcessGroupCollectives
 from common.parallel.shared_memory import SharedMemoryCollectives, shared_memory_works
+
+_SYMMETRIC_MEMORY: Final = "common.parallel.symmetric_memory"
 
 
 class Collectives(Protocol):
@@ -27,6 +30,15 @@ class Collectives(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class FusedCollectives(Protocol):
+    """Collectives that can do in the same kernel what follows them in a layer."""
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, /
+    ) -> torch.Tensor | None: ...
+
+
 class TensorParallelGroup:
     """One rank's view. Every rank must make the same calls in the same order, all from one thread each."""
 
@@ -35,6 +47,7 @@ class TensorParallelGroup:
         self.rank = rank
         self.size = size
         self._collectives = collectives
+        self._fused = collectives if isinstance(collectives, FusedCollectives) else None
 
     @classmethod
     def single(cls) -> TensorParallelGroup:
@@ -53,8 +66,9 @@ class TensorParallelGroup:
     ) -> TensorParallelGroup:
         """Meet the other ranks at `address` (`host:port`, served by rank 0, or `file:///path`).
 
-        `timeout_s` bounds the meeting and every collective. `use_shared_memory`: between CPU ranks, if the host allows;
-        they must all run on it. Raises `Unavailable` if a rank does not come.
+        `timeout_s` bounds the meeting and every collective but those over GPU memory: there a lost rank leaves the
+        others waiting until their process ends. `use_shared_memory`: if the host allows; all ranks must run on it, one
+        per GPU. Raises `Unavailable` if a rank does not come.
         """
         if size == 1:
             return cls.single()
@@ -62,6 +76,8 @@ class TensorParallelGroup:
             store = PrefixStore("baton-tp", _store(rank, size, address, timeout_s))
             if device.type == "cpu" and use_shared_memory and shared_memory_works():
                 return cls(rank, size, SharedMemoryCollectives(rank, size, store, timeout_s))
+            if device.type == "cuda" and use_shared_memory and _gpus_share_memory(size, device):
+                return cls(rank, size, _over_symmetric_memory(rank, size, store, device, timeout_s))
             return cls(rank, size, ProcessGroupCollectives(rank, size, store, device, timeout_s))
         except (RuntimeError, OSError) as error:
             raise Unavailable(f"rank {rank} of {size} could not meet the others at {address}: {error}") from error
@@ -78,6 +94,16 @@ class TensorParallelGroup:
                 raise Unavailable(f"all-reduce on rank {self.rank} failed: {error}") from error
         return tensor
 
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor | None:
+        """Sum `x` over the ranks, add that to `residual` in place and return its norm, where one kernel can do it all.
+
+        x, residual: [T, n], contiguous; weight: [n]. None, and nothing done, where it takes `all_reduce` and then
+        `add_rms_norm`. The answer depends on the shape alone, so it is the same on every rank.
+        """
+        return None if self._fused is None else self._fused.all_reduce_add_rms_norm(x, residual, weight, eps)
+
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[...] on every rank → [size, ...] on every rank, in rank order. Raises `Unavailable` if a rank is gone."""
         if self._collectives is None:
@@ -93,6 +119,20 @@ class TensorParallelGroup:
         """Leave the group; idempotent. Collectives after this are an error."""
         if self._collectives is not None:
             self._collectives.close()
+
+
+def _gpus_share_memory(size: int, device: torch.device) -> bool:
+    """Whether every GPU from 0 to `size` can be read and written by this one."""
+    others = (index for index in range(size) if index != device.index)
+    return torch.cuda.device_count() >= size and all(
+        torch.cuda.can_device_access_peer(device, index) for index in others
+    )
+
+
+def _over_symmetric_memory(rank: int, size: int, store: Store, device: torch.device, timeout_s: float) -> Collectives:
+    """Imported when first asked for: where there is no GPU there may be no Triton."""
+    module = importlib.import_module(_SYMMETRIC_MEMORY)
+    return cast(Collectives, module.SymmetricMemoryCollectives(rank, size, store, device, timeout_s))
 
 
 def _store(rank: int, size: int, address: str, timeout_s: float) -> Store:

@@ -62,7 +62,8 @@ _CLASS_BY_CODE: dict[grpc.StatusCode, type[BatonError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
     grpc.StatusCode.UNIMPLEMENTED: FailedPrecondition,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
-    grpc.StatusCode.INTERNAL: InternalError,
+    # Our servers send details with INTERNAL. gRPC says it of a connection that dies in the middle of a message.
+    grpc.StatusCode.INTERNAL: Unavailable,
 }
 
 
@@ -109,9 +110,6 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> BatonError:
     code = rpc_error.code()
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidArgument("", "", message)
-    # A connection that dies in the middle of a message shows as INTERNAL; no server of ours said it.
-    if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
-        return Unavailable(message)
     return _CLASS_BY_CODE.get(code, BatonError)(message)
 
 

@@ -20,5 +20,5 @@ MAX_LOGIT_BIAS: Final = 1024  # entries
 MAX_LOGIT_BIAS_VALUE: Final = 100.0  # either sign
 MAX_STOP_TOKEN_IDS: Final = 64
 MAX_EOS_TOKEN_IDS: Final = 64
-MAX_CHOICES: Final = 128
+MAX_CHOICES: Final = 16
 MAX_SEED: Final = (1 << 64) - 1

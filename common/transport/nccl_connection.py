@@ -76,10 +76,10 @@ class NcclConnection:
 
     async def send(self, tag: int, buffer: torch.Tensor) -> None:
         check_buffer(buffer)
-        self._check_device(buffer)
         check_tag(tag)
         if not self._alive:
             raise self._lost()
+        self._check_device(buffer)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         number = self._num_announced
         self._num_announced += 1

@@ -14,10 +14,11 @@ _PROCESS_NETWORK = InprocNetwork()
 
 
 async def open_endpoint(url: str, name: str, *, progress: Progress = Progress.EVENT, memory: str = "host") -> Endpoint:
-    """Listen at `inproc://host`, `ucx://host:port` or `nccl://host:port` (port 0: any) as the peer `name`, on this loop.
+    """Listen at `inproc://host`, `ucx://host:port` or `nccl://host:port` (port 0: any) as the peer `name`.
 
-    `memory` is where this end's buffers live: `host`, `cuda` (the thread's current device) or `cuda:1`. `progress` matters
-    to UCX only. Raises `InvalidArgument`, `Unavailable`, or `FailedPrecondition` for `nccl://` without NCCL or a GPU.
+    The endpoint belongs to the running loop. `memory` is where this end's buffers live: `host`, `cuda` (the thread's
+    current device) or `cuda:1`. `progress` matters to UCX only. Raises `InvalidArgument`, `Unavailable`, or
+    `FailedPrecondition` where there is no GPU, or no NCCL.
     """
     scheme = url.partition("://")[0]
     if scheme == "inproc":

@@ -13,12 +13,14 @@ import secrets
 import socket
 from urllib.parse import urlsplit
 
+import torch
 from ucxx._lib.arr import Array
 from ucxx._lib.libucxx import TagProbeResult, UCXEndpoint, UCXError, UCXListener
 
 from common.errors import FailedPrecondition, InvalidArgument, PeerLost, TransferTimeout, Unavailable
 from common.transport.base import TransportStats
 from common.transport.counters import Counters
+from common.transport.cuda_device import attached_cuda_device
 from common.transport.hello import HELLO_BYTES, Hello, decode_hello
 from common.transport.peers import PeerBook, check_peer_name
 from common.transport.ucx_connection import UcxConnection
@@ -30,14 +32,17 @@ ACCEPT_TIMEOUT_S = 5.0  # for the hello of a peer that connects to us
 class UcxEndpoint:
     """A UCX context, worker and listener of its own. UCX listens on every IPv4 interface; `host` is what we advertise.
 
-    `memory` is where this rank's buffers live, `host` or `cuda`: the lane of a connection is that of this memory.
+    `memory` is where this rank's buffers live, `host`, `cuda` or `cuda:N`: the lane of a connection is that of this
+    memory. On a GPU use `Progress.POLLING`: what ends a copy there raises no event. Raises `FailedPrecondition` without
+    a GPU.
     """
 
     def __init__(self, url: str, name: str, progress: Progress = Progress.EVENT, memory: str = "host") -> None:
         check_peer_name(name)
         host, port = parse_ucx_url(url)
         self._name = name
-        self._memory = memory
+        # Before UCX opens: it looks for the GPU that is current in this thread.
+        self._device = torch.device("cpu") if memory == "host" else attached_cuda_device(memory)
         self._worker = LoopWorker(progress, self._on_message)
         self._connections: set[UcxConnection] = set()
         self._peers: PeerBook[UcxConnection] = PeerBook()
@@ -132,7 +137,7 @@ class UcxEndpoint:
             hello.name,
             own_key,
             hello.tag_key,
-            self._memory,
+            self._device,
             self._counters,
             self._left,
         )

@@ -29,7 +29,7 @@ class UcxConnection:
         peer_name: str,
         own_key: int,
         peer_key: int,
-        memory: str,
+        device: torch.device,
         counters: Counters,
         on_lost: Callable[[UcxConnection], None],
     ) -> None:
@@ -38,7 +38,8 @@ class UcxConnection:
         self._peer_name = peer_name
         self._own_key = own_key
         self._peer_key = peer_key
-        self._memory = memory
+        self._device = device
+        self._memory = "host" if device.type == "cpu" else "cuda"
         self._counters = counters
         self._on_lost = on_lost
         self._receives = MatchList()
@@ -48,6 +49,7 @@ class UcxConnection:
         self._idle = asyncio.Event()
         self._idle.set()
         self._gone = asyncio.Event()
+        self._quieting: set[asyncio.Task[None]] = set()
         endpoint.set_close_callback(self._on_ucx_closed)
         if not endpoint.alive:
             self._on_ucx_closed()
@@ -119,13 +121,27 @@ class UcxConnection:
             done.set_result(error)
 
     def _received(self, receive: Receive, error: UCXError | None) -> None:
-        self._stop()
         if error is None:
+            self._stop()
             self._counters.received(receive.buffer.numel())
             receive.complete()
+            return
+        lost = PeerLost(f"the connection to {self._peer_name} was lost: {error}")
+        lost.__cause__ = error
+        if self._device.type == "cpu":
+            self._stop()
+            receive.fail(lost)
         else:
-            lost = PeerLost(f"the connection to {self._peer_name} was lost: {error}")
-            lost.__cause__ = error
+            task = asyncio.create_task(self._fail_when_quiet(receive, lost))
+            self._quieting.add(task)
+            task.add_done_callback(self._quieting.discard)
+
+    async def _fail_when_quiet(self, receive: Receive, lost: PeerLost) -> None:
+        """UCX answers the requests of a lost peer at once, while a copy that it queued on the GPU may still run."""
+        try:
+            await asyncio.to_thread(torch.cuda.synchronize, self._device)
+        finally:
+            self._stop()
             receive.fail(lost)
 
     def _start(self) -> None:

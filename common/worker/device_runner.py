@@ -1,4 +1,4 @@
-"""Runs step plans on a GPU without waiting for it: rows, their tables and last tokens live there, plans carry what is new.
+"""Runs step plans on a GPU without waiting for it: rows' tables and last tokens live there, plans carry what is new.
 
 A step in which every row decodes one token is a captured graph behind one small copy; all others run kernel by kernel.
 Answers are copied to the host behind the step and can be awaited in another thread. Decides nothing.
@@ -68,7 +68,7 @@ class StepClock:
         self._started_ns = time.perf_counter_ns()
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if device.type == "cuda":
-            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events = (_event(), _event())
             self._events[0].record()
 
     def stop(self) -> None:
@@ -83,6 +83,10 @@ class StepClock:
         begin, end = self._events
         end.synchronize()
         return max(1, int(begin.elapsed_time(end) * 1e6))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 class DeviceRunner:
@@ -232,7 +236,7 @@ def _decodes(segment: Segment) -> bool:
 
 
 def _step_arrays(segments: list[Segment]) -> list[npt.NDArray[np.int64] | npt.NDArray[np.int32]]:
-    """Token ids and positions; places in them, and rows, of last tokens; last places, rows and output indices to sample."""
+    """Token ids and positions; place and row of each last token; place, row and output index of each sampled one."""
     token_ids: list[npt.NDArray[np.int64]] = []
     positions: list[npt.NDArray[np.int64]] = []
     lasts: list[tuple[int, int]] = []

@@ -1,8 +1,8 @@
-"""A rank process: its main thread computes steps, a second thread moves KV bytes on its own event loop; on a GPU, where the
-main thread only launches, a third sends the results.
+"""A rank process: its main thread computes steps, a second thread moves KV bytes on its own event loop.
 
-The first two take orders from the front over a local socket each and never decide anything. The end of the step channel is the
-end of the process. What the KV thread does is the service's own: it passes a `KVService` factory.
+Both take orders from the front over a local socket each and never decide anything. The end of the step channel is the
+end of the process. What the KV thread does is the service's own: it passes a `KVService` factory. On a GPU the main
+thread only launches steps, and a third thread sends their results.
 """
 
 from __future__ import annotations

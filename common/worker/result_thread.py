@@ -1,7 +1,7 @@
-"""The thread of a rank that waits for launched steps and sends their results, in order, while the next steps are launched.
+"""The thread of a rank that waits for launched steps and sends their results, in order, while the next are launched.
 
-What goes wrong in a step, or in the thread that launches them, is told to the front as `RankFailed` behind the results of
-the steps before; then the step channel is ended, so that the other thread stops too.
+What goes wrong in a step, or in the thread that launches them, is told to the front as `RankFailed` behind the results
+of the steps before; then the step channel is ended, so that the other thread stops too.
 """
 
 from __future__ import annotations

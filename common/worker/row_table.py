@@ -1,7 +1,7 @@
 """The rows of a rank as the host sees them: block tables, and why a segment of a plan cannot run.
 
-Bounds are checked here before anything is computed: a segment that breaks them gets an error of its own, the others run.
-Knows neither tensors nor sampling.
+Bounds are checked here before anything is computed: a segment that breaks them gets an error of its own, the others
+run. Knows neither tensors nor sampling.
 """
 
 from __future__ import annotations

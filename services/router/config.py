@@ -16,7 +16,7 @@ class RouterConfig(ServiceConfig):
     service: ClassVar[str] = "router"
 
     listen: str = Field("0.0.0.0:50051", description="host:port for clients.")
-    model_dir: Path = Field(description="Checkpoint directory (tokenizer and config.json; no weights are read).")
+    model: Path = Field(description="Checkpoint directory (tokenizer and config.json; no weights are read).")
     model_name: str = Field("", description="Name that requests may give; the directory's name if empty.")
     prefill: tuple[str, ...] = Field((), description="host:port of each prefill worker.")
     decode: tuple[str, ...] = Field((), description="host:port of each decode worker.")
@@ -40,7 +40,7 @@ class RouterConfig(ServiceConfig):
     @property
     def served_model_name(self) -> str:
         """The name that GetModelInfo reports."""
-        return self.model_name or self.model_dir.resolve().name
+        return self.model_name or self.model.resolve().name
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -94,7 +94,7 @@ class RouterProcess:
 
 async def run_router(config: RouterConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain."""
-    model = load_served_model(config.served_model_name, config.model_dir)
+    model = load_served_model(config.served_model_name, config.model)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -13,9 +13,9 @@ from baton.v1 import inference_pb2, sampling_pb2
 
 from common.errors import InvalidArgument, NotFound
 from common.sampling import params
+from common.sampling.limits import MAX_CHOICES
 from services.router.stop_strings import validate_stop_strings
 
-MAX_CHOICES = 16
 MAX_TENANT_CHARS = 128
 MAX_REQUEST_ID_CHARS = 128
 MAX_ROLE_CHARS = 64

@@ -94,7 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(arrival.prompt) + arrival.max_tokens - 1 > self.num_blocks * BLOCK_SIZE
             return None
         except ResourceExhausted:
-            assert len(self.opened) - len(self.ended) == MAX_OPEN
+            assert len([seq for seq in self.opened.values() if seq.state is not SequenceState.GONE]) == MAX_OPEN
             return None
         self.opened[seq.key] = seq
         return seq

@@ -86,9 +86,7 @@ def test_packs_any_number_of_grouped_heads(num_heads: int, num_kv_heads: int) ->
     assert relative_error(case.attend(None), case.expected(None)) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize(
-    ("block_size", "head_dim"), [(16, 128), (32, 32), (32, 64), (64, 32), (64, 64), (64, 128)]
-)
+@pytest.mark.parametrize(("block_size", "head_dim"), [(16, 128), (32, 32), (32, 64), (64, 32), (64, 64), (64, 128)])
 def test_takes_every_block_and_head_size(block_size: int, head_dim: int) -> None:
     case = make_case([(20, 90), (1, 130), (1, 64)], 4, 2, head_dim, block_size, torch.float16)
     assert relative_error(case.attend(None), case.expected(None)) < TOLERANCE[torch.float16]

@@ -27,9 +27,7 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("num_columns", [64, 100])
 def test_rms_norm(num_columns: int, dtype: torch.dtype) -> None:
     x, weight = random(3, num_columns, dtype=dtype), random(num_columns, dtype=dtype, seed=1)
-    assert_close(
-        triton_backend.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight.double(), 1e-5)
-    )
+    assert_close(triton_backend.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight.double(), 1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

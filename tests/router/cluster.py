@@ -97,13 +97,13 @@ async def running_cluster(
         await worker.start()
     values: dict[str, object] = {
         "listen": "127.0.0.1:0",
-        "model_dir": write_byte_checkpoint(directory),
+        "model": write_byte_checkpoint(directory),
         "model_name": "bytes",
         "prefill": tuple(worker.address for worker in prefills),
         "decode": tuple(worker.address for worker in decodes),
     }
     config = RouterConfig.model_validate(values | settings)
-    model = load_served_model(config.served_model_name, config.model_dir)
+    model = load_served_model(config.served_model_name, config.model)
     router = RouterProcess(config, model, random.Random(7))
     try:
         async with router.running():

@@ -47,10 +47,10 @@ def test_help_explains_every_setting() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "--model-dir"),
-        (["--model-dir", "/nowhere"], "--prefill"),
-        (["--model-dir", "/nowhere", "--prefill", "a:1", "--decode", "b:1"], "/nowhere"),
-        (["--model-dir", "/nowhere", "--prefil", "a:1"], "--prefil"),
+        ([], "--model"),
+        (["--model", "/nowhere"], "--prefill"),
+        (["--model", "/nowhere", "--prefill", "a:1", "--decode", "b:1"], "/nowhere"),
+        (["--model", "/nowhere", "--prefil", "a:1"], "--prefil"),
     ],
 )
 def test_a_wrong_start_says_what_is_wrong(arguments: list[str], named: str) -> None:
@@ -62,7 +62,7 @@ def test_a_wrong_start_says_what_is_wrong(arguments: list[str], named: str) -> N
 
 
 def test_children_share_the_port_and_have_metrics_ports_of_their_own() -> None:
-    values = {"model_dir": "m", "prefill": ("a:1",), "processes": 2, "metrics_port": 9000}
+    values = {"model": "m", "prefill": ("a:1",), "processes": 2, "metrics_port": 9000}
     config = RouterConfig.model_validate(values)
     assert child_argv(["--a", "b"], config, 1) == [
         "--a", "b", "--processes", "1", "--reuse-port", "--metrics-port", "9001",
@@ -93,7 +93,7 @@ async def test_a_supervised_router_serves_survives_a_kill_and_drains(tmp_path: P
     await prefill.start()
     await decode.start()
     address = f"127.0.0.1:{free_port()}"
-    arguments = ["--listen", address, "--model-dir", str(write_byte_checkpoint(tmp_path)), "--processes", "2"]
+    arguments = ["--listen", address, "--model", str(write_byte_checkpoint(tmp_path)), "--processes", "2"]
     arguments += ["--prefill", prefill.address, "--decode", decode.address, "--drain-timeout-s", "5"]
     parent = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.router", *arguments, env=ENVIRONMENT, stderr=asyncio.subprocess.DEVNULL

@@ -1,4 +1,7 @@
-"""The two backends as one fixture: a function that opens an endpoint by peer name, and closes it after the test."""
+"""All backends as one fixture: a function that opens an endpoint by peer name, and closes it after the test.
+
+`nccl-protocol` is `nccl://` over communicators that copy on the CPU; what needs two GPUs is marked `two_gpus`.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,63 @@ import torch
 
 from common.transport.base import Connection, Endpoint
 from common.transport.inproc import InprocNetwork
+from common.transport.nccl import NcclEndpoint
 from common.transport.registry import open_endpoint
+from common.transport.ucx_worker import Progress
+from tests.transport.fake_communicator import FakeNccl
+from tests.transport.memory import CPU, HOST, TWO_GPUS, Memory
 
 OpenPeer = Callable[[str], Awaitable[Endpoint]]
 torch.set_num_threads(1)
 
+ACCEPTING = ("receiver", "r", "there")  # what the tests call the end that others connect to
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-@pytest.fixture(params=["inproc", "ucx"])
-async def open_peer(request: pytest.FixtureRequest) -> AsyncIterator[OpenPeer]:
-    network = InprocNetwork()
+
+@pytest.fixture(
+    params=[
+        "inproc",
+        "ucx",
+        "nccl-protocol",
+        pytest.param("ucx-cuda", marks=needs_two_gpus),
+        pytest.param("nccl", marks=needs_two_gpus),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def memory(backend: str) -> Memory:
+    return TWO_GPUS if backend in ("ucx-cuda", "nccl") else HOST
+
+
+@pytest.fixture
+async def open_peer(backend: str, memory: Memory) -> AsyncIterator[OpenPeer]:
+    network, nccl = InprocNetwork(), FakeNccl()
     opened: list[Endpoint] = []
 
     async def open_one(name: str) -> Endpoint:
-        if request.param == "inproc":
-            endpoint: Endpoint = network.open("inproc://", name)
-        else:
-            endpoint = await open_endpoint("ucx://127.0.0.1:0", name)
+        device = str(memory.accepting if name in ACCEPTING else memory.connecting)
+        match backend:
+            case "inproc":
+                endpoint: Endpoint = network.open("inproc://", name)
+            case "ucx":
+                endpoint = await open_endpoint("ucx://127.0.0.1:0", name)
+            case "ucx-cuda":
+                polling = Progress.POLLING
+                endpoint = await open_endpoint("ucx://127.0.0.1:0", name, progress=polling, memory=device)
+            case "nccl":
+                endpoint = await open_endpoint("nccl://127.0.0.1:0", name, memory=device)
+            case _:
+                endpoint = await NcclEndpoint.open("nccl://127.0.0.1:0", name, CPU, nccl)
         opened.append(endpoint)
         return endpoint
 
     yield open_one
     for endpoint in opened:
         await endpoint.close()
+    await nccl.close()
 
 
 @pytest.fixture
@@ -40,5 +78,5 @@ async def pair(open_peer: OpenPeer) -> tuple[Connection, Connection]:
 
 
 async def join(sender: Endpoint, receiver: Endpoint, sender_name: str = "sender") -> tuple[Connection, Connection]:
-    there = await sender.connect(receiver.address, 10.0)
-    return there, await receiver.wait_for_peer(sender_name, 10.0)
+    there = await sender.connect(receiver.address, 30.0)
+    return there, await receiver.wait_for_peer(sender_name, 30.0)

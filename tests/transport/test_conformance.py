@@ -11,84 +11,86 @@ import torch
 from common.errors import Cancelled, FailedPrecondition, PeerLost, TransferError, TransferTimeout, Truncated
 from common.transport.base import CancelOutcome, Connection
 from tests.transport.conftest import OpenPeer, join
-from tests.transport.traffic import MIB, canary, pattern, until, until_arriving, untouched
+from tests.transport.memory import Memory, same
+from tests.transport.traffic import MIB, until, until_arriving, untouched
 
 Pair = tuple[Connection, Connection]
-BIG_BYTES = 12 * MIB
 
 
 @pytest.mark.parametrize("num_bytes", [1, 64 << 10, 8 * MIB, 33 * MIB])
-async def test_every_byte_arrives(pair: Pair, num_bytes: int) -> None:
+async def test_every_byte_arrives(pair: Pair, num_bytes: int, memory: Memory) -> None:
     sender, receiver = pair
-    sent, buffer = pattern(num_bytes, seed=1), canary(num_bytes)
+    sent, buffer = memory.pattern(num_bytes, seed=1), memory.canary(num_bytes)
     receive = receiver.post_receive(7, buffer)
     await asyncio.gather(sender.send(7, sent), receive.wait())
-    assert torch.equal(sent, buffer)
+    assert same(sent, buffer)
 
 
 @pytest.mark.parametrize("order", [list, lambda tags: list(reversed(tags))], ids=["same", "reversed"])
 async def test_messages_find_their_receives_in_any_posting_order(
-    pair: Pair, order: Callable[[range], list[int]]
+    pair: Pair, order: Callable[[range], list[int]], memory: Memory
 ) -> None:
     sender, receiver = pair
     tags = range(64)
     sizes = [1 + tag * 997 for tag in tags]
-    buffers = {tag: canary(sizes[tag]) for tag in tags}
+    buffers = {tag: memory.canary(sizes[tag]) for tag in tags}
     receives = [receiver.post_receive(tag, buffers[tag]) for tag in order(tags)]
-    await asyncio.gather(*(sender.send(tag, pattern(sizes[tag], tag)) for tag in tags))
+    await asyncio.gather(*(sender.send(tag, memory.pattern(sizes[tag], tag)) for tag in tags))
     await asyncio.gather(*(receive.wait() for receive in receives))
-    assert all(torch.equal(buffers[tag], pattern(sizes[tag], tag)) for tag in tags)
+    assert all(same(buffers[tag], memory.pattern(sizes[tag], tag)) for tag in tags)
 
 
-async def test_both_ends_may_send(pair: Pair) -> None:
-    buffers = [canary(100_000), canary(100_000)]
+async def test_both_ends_may_send(pair: Pair, memory: Memory) -> None:
+    buffers = [memory.canary(100_000, accepting) for accepting in (False, True)]
     receives = [end.post_receive(5, buffer) for end, buffer in zip(pair, buffers, strict=True)]
-    await asyncio.gather(*(end.send(5, pattern(100_000, i)) for i, end in enumerate(pair)))
+    await asyncio.gather(*(end.send(5, memory.pattern(100_000, i, i == 1)) for i, end in enumerate(pair)))
     await asyncio.gather(*(receive.wait() for receive in receives))
-    assert torch.equal(buffers[1], pattern(100_000, 0))
-    assert torch.equal(buffers[0], pattern(100_000, 1))
+    assert same(buffers[1], memory.pattern(100_000, 0))
+    assert same(buffers[0], memory.pattern(100_000, 1))
 
 
-async def test_the_extreme_tags_are_tags(pair: Pair) -> None:
+async def test_the_extreme_tags_are_tags(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
     for tag in (0, (1 << 64) - 1):
-        receive = receiver.post_receive(tag, canary(10))
-        await asyncio.gather(sender.send(tag, pattern(10, 0)), receive.wait())
+        receive = receiver.post_receive(tag, memory.canary(10))
+        await asyncio.gather(sender.send(tag, memory.pattern(10, 0)), receive.wait())
 
 
-async def test_a_cancelled_receive_is_drained_at_once_and_its_message_is_stale(pair: Pair, open_peer: OpenPeer) -> None:
+async def test_a_cancelled_receive_is_drained_at_once_and_its_message_is_stale(
+    pair: Pair, open_peer: OpenPeer, memory: Memory
+) -> None:
     late, receiver = await open_peer("late"), await open_peer("r")
     sender, accepted = await join(late, receiver, "late")
-    for num_bytes in (100, BIG_BYTES):
-        buffer = canary(num_bytes)
+    for num_bytes in (100, memory.big_bytes):
+        buffer = memory.canary(num_bytes)
         receive = accepted.post_receive(1, buffer)
         assert await receive.cancel(0.0) is CancelOutcome.DRAINED
-        await sender.send(1, pattern(num_bytes, 0))
+        await sender.send(1, memory.pattern(num_bytes, 0))
         assert untouched(buffer)
         with pytest.raises(Cancelled):
             await receive.wait()
     assert receiver.stats().stale_messages == 2
 
 
-async def test_cancel_during_arrival_waits_until_the_buffer_is_drained(pair: Pair) -> None:
+async def test_cancel_during_arrival_waits_until_the_buffer_is_drained(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
-    buffer = canary(BIG_BYTES)
+    buffer = memory.canary(memory.big_bytes)
     receive = receiver.post_receive(1, buffer)
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(sender.send(1, pattern(BIG_BYTES, 0)))
+        tasks.create_task(sender.send(1, memory.pattern(memory.big_bytes, 0)))
         await until_arriving(receive)
         assert await receive.cancel(20.0) is CancelOutcome.DRAINED
-        buffer.copy_(canary(BIG_BYTES))
+        buffer.copy_(memory.canary(memory.big_bytes))
     assert untouched(buffer)
     with pytest.raises(Cancelled):
         await receive.wait()
 
 
-async def test_cancel_without_time_to_drain_is_in_doubt_until_it_has_drained(pair: Pair) -> None:
+async def test_cancel_without_time_to_drain_is_in_doubt_until_it_has_drained(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
-    receive = receiver.post_receive(1, canary(BIG_BYTES))
+    receive = receiver.post_receive(1, memory.canary(memory.big_bytes))
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(sender.send(1, pattern(BIG_BYTES, 0)))
+        tasks.create_task(sender.send(1, memory.pattern(memory.big_bytes, 0)))
         await until_arriving(receive)
         assert await receive.cancel(0.0) is CancelOutcome.IN_DOUBT
         with pytest.raises(Cancelled):
@@ -96,65 +98,65 @@ async def test_cancel_without_time_to_drain_is_in_doubt_until_it_has_drained(pai
     assert await receive.cancel(20.0) is CancelOutcome.DRAINED
 
 
-async def test_in_doubt_is_settled_by_closing_the_connection(pair: Pair) -> None:
+async def test_in_doubt_is_settled_by_closing_the_connection(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
-    buffer = canary(BIG_BYTES)
+    buffer = memory.canary(memory.big_bytes)
     receive = receiver.post_receive(1, buffer)
-    sending = asyncio.create_task(sender.send(1, pattern(BIG_BYTES, 0)))
+    sending = asyncio.create_task(sender.send(1, memory.pattern(memory.big_bytes, 0)))
     await until_arriving(receive)
     assert await receive.cancel(0.0) is CancelOutcome.IN_DOUBT
     await receiver.close()
     await receiver.drained()
     assert await receive.cancel(0.0) is CancelOutcome.PEER_LOST
-    buffer.copy_(canary(BIG_BYTES))
+    buffer.copy_(memory.canary(memory.big_bytes))
     with pytest.raises(PeerLost):
         await sending
     assert untouched(buffer)
 
 
-async def test_cancel_after_completion_is_drained_and_changes_nothing(pair: Pair) -> None:
+async def test_cancel_after_completion_is_drained_and_changes_nothing(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
-    buffer = canary(1000)
+    buffer = memory.canary(1000)
     receive = receiver.post_receive(1, buffer)
-    await asyncio.gather(sender.send(1, pattern(1000, 3)), receive.wait())
+    await asyncio.gather(sender.send(1, memory.pattern(1000, 3)), receive.wait())
     assert await receive.cancel(0.0) is CancelOutcome.DRAINED
     await receive.wait()
-    assert torch.equal(buffer, pattern(1000, 3))
+    assert same(buffer, memory.pattern(1000, 3))
 
 
-async def test_cancel_again_gives_the_same_answer(pair: Pair) -> None:
-    receive = pair[1].post_receive(1, canary(10))
+async def test_cancel_again_gives_the_same_answer(pair: Pair, memory: Memory) -> None:
+    receive = pair[1].post_receive(1, memory.canary(10))
     assert [await receive.cancel(0.0) for _ in range(3)] == [CancelOutcome.DRAINED] * 3
 
 
-async def test_a_cancelled_waiter_leaves_the_receive_posted(pair: Pair) -> None:
+async def test_a_cancelled_waiter_leaves_the_receive_posted(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
-    receive = receiver.post_receive(1, canary(10))
+    receive = receiver.post_receive(1, memory.canary(10))
     waiter = asyncio.create_task(receive.wait())
     await asyncio.sleep(0)
     waiter.cancel()
     await asyncio.gather(waiter, return_exceptions=True)
-    await asyncio.gather(sender.send(1, pattern(10, 0)), receive.wait())
+    await asyncio.gather(sender.send(1, memory.pattern(10, 0)), receive.wait())
 
 
-async def test_a_cancelled_sender_does_not_recall_its_message(pair: Pair) -> None:
+async def test_a_cancelled_sender_does_not_recall_its_message(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
-    buffer = canary(BIG_BYTES)
+    buffer = memory.canary(memory.big_bytes)
     receive = receiver.post_receive(1, buffer)
-    sending = asyncio.create_task(sender.send(1, pattern(BIG_BYTES, 4)))
+    sending = asyncio.create_task(sender.send(1, memory.pattern(memory.big_bytes, 4)))
     await until_arriving(receive)
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
     await receive.wait()
-    assert torch.equal(buffer, pattern(BIG_BYTES, 4))
+    assert same(buffer, memory.pattern(memory.big_bytes, 4))
 
 
 @pytest.mark.parametrize("closing", ["sender", "receiver"])
-async def test_close_during_a_transfer_ends_both_sides_with_peer_lost(pair: Pair, closing: str) -> None:
+async def test_close_during_a_transfer_ends_both_sides_with_peer_lost(pair: Pair, closing: str, memory: Memory) -> None:
     sender, receiver = pair
-    buffer = canary(BIG_BYTES)
-    arriving, unmatched = receiver.post_receive(1, buffer), receiver.post_receive(2, canary(10))
-    sending = asyncio.create_task(sender.send(1, pattern(BIG_BYTES, 0)))
+    buffer = memory.canary(memory.big_bytes)
+    arriving, unmatched = receiver.post_receive(1, buffer), receiver.post_receive(2, memory.canary(10))
+    sending = asyncio.create_task(sender.send(1, memory.pattern(memory.big_bytes, 0)))
     await until_arriving(arriving)
     await (sender if closing == "sender" else receiver).close()
     for ended in (arriving.wait(), unmatched.wait(), sending):
@@ -166,91 +168,93 @@ async def test_close_during_a_transfer_ends_both_sides_with_peer_lost(pair: Pair
     await asyncio.gather(sender.drained(), receiver.drained())
 
 
-async def test_no_byte_is_written_after_close_returns(pair: Pair) -> None:
+async def test_no_byte_is_written_after_close_returns(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
-    buffer = canary(BIG_BYTES)
+    buffer = memory.canary(memory.big_bytes)
     receive = receiver.post_receive(1, buffer)
-    sending = asyncio.create_task(sender.send(1, pattern(BIG_BYTES, 0)))
+    sending = asyncio.create_task(sender.send(1, memory.pattern(memory.big_bytes, 0)))
     await until_arriving(receive)
     await receiver.close()
     assert await receive.cancel(0.0) is CancelOutcome.PEER_LOST
-    buffer.copy_(canary(BIG_BYTES))
+    buffer.copy_(memory.canary(memory.big_bytes))
     await asyncio.gather(sending, return_exceptions=True)
     await sender.drained()
     assert untouched(buffer)
 
 
-async def test_a_closed_connection_takes_nothing_more(pair: Pair) -> None:
+async def test_a_closed_connection_takes_nothing_more(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
     await sender.close()
     await sender.close()
     await until(lambda: not receiver.alive)
     for end in pair:
         with pytest.raises(PeerLost):
-            end.post_receive(1, canary(1))
+            end.post_receive(1, memory.canary(1))
         with pytest.raises(PeerLost):
-            await end.send(1, canary(1))
+            await end.send(1, memory.canary(1))
 
 
-async def test_a_tag_that_nobody_posted_lands_nowhere(open_peer: OpenPeer) -> None:
+async def test_a_tag_that_nobody_posted_lands_nowhere(open_peer: OpenPeer, memory: Memory) -> None:
     here, there = await open_peer("here"), await open_peer("there")
     sender, receiver = await join(here, there, "here")
-    buffer = canary(100)
+    buffer = memory.canary(100)
     receive = receiver.post_receive(1 << 32 | 5, buffer)
     for stale in (5, 1 << 32 | 4, 1 << 33 | 5):
-        await sender.send(stale, pattern(100, 0))
+        await sender.send(stale, memory.pattern(100, 0))
     await until(lambda: there.stats().stale_messages == 3)
     assert untouched(buffer)
-    await asyncio.gather(sender.send(receive.tag, pattern(100, 1)), receive.wait())
-    await sender.send(receive.tag, pattern(100, 2))
+    await asyncio.gather(sender.send(receive.tag, memory.pattern(100, 1)), receive.wait())
+    await sender.send(receive.tag, memory.pattern(100, 2))
     await until(lambda: there.stats().stale_messages == 4)
-    assert torch.equal(buffer, pattern(100, 1))
+    assert same(buffer, memory.pattern(100, 1))
 
 
 @pytest.mark.parametrize("expected", [10, 100_000, 8 * MIB])
-@pytest.mark.parametrize("change", [-1, 1, BIG_BYTES])
-async def test_a_message_of_another_size_is_typed_and_never_written(pair: Pair, expected: int, change: int) -> None:
+@pytest.mark.parametrize("change", [-1, 1, 12 * MIB])
+async def test_a_message_of_another_size_is_typed_and_never_written(
+    pair: Pair, expected: int, change: int, memory: Memory
+) -> None:
     sender, receiver = pair
-    memory = canary(expected + 4096)
-    receive = receiver.post_receive(1, memory[2048 : 2048 + expected])
-    await sender.send(1, pattern(expected + change, 0))
+    around = memory.canary(expected + 4096)
+    receive = receiver.post_receive(1, around[2048 : 2048 + expected])
+    await sender.send(1, memory.pattern(expected + change, 0))
     with pytest.raises(Truncated, match=str(expected + change)):
         await receive.wait()
     assert await receive.cancel(0.0) is CancelOutcome.DRAINED
-    assert untouched(memory)
-    following = receiver.post_receive(2, canary(10))
-    await asyncio.gather(sender.send(2, pattern(10, 0)), following.wait())
+    assert untouched(around)
+    following = receiver.post_receive(2, memory.canary(10))
+    await asyncio.gather(sender.send(2, memory.pattern(10, 0)), following.wait())
 
 
-async def test_two_peers_may_use_the_same_tag(open_peer: OpenPeer) -> None:
+async def test_two_peers_may_use_the_same_tag(open_peer: OpenPeer, memory: Memory) -> None:
     receiver = await open_peer("receiver")
     ends = [await join(await open_peer(name), receiver, name) for name in ("a", "b")]
     assert [there.peer_name for _, there in ends] == ["a", "b"]
     assert [here.peer_name for here, _ in ends] == ["receiver", "receiver"]
-    buffers = [canary(5000), canary(5000)]
+    buffers = [memory.canary(5000), memory.canary(5000)]
     receives = [there.post_receive(9, buffer) for (_, there), buffer in zip(ends, buffers, strict=True)]
-    await asyncio.gather(*(here.send(9, pattern(5000, i)) for i, (here, _) in enumerate(ends)))
+    await asyncio.gather(*(here.send(9, memory.pattern(5000, i)) for i, (here, _) in enumerate(ends)))
     await asyncio.gather(*(receive.wait() for receive in receives))
-    assert all(torch.equal(buffer, pattern(5000, i)) for i, buffer in enumerate(buffers))
+    assert all(same(buffer, memory.pattern(5000, i)) for i, buffer in enumerate(buffers))
 
 
-async def test_a_tag_posted_for_one_peer_means_nothing_to_another(open_peer: OpenPeer) -> None:
+async def test_a_tag_posted_for_one_peer_means_nothing_to_another(open_peer: OpenPeer, memory: Memory) -> None:
     receiver = await open_peer("receiver")
     _, granted = await join(await open_peer("a"), receiver, "a")
     other, _ = await join(await open_peer("b"), receiver, "b")
-    buffer = canary(100)
+    buffer = memory.canary(100)
     granted.post_receive(9, buffer)
-    await other.send(9, pattern(100, 0))
+    await other.send(9, memory.pattern(100, 0))
     await until(lambda: receiver.stats().stale_messages == 1)
     assert untouched(buffer)
 
 
-async def test_a_lost_peer_comes_back_under_its_name(open_peer: OpenPeer) -> None:
+async def test_a_lost_peer_comes_back_under_its_name(open_peer: OpenPeer, memory: Memory) -> None:
     sender, receiver = await open_peer("sender"), await open_peer("receiver")
     for i in range(3):
         here, there = await join(sender, receiver)
-        receive = there.post_receive(1, canary(10))
-        await asyncio.gather(here.send(1, pattern(10, i)), receive.wait())
+        receive = there.post_receive(1, memory.canary(10))
+        await asyncio.gather(here.send(1, memory.pattern(10, i)), receive.wait())
         await here.close()
         await until(lambda there=there: not there.alive)  # type: ignore[misc]
     assert sender.stats().connections == receiver.stats().connections == 0
@@ -271,37 +275,42 @@ async def test_waiting_for_a_peer_that_does_not_come_times_out(open_peer: OpenPe
         await here.wait_for_peer("nobody", 0.01)
 
 
-async def test_misuse_is_refused(pair: Pair) -> None:
+async def test_misuse_is_refused(pair: Pair, memory: Memory) -> None:
     sender, receiver = pair
-    receiver.post_receive(1, canary(10))
+    receiver.post_receive(1, memory.canary(10))
     with pytest.raises(ValueError, match="already posted"):
-        receiver.post_receive(1, canary(10))
+        receiver.post_receive(1, memory.canary(10))
     for tag in (-1, 1 << 64):
         with pytest.raises(ValueError, match="64-bit"):
-            receiver.post_receive(tag, canary(10))
-    for bad in (canary(10)[::2], canary(10).view(2, 5), canary(8).view(torch.int32), canary(0)):
+            receiver.post_receive(tag, memory.canary(10))
+    for bad in (
+        memory.canary(10)[::2],
+        memory.canary(10).view(2, 5),
+        memory.canary(8).view(torch.int32),
+        memory.canary(0),
+    ):
         with pytest.raises(ValueError, match="contiguous uint8"):
             receiver.post_receive(2, bad)
         with pytest.raises(ValueError, match="contiguous uint8"):
             await sender.send(2, bad)
 
 
-async def test_stats_count_what_happened(open_peer: OpenPeer) -> None:
+async def test_stats_count_what_happened(open_peer: OpenPeer, memory: Memory) -> None:
     here, there = await open_peer("here"), await open_peer("there")
     sender, receiver = await join(here, there, "here")
-    receive = receiver.post_receive(1, canary(1000))
-    await asyncio.gather(sender.send(1, pattern(1000, 0)), receive.wait())
-    await sender.send(2, pattern(50, 0))
+    receive = receiver.post_receive(1, memory.canary(1000))
+    await asyncio.gather(sender.send(1, memory.pattern(1000, 0)), receive.wait())
+    await sender.send(2, memory.pattern(50, 0))
     await until(lambda: there.stats().stale_messages == 1)
     sent, received = here.stats(), there.stats()
     assert (sent.messages_sent, sent.bytes_sent, sent.connections) == (2, 1050, 1)
     assert (received.messages_received, received.bytes_received, received.connections) == (1, 1000, 1)
 
 
-async def test_closing_the_endpoint_closes_everything(open_peer: OpenPeer) -> None:
+async def test_closing_the_endpoint_closes_everything(open_peer: OpenPeer, memory: Memory) -> None:
     here, there = await open_peer("here"), await open_peer("there")
     sender, receiver = await join(here, there, "here")
-    receive = receiver.post_receive(1, canary(10))
+    receive = receiver.post_receive(1, memory.canary(10))
     await there.close()
     await there.close()
     with pytest.raises(PeerLost):

@@ -7,11 +7,13 @@ import asyncio
 import random
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 from common.errors import Cancelled, PeerLost, Truncated
 from common.transport.base import CancelOutcome, Connection, Endpoint, PostedReceive
 from tests.transport.conftest import OpenPeer, join
+from tests.transport.memory import HOST, Memory
 from tests.transport.traffic import CANARY, canary, pattern, until, untouched
 
 NUM_OPERATIONS = 10_000
@@ -138,7 +140,9 @@ class Model:
         assert stats.messages_received + stats.stale_messages + self.num_truncated <= self.num_sent + self.num_lost
 
 
-async def test_no_buffer_is_written_after_it_was_given_back(open_peer: OpenPeer) -> None:
+async def test_no_buffer_is_written_after_it_was_given_back(open_peer: OpenPeer, memory: Memory) -> None:
+    if memory is not HOST:
+        pytest.skip("ten thousand synchronisations with a GPU say nothing that the CPU's do not")
     here, there = await open_peer("here"), await open_peer("there")
     model = Model(here, there, random.Random(20), *await join(here, there, "here"))
     for _ in range(NUM_OPERATIONS):

@@ -14,13 +14,21 @@ MIB = 1 << 20
 CANARY = 0xC5
 
 
-def pattern(num_bytes: int, seed: int) -> torch.Tensor:
-    """Bytes that tell the messages apart: uint8 [num_bytes]."""
-    return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def pattern(num_bytes: int, seed: int, device: torch.device = torch.device("cpu")) -> torch.Tensor:  # noqa: B008
+    """Bytes that tell the messages apart, the same on every device of a kind: uint8 [num_bytes]."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return finished(torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device, generator=generator))
 
 
-def canary(num_bytes: int) -> torch.Tensor:
-    return torch.full((num_bytes,), CANARY, dtype=torch.uint8)
+def canary(num_bytes: int, device: torch.device = torch.device("cpu")) -> torch.Tensor:  # noqa: B008
+    return finished(torch.full((num_bytes,), CANARY, dtype=torch.uint8, device=device))
+
+
+def finished(buffer: torch.Tensor) -> torch.Tensor:
+    """The buffer, once its device has written it: transports know nothing of streams."""
+    if buffer.is_cuda:
+        torch.cuda.synchronize(buffer.device)
+    return buffer
 
 
 def untouched(buffer: torch.Tensor) -> bool:

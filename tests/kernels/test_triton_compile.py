@@ -1,0 +1,176 @@
+"""Every Triton kernel compiles for Hopper without a GPU, in the shapes of an 8B model, and keeps all values in registers.
+
+Run as a program it compiles and prints a JSON list; the test does that in a process of its own, as kernels that were
+imported for the interpreter cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+import torch
+
+ROOT: Final = Path(__file__).parents[2]
+MAX_SHARED_BYTES: Final = 227 << 10  # what a thread block can have on Hopper
+TIMEOUT_S: Final = 115
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Resources of one kernel, as the driver will see them."""
+
+    name: str
+    stack_bytes: int  # where the assembler spills to
+    shared_bytes: int
+    uses_wgmma: bool
+    uses_bulk_copy: bool
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [Compiled(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+
+
+@pytest.mark.slow
+def test_kernels_spill_nothing_and_fit(compiled: list[Compiled]) -> None:
+    assert len(compiled) >= 15
+    assert [kernel for kernel in compiled if kernel.stack_bytes] == []
+    assert max(kernel.shared_bytes for kernel in compiled) <= MAX_SHARED_BYTES
+
+
+@pytest.mark.slow
+def test_attention_uses_the_units_it_was_written_for(compiled: list[Compiled]) -> None:
+    hopper = [kernel for kernel in compiled if kernel.name == "_hopper_kernel"]
+    assert hopper
+    assert all(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in hopper)
+    assert any(kernel.uses_bulk_copy for kernel in compiled if kernel.name == "_decode_kernel")
+
+
+def compile_all() -> Iterator[Compiled]:
+    """Launch everything with launches replaced by compilation for compute capability 9.0."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    class Hopper:
+        """The part of a driver that compiling asks for."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return device
+
+    kernels = {}
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
+        del warmup
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels[kernel.hash] = kernel
+
+    driver.set_active(Hopper())
+    JITFunction.run = compile_only
+    for launch in launches():
+        launch()
+    for kernel in kernels.values():
+        ptx = kernel.asm["ptx"]
+        yield Compiled(
+            name=kernel.name,
+            stack_bytes=stack_bytes(kernel.asm["cubin"]),
+            shared_bytes=kernel.metadata.shared,
+            uses_wgmma="wgmma.mma_async" in ptx,
+            uses_bulk_copy="cp.async.bulk.tensor" in ptx,
+        )
+
+
+def stack_bytes(cubin: bytes) -> int:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", report))
+
+
+def launches() -> Iterator[Callable[[], object]]:
+    for head_dim in (128, 64):
+        yield from attention_launches(head_dim, torch.bfloat16)
+    yield from row_launches(torch.bfloat16)
+    yield from block_launches(torch.bfloat16)
+
+
+def attention_launches(head_dim: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from common.kernels import triton_backend, triton_prefill, triton_prefill_hopper
+    from common.kernels.batch import KVShape, Span
+
+    num_heads, num_kv_heads, block_size = 32, 8, 64
+    shape = KVShape(8, num_kv_heads, block_size, head_dim)
+    kv = torch.empty(8, 2, num_kv_heads, block_size, head_dim, dtype=dtype)
+    qkv = torch.empty(33, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+    q = qkv[:, :num_heads]
+    out = torch.empty(33, num_heads * head_dim, dtype=dtype)
+    angles = torch.empty(33, 1, head_dim, dtype=dtype)
+    norm = torch.empty(head_dim, dtype=dtype)
+    spans = [Span(32, 32, [1]), Span(1, 100, [2, 3])]
+    plan = triton_backend.plan_batch(spans, [None, 50], shape, dtype, torch.device("cpu"))
+    prefill, decode = plan.prefill, plan.decode
+    assert prefill is not None
+    assert decode is not None
+    for norms in ((None, None), (norm, norm)):
+        yield lambda norms=norms: triton_backend.qk_norm_rope_store(
+            qkv, num_heads, angles, angles, *norms, 1e-5, kv, plan
+        )
+    for window in (None, 50):
+        yield lambda window=window: triton_prefill_hopper.prefill_attention(q, kv, prefill, window, 0.1, out)
+        yield lambda window=window: triton_prefill.prefill_attention(q, kv, prefill, window, 0.1, out)
+        yield lambda window=window: triton_backend.attention_into(q, kv, plan, window, 0.1, out)
+
+
+def row_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from common.kernels import triton_rows
+
+    x, residual = (torch.empty(2, 4096, dtype=dtype) for _ in range(2))
+    weight = torch.empty(4096, dtype=dtype)
+    gate_up = torch.empty(2, 2 * 14336, dtype=dtype)
+    yield lambda: triton_rows.rms_norm(x, weight, 1e-5)
+    yield lambda: triton_rows.add_rms_norm(x, residual, weight, 1e-5)
+    yield lambda: triton_rows.silu_mul(gate_up)
+    yield lambda: triton_rows.layer_norm(x, weight, weight, 1e-5)
+    yield lambda: triton_rows.softmax(x)
+
+
+def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from common.kernels import triton_blocks
+
+    kv = torch.empty(2, 4, 2, 8, 64, 128, dtype=dtype)
+    ids = torch.tensor([1, 3])
+    payload = torch.empty(2, 2, 2, 4, 64, 128, dtype=dtype)
+    yield lambda: triton_blocks.gather_with_digest(kv, ids, 2, 4, payload)
+    yield lambda: triton_blocks.scatter_with_digest(kv, ids, 2, 4, payload)
+    yield lambda: triton_blocks.digest_on_device(payload)
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(kernel) for kernel in compile_all()]))  # noqa: T201
