@@ -1,4 +1,4 @@
-"""How kernels are timed and compared: medians over replays of a CUDA graph, shares of what the device was measured to do."""
+"""How kernels are timed: medians over replays of a CUDA graph, as shares of what the device was measured to do."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -60,9 +60,17 @@ class ManagedProcess:
     process: asyncio.subprocess.Process | None = None
     num_restarts: int = 0
     log: IO[bytes] | None = None
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def restarted(self, timeout_s: float) -> None:
+        """Wait for the next restart. Raises `TimeoutError`."""
+        async with asyncio.timeout(timeout_s), self.changed:
+            before = self.num_restarts
+            await self.changed.wait_for(lambda: self.num_restarts > before)
 
     @property
     def pid(self) -> int:
+        """Process id of the present process."""
         if self.process is None:
             raise InternalError(f"{self.name} is not running")
         return self.process.pid
@@ -190,8 +198,10 @@ class Deployment:
                 return
             delay_s = 0.1 if time.monotonic() - started > _QUICK_DEATH_S else min(delay_s * 2, _MAX_RESTART_DELAY_S)
             await asyncio.sleep(delay_s)
-            managed.num_restarts += 1
             await self._start(managed)
+            async with managed.changed:
+                managed.num_restarts += 1
+                managed.changed.notify_all()
             self._on_event(f"{managed.name} started again as process {managed.pid}")
 
 

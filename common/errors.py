@@ -7,6 +7,7 @@
     ├── DeadlineExceeded       the request's own deadline passed
     ├── Cancelled              the client, or the leg beside this one, went away
     ├── Unavailable            a worker died, drains, or cannot be reached; another may serve the request
+    ├── Preempted              decode gave the sequence's blocks to others; it is to be sent again
     ├── FailedPrecondition     two workers that do not fit together (layout fingerprint, protocol version)
     ├── ModelError             a checkpoint that cannot be served; says which tensor, shape or architecture
     ├── TransferError          a KV transfer failed
@@ -59,6 +60,10 @@ class Cancelled(BatonError):
 
 class Unavailable(BatonError):
     """A worker died, drains or cannot be reached. The request may be served by another."""
+
+
+class Preempted(BatonError):
+    """During its hand-off, decode took the sequence's blocks for others. No worker is at fault: it is sent again."""
 
 
 class FailedPrecondition(BatonError):

@@ -1,7 +1,8 @@
 """The kernel backend of GPUs: Triton kernels behind the signatures of `common.kernels.backend.KernelBackend`.
 
-Matrix products go to cuBLAS through torch. Shapes and effects are documented at the reference. Beyond the reference it has
-decode plans that stay in place, so that a step can be captured into a CUDA graph, and digests that stay on the device.
+Matrix products go to cuBLAS through torch. Shapes and effects are documented at the reference. Beyond the reference it
+has decode plans that stay in place, so that a step can be captured into a CUDA graph, and digests that stay on the
+device.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def plan_decode(
 ) -> TritonPlan:
     """A plan of padding rows, one token each, to capture a graph with.
 
-    Before each replay fill `plan.decode.block_tables` and `.context_lengths` (0: padding); the captured part starts with
-    `refresh_decode`.
+    Before each replay fill `plan.decode.block_tables` and `.context_lengths` (0: padding); the captured part starts
+    with `refresh_decode`.
     """
     decode = DecodeBatch(
         query_rows=torch.arange(num_sequences, dtype=torch.int32, device=device),

@@ -1,10 +1,10 @@
 """Triton kernels that move KV blocks into and out of a flat payload and compute its digest in the same pass.
 
-The payload's order and the digest are those of `common.kernels.blocks_reference`, bit for bit. A run of heads of one block
-is contiguous on both sides, so a program copies aligned chunks of 64-bit words. It takes the same chunk of several
-digest pieces, which share their word keys.
+The payload's order and the digest are those of `common.kernels.blocks_reference`, bit for bit. A run of heads of one
+block is contiguous on both sides, so a program copies aligned chunks of 64-bit words. It takes the same chunk of
+several digest pieces, which share their word keys.
 """
-# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _move(
         layer_words,
         block_ids.numel(),
     )
-    assert kv.is_contiguous() and payload.is_contiguous()
+    assert kv.is_contiguous()
+    assert payload.is_contiguous()
     assert payload.numel() * payload.element_size() == num_layers * 2 * shape[0] * shape[4] * _WORD_BYTES
     return _launch(kv.view(-1).view(torch.int64), payload.view(-1).view(torch.int64), block_ids, shape, mode)
 
@@ -134,7 +135,8 @@ def _shift_down(word, BITS: tl.constexpr):
 
 @triton.jit
 def _move_kernel(
-    kv_ptr, payload_ptr, block_ids_ptr, digest_ptr, num_words, run_words, kv_run_words, first_word, layer_words, num_ids,
+    kv_ptr, payload_ptr, block_ids_ptr, digest_ptr, num_words, run_words, kv_run_words, first_word, layer_words,
+    num_ids,
     MODE: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr, PIECE_WORDS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks of a piece, groups of PIECES pieces). A chunk lies in one run, so its addresses are contiguous."""

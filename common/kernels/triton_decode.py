@@ -1,10 +1,11 @@
 """Triton decode attention over KV blocks: one query per sequence, the KV of the batch cut into equal shares.
 
-The keys of all (sequence, KV head) rows form one line of tiles; each program takes the same length of that line, whatever
-the lengths of the sequences, so the grid is static and lengths and block tables are read on the device: a launch can be
-captured into a CUDA graph. A row that several programs share is merged by the last of them to finish, in a fixed order.
+The keys of all (sequence, KV head) rows form one line of tiles; each program takes the same length of that line,
+whatever the lengths of the sequences, so the grid is static and lengths and block tables are read on the device: a
+launch can be captured into a CUDA graph. A row that several programs share is merged by the last of them to finish, in
+a fixed order.
 """
-# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -73,10 +74,11 @@ def default_tuning(block_size: int, head_dim: int, dtype: torch.dtype) -> Decode
 
 def refresh(batch: DecodeBatch, block_size: int, tile: int) -> None:
     """Recompute what follows from lengths and tables: one small kernel per window."""
-    num_sequences, max_blocks = batch.block_tables.shape
+    num_sequences = batch.block_tables.shape[0]
     for window, tile_ends in batch.tile_ends.items():
         _refresh_kernel[(1,)](
-            batch.context_lengths, batch.block_tables, tile_ends, batch.store_slots, num_sequences, max_blocks, window or 0,
+            batch.context_lengths, batch.block_tables, tile_ends, batch.store_slots, num_sequences,
+            batch.block_tables.stride(0), window or 0,
             SEQUENCES=triton.next_power_of_2(num_sequences), TILE=tile, BLOCK_SIZE=block_size,
             WINDOWED=window is not None, num_warps=4,
         )  # fmt: skip
@@ -115,7 +117,7 @@ def decode_attention(
         space.acc, space.max_sum, space.arrivals, q.stride(0), batch.block_tables.stride(0), num_sequences, window or 0,
         scale * LOG2_E,
         SEQUENCES=triton.next_power_of_2(num_sequences), NUM_KV_HEADS=num_kv_heads, GROUP=group,
-        ROWS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
+        ROWS=max(_MIN_DOT_ROWS, merged_rows), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
         WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=merged,
         MERGED_ROWS=merged_rows, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
     )  # fmt: skip
@@ -187,9 +189,9 @@ def _load_tile(
 def _decode_kernel(
     q_ptr, kv, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr, arrivals_ptr,
     q_stride, table_stride, num_sequences, window, qk_scale,
-    SEQUENCES: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, USE_TMA: tl.constexpr, MIN_TILES: tl.constexpr,
-    MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
+    SEQUENCES: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, USE_TMA: tl.constexpr,
+    MIN_TILES: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. Slot 2p holds program p's first row if that goes on elsewhere, 2p + 1 its last."""
     program = tl.program_id(0)
@@ -300,7 +302,7 @@ def _merge(
     acc_ptr, max_sum_ptr, out_ptr, first_program, num_parts, starts_earlier,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of one row. All but the first part are their program's first; the first may be its program's last."""
+    """Join the parts of a row. Each is the first of its program; the first one may be its program's last instead."""
     row = tl.arange(0, MERGED_ROWS)
     dim = tl.arange(0, HEAD_DIM)
     best = tl.full([MERGED_ROWS], float("-inf"), tl.float32)

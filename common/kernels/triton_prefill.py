@@ -1,9 +1,9 @@
-"""Triton attention of prefill chunks over KV blocks: ragged, causal, over a cached prefix, grouped heads packed in one tile.
+"""Triton attention of prefill chunks over KV blocks: ragged, causal, over a cached prefix, grouped heads in one tile.
 
-A tile is `rows` rows: some consecutive queries of one sequence, with all query heads that share a KV head. Tiles are made
-on the host, longest first, so that the last ones to finish are short.
+A tile is `rows` rows: some consecutive queries of one sequence, with all query heads that share a KV head. Tiles are
+made on the host, longest first, so that the last ones to finish are short.
 """
-# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations

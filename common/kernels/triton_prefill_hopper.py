@@ -1,11 +1,11 @@
 """Prefill attention over KV blocks for Hopper, in Gluon (Triton's lower level): the fast form of `triton_prefill`.
 
-One warp streams K and V into shared memory with the bulk tensor copy engine; two groups of four warps each own half of a
-tile's rows. While a group's softmax runs, its product with the previous V and the other group's products keep the
+One warp streams K and V into shared memory with the bulk tensor copy engine; two groups of four warps each own half of
+a tile's rows. While a group's softmax runs, its product with the previous V and the other group's products keep the
 tensor cores busy: the overlap that FlashAttention-3 describes (Shah et al., 2024). Programs are persistent and take
 tiles in alternating order, longest first.
 """
-# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# ruff: noqa: N803, N806 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Final
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -68,8 +67,8 @@ def prefill_attention(
     piece = min(block_size, _KEYS)
     descriptor = TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [piece, _COLUMNS], layout)
     _hopper_kernel[(num_programs,)](
-        q, descriptor, batch.block_tables, tiles, out, q.stride(0), batch.block_tables.stride(0), num_items, window or 0,
-        scale * LOG2_E,
+        q, descriptor, batch.block_tables, tiles, out, q.stride(0), batch.block_tables.stride(0), num_items,
+        window or 0, scale * LOG2_E,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, ROWS=_ROWS, KEYS=_KEYS,
         PIECE=piece, COLUMNS=_COLUMNS, STAGES=num_stages, WINDOWED=window is not None, DTYPE=_GL_DTYPES[q.dtype],
         num_warps=4,
@@ -97,8 +96,9 @@ def _key_tiles(first_position, num_queries, window, KEYS: gl.constexpr, WINDOWED
 @gluon.jit
 def _producer(
     kv, tables_ptr, tiles_ptr, k_smem, v_smem, k_full, k_empty, v_full, v_empty, table_stride, num_items, window,
-    NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr,
-    COLUMNS: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr,
+    PIECE: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, DTYPE: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Last keys first: they hold the diagonal."""
     PIECES: gl.constexpr = KEYS // PIECE
@@ -206,8 +206,8 @@ def _steps(
 def _consumer(
     q_ptr, tiles_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, q_stride, num_items, window,
     qk_scale,
-    SIDE: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, HALF_ROWS: gl.constexpr,
-    KEYS: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, DTYPE: gl.constexpr,
+    SIDE: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
+    HALF_ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """SIDE: which half of a tile's queries."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -248,7 +248,7 @@ def _consumer(
             scores = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             mbarrier.arrive(k_empty.index(stage), count=1)
-            weights, best, sums, kept = _softmax_step(
+            weights, best, sums, _ = _softmax_step(
                 scores, best, sums, (last - 1) * KEYS, positions, window, qk_scale, True, WINDOWED, KEYS, S_LAYOUT
             )
             weights = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
@@ -326,8 +326,9 @@ def _hopper_kernel(
             (
                 _producer,
                 (
-                    kv, tables_ptr, tiles_ptr, k_smem, v_smem, k_full, k_empty, v_full, v_empty, table_stride, num_items,
-                    window, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, KEYS, PIECE, COLUMNS, STAGES, WINDOWED, DTYPE, LAYOUT,
+                    kv, tables_ptr, tiles_ptr, k_smem, v_smem, k_full, k_empty, v_full, v_empty, table_stride,
+                    num_items, window, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, KEYS, PIECE, COLUMNS, STAGES, WINDOWED,
+                    DTYPE, LAYOUT,
                 ),
             ),
         ],

@@ -1,7 +1,8 @@
-"""Triton kernels over the rows of activations: RMSNorm with and without residual add, SiLU·mul, QK-norm + rotary + KV store,
-and, for comparison with the libraries' own, LayerNorm and softmax. One pass over device memory each; sums in float32.
+"""Triton kernels over the rows of activations: RMSNorm with and without residual add, SiLU·mul, QK-norm + rotary + KV
+store and, for comparison with the libraries' own, LayerNorm and softmax. One pass over device memory each; sums in
+float32.
 """
-# Constants of a kernel are upper case; Triton gives no types: ruff: noqa: N803, N806
+# ruff: noqa: N803, N806 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
 
 def _row_warps(num_columns: int) -> int:
     """Warps for a row: sixteen elements a thread, within a thread block's limits."""
-    return min(16, max(4, triton.next_power_of_2(num_columns) // 512))
+    return min(16, max(4, 1 << (num_columns - 1).bit_length() >> 9))
 
 
 @triton.jit

@@ -8,6 +8,9 @@ a rank that writes one again has heard of the epoch in between, which its reader
 Epochs live on the device, so that a captured graph may be replayed. Their differences are compared, so they may wrap.
 """
 
+# ruff: noqa: N803 - constants of a kernel are upper case
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 from dataclasses import dataclass

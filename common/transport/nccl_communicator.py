@@ -16,8 +16,10 @@ import torch
 
 from common.errors import PeerLost, TransferTimeout
 from common.transport.nccl_library import NcclError, NcclLibrary, nccl_library
+from common.transport.short_sleep import allow_short_sleeps, pause
 
-_PAUSE_S = 0.001  # between looks at a communicator that is being opened
+_INIT_PAUSE_S = 0.001  # between looks at a communicator that is being opened
+_CALL_PAUSE_S = 5e-6  # between looks at a call, which takes some ten microseconds
 _ABORT_LEAVES = "the communicator was aborted"
 
 
@@ -73,8 +75,8 @@ class NcclCommunicator:
         self._loop = asyncio.get_running_loop()
         self._aborting = False
         self._aborted: asyncio.Future[None] | None = None
-        self._issuer = ThreadPoolExecutor(1, "nccl-issue", torch.cuda.set_device, (device,))
-        self._waiter = ThreadPoolExecutor(1, "nccl-wait", torch.cuda.set_device, (device,))
+        self._issuer = ThreadPoolExecutor(1, "nccl-issue", _begin_thread, (device,))
+        self._waiter = ThreadPoolExecutor(1, "nccl-wait", _begin_thread, (device,))
 
     @classmethod
     async def open(
@@ -131,7 +133,7 @@ class NcclCommunicator:
         while self._library.in_progress(self._handle):
             if time.monotonic() > deadline_s or self._aborting:
                 raise TransferTimeout("the other rank did not open its communicator in time")
-            time.sleep(_PAUSE_S)
+            pause(_INIT_PAUSE_S)
 
     def _issue(
         self,
@@ -144,9 +146,10 @@ class NcclCommunicator:
                 raise PeerLost(_ABORT_LEAVES)
             assert self._stream is not None
             begin(self._handle, 1 - self._rank, buffer, self._stream.cuda_stream)
-            while self._library.in_progress(self._handle):  # some ten microseconds
+            while self._library.in_progress(self._handle):
                 if self._aborting:
                     raise PeerLost(_ABORT_LEAVES)
+                pause(_CALL_PAUSE_S)
             event = self._stream.record_event()
         except NcclError as error:
             self._answer(done, PeerLost(str(error)))
@@ -176,6 +179,11 @@ class NcclCommunicator:
         """Both threads end; what they answered is on the loop before this returns."""
         self._issuer.shutdown(wait=True)
         self._waiter.shutdown(wait=True)
+
+
+def _begin_thread(device: torch.device) -> None:
+    torch.cuda.set_device(device)
+    allow_short_sleeps()
 
 
 def _settle(done: asyncio.Future[None], error: PeerLost | None) -> None:

@@ -61,6 +61,7 @@ class DecodeGraphs:
         self._token_ids = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
         self._positions = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
         self._packed: dict[int, torch.Tensor] = {}
+        self._steps: dict[int, _Step] = {}  # graphs hold the addresses of their tensors, not references
         self._replay: dict[int, Callable[[], DecodeOutput]] = {}
         self._capture_all()
 
@@ -101,6 +102,7 @@ class DecodeGraphs:
                 device,
             )
             step = _Step(self, packed, plan, torch.full((size,), -1, dtype=torch.int32, device=device))
+            self._steps[size] = step
             self._replay[size] = step.run if stream is None else _captured(step.run, stream, pool)
 
     @torch.inference_mode()

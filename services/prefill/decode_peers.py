@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator
 import grpc
 from baton.v1 import decode_pb2_grpc, kv_pb2
 
-from common.errors import BatonError, Unavailable
+from common.errors import Unavailable
 from common.rpc.client import open_channel
-from common.rpc.status import DETAILS_METADATA_KEY, error_from_rpc
+from common.rpc.status import error_from_rpc
 
 _FINISH_TIMEOUT_S = 1.0
 _Call = grpc.aio.StreamStreamCall[kv_pb2.HandoffRequest, kv_pb2.HandoffResponse]
@@ -33,7 +33,7 @@ class HandoffStream:
             try:
                 await self._call.write(request)
             except grpc.aio.AioRpcError as error:
-                raise _error_of(error) from error
+                raise error_from_rpc(error) from error
             except asyncio.InvalidStateError:
                 await self._raise_end()
 
@@ -43,7 +43,7 @@ class HandoffStream:
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise _error_of(error) from error
+            raise error_from_rpc(error) from error
         if response is grpc.aio.EOF:
             await self._raise_end()
         assert isinstance(response, kv_pb2.HandoffResponse)
@@ -59,7 +59,7 @@ class HandoffStream:
     async def _raise_end(self) -> None:
         status = await self._call.code()
         if status is not grpc.StatusCode.OK:
-            raise _error_of(
+            raise error_from_rpc(
                 grpc.aio.AioRpcError(
                     status,
                     await self._call.initial_metadata(),
@@ -112,12 +112,3 @@ class DecodePeers:
             del self._num_streams[address]
         for channel in closing:
             await channel.close()
-
-
-def _error_of(error: grpc.aio.AioRpcError) -> BatonError:
-    """Our own error if the decode worker raised one. gRPC calls it INTERNAL when a write meets a stream that has just
-    ended, before it has read why: the stream broke, and nobody is at fault here."""
-    told = any(key == DETAILS_METADATA_KEY for key, _ in error.trailing_metadata() or ())
-    if error.code() is grpc.StatusCode.INTERNAL and not told:
-        return Unavailable(f"the hand-off stream broke: {error.details()}")
-    return error_from_rpc(error)

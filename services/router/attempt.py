@@ -23,6 +23,7 @@ from common.errors import (
     DeadlineExceeded,
     InternalError,
     InvalidArgument,
+    Preempted,
     TransferError,
     Unavailable,
 )
@@ -209,17 +210,24 @@ def _leg_failure(error: BatonError, *blamed: Worker) -> Exception:
     """What a failed leg means: a move, unless the request itself is at fault or out of time."""
     if isinstance(error, InvalidArgument | DeadlineExceeded):
         return error
+    if isinstance(error, Preempted):
+        return _preempted(error)
     if isinstance(error, Cancelled):
         # We did not cancel it: the worker is shutting down.
         error = Unavailable(str(error))
     return Moved(error, blamed)
 
 
+def _preempted(error: Preempted) -> Moved:
+    """Decode gave its blocks to others, in whichever state it was: nobody is blamed, and it is no loss."""
+    return Moved(error, (), preempted=True)
+
+
 def _raise_unless_finished(ending: Ending, decode: Worker) -> None:
     if ending.end == decode_pb2.SEQUENCE_END_FINISHED:
         return
     if ending.end == decode_pb2.SEQUENCE_END_PREEMPTED:
-        raise Moved(Unavailable(f"preempted by {decode.name}"), (), preempted=True)
+        raise _preempted(Preempted(f"preempted by {decode.name}"))
     if ending.end == decode_pb2.SEQUENCE_END_LOST:
         raise Moved(Unavailable(f"lost by {decode.name}: {ending.error}"), (decode,))
     if ending.end == decode_pb2.SEQUENCE_END_DEADLINE:

@@ -4,7 +4,7 @@ The choice's token log is all the state that a move needs. What one attempt does
 
     place ──► Open ──► Prefill + tokens ──► FINISHED ──► the choice is complete
       ▲                     │
-      └── prompt + log ◄────┴─ PREEMPTED, LOST, or a worker that failed
+      └── prompt + log ◄────┴─ PREEMPTED (not counted), LOST, or a worker that failed
 """
 
 from __future__ import annotations

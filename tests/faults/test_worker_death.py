@@ -97,3 +97,16 @@ async def test_a_killed_rank_is_replaced_and_its_sequences_go_on(
         answer = await request
         assert answer.tokens == shipped_reference.greedy(prompt, 200)
         await decode.until(holds_nothing, SETTLE_S)
+
+
+async def test_a_killed_prefill_worker_comes_back_and_serves_again(
+    shipped_model: Path, shipped_reference: Reference
+) -> None:
+    spec = DeploymentSpec(model=shipped_model, prefill_args=FLOAT32, decode_args=FLOAT32)
+    (prompt,) = shipped_reference.prompts((100,), seed=35)
+    async with deployed(spec) as (deployment, client):
+        os.kill(deployment.prefill[0].pid, signal.SIGKILL)
+        await deployment.prefill[0].restarted(timeout_s=30.0)
+        await deployment.ready(timeout_s=60.0)
+        answer = await ask(client, greedy_request(prompt, 20))
+    assert answer.tokens == shipped_reference.greedy(prompt, 20)

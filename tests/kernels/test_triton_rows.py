@@ -64,17 +64,18 @@ def test_queries_are_rotated_and_keys_and_values_stored(with_norm: bool, dtype: 
     shape = KVShape(7, num_kv_heads, block_size, head_dim)
     qkv = random(21, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     cos, sin = (random(21, 1, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
-    norms = [random(head_dim, dtype=dtype, seed=seed) if with_norm else None for seed in (3, 4)]
+    q_norm, k_norm = (random(head_dim, dtype=dtype, seed=seed) if with_norm else None for seed in (3, 4))
     kv = random(7, 2, num_kv_heads, block_size, head_dim, dtype=dtype, seed=5)
     wide_kv = kv.double()
-    wide_norms = [norm if norm is None else norm.double() for norm in norms]
+    wide_norms = (norm if norm is None else norm.double() for norm in (q_norm, k_norm))
+    wide_q_norm, wide_k_norm = wide_norms
     expected = reference.qk_norm_rope_store(
-        qkv.double(), num_heads, cos.double(), sin.double(), *wide_norms, 1e-5, wide_kv,
+        qkv.double(), num_heads, cos.double(), sin.double(), wide_q_norm, wide_k_norm, 1e-5, wide_kv,
         reference.plan_batch(spans, [None], shape, torch.float64, DEVICE),
     )  # fmt: skip
     untouched = kv.clone()
     plan = triton_backend.plan_batch(spans, [None], shape, dtype, DEVICE)
-    q = triton_backend.qk_norm_rope_store(qkv, num_heads, cos, sin, *norms, 1e-5, kv, plan)
+    q = triton_backend.qk_norm_rope_store(qkv, num_heads, cos, sin, q_norm, k_norm, 1e-5, kv, plan)
     assert q.data_ptr() == qkv.data_ptr()
     assert_close(q, expected)
     assert_close(kv, wide_kv)

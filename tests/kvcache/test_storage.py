@@ -3,23 +3,65 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import DigestMismatch, InternalError, Truncated
+from common.kernels import reference
+from common.kernels.backend import KernelBackend
 from common.kvcache.layout import HEADER_BYTES, KVLayout, plan_legs
 from common.kvcache.storage import KVStorage
 
 LAYERS, BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 12, 16, 8
+SHARED = [HealthCheck.function_scoped_fixture]  # the way to the digests is the same for all examples
 TAG = 0xFEDC_BA98_7654_3210
+
+
+class DigestsOnDevice:
+    """The reference as a backend whose digests stay on the device, as those of GPUs do."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(reference, name)
+
+    def gather_with_digest(
+        self, kv: torch.Tensor, block_ids: torch.Tensor, first_head: int, num_heads: int, payload: torch.Tensor
+    ) -> torch.Tensor:
+        return as_words(reference.gather_blocks(kv, block_ids, first_head, num_heads, payload))
+
+    def digest_on_device(self, payload: torch.Tensor) -> torch.Tensor:
+        return as_words(reference.payload_digest(payload))
+
+
+def as_words(digest: int) -> torch.Tensor:
+    return torch.tensor([digest - (digest >> 63 << 64)])
+
+
+@pytest.fixture(params=["digests on the host", "digests on the device"], autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways of a storage to its digests."""
+    chosen.kernels = cast(KernelBackend, DigestsOnDevice()) if "device" in request.param else None
+    yield
+    chosen.kernels = None
+
+
+@dataclass(slots=True)
+class Chosen:
+    kernels: KernelBackend | None = None
+
+
+chosen = Chosen()
 
 
 def storage(num_kv_heads: int = 4, dtype: torch.dtype = torch.float32, seed: int | None = None) -> KVStorage:
     """Noise if there is a seed, else zeros."""
-    made = KVStorage(LAYERS, BLOCKS, num_kv_heads, BLOCK_SIZE, HEAD_DIM, dtype, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    made = KVStorage(LAYERS, BLOCKS, num_kv_heads, BLOCK_SIZE, HEAD_DIM, dtype, cpu, chosen.kernels)
     if seed is not None:
         made.kv.normal_(generator=torch.Generator().manual_seed(seed))
     return made
@@ -51,7 +93,7 @@ def test_scatter_writes_only_the_heads_and_blocks_named() -> None:
     assert torch.equal(target.kv, expected)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20, suppress_health_check=SHARED)
 @given(
     num_kv_heads=st.sampled_from([1, 2, 4, 8]),
     prefill_tp=st.sampled_from([1, 2, 4]),
@@ -89,7 +131,7 @@ def test_legs_between_any_two_groups_bring_every_head_over(
         assert torch.equal(receiver.kv[:, target_ids], expected)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60, suppress_health_check=SHARED)
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_reaches_no_block(data: st.DataObject) -> None:
     target = storage()
@@ -138,3 +180,25 @@ def test_blocks_and_heads_outside_the_storage_are_refused(
 def test_a_slot_that_is_too_small_is_refused() -> None:
     with pytest.raises(InternalError, match="do not fit"):
         storage().gather([0], 0, 1, torch.empty(HEADER_BYTES, dtype=torch.uint8), TAG)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_writes_the_same_slot_and_takes_it_in_again() -> None:
+    device = torch.device("cuda", 0)
+    source, target = storage(seed=1), KVStorage(LAYERS, BLOCKS, 4, BLOCK_SIZE, HEAD_DIM, torch.float32, device)
+    target.kv.copy_(source.kv)
+    expected = filled_slot(source, [7, 2])
+    slot = torch.empty(expected.numel(), dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    work = target.start_gather([7, 2], 1, 2, slot, TAG)
+    work.wait()
+    assert work.done()
+    assert torch.equal(slot.cpu(), expected)
+    target.scatter([5, 0], 1, 2, slot, TAG)
+    assert torch.equal(target.kv[:, [5, 0], :, 1:3].cpu(), source.kv[:, [7, 2], :, 1:3])
+    before = target.kv.clone()
+    slot[HEADER_BYTES + 99] ^= 1
+    torch.cuda.synchronize(device)
+    with pytest.raises(DigestMismatch, match="payload digest"):
+        target.scatter([5, 0], 1, 2, slot, TAG)
+    assert torch.equal(target.kv, before)

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import grpc
 import pytest
 from baton.v1 import decode_pb2_grpc, kv_pb2
 
-from common.errors import NotFound, Unavailable
+from common.errors import BatonError, InternalError, NotFound, Preempted, Unavailable
 from common.kvcache.layout import KVLayout
 from common.rpc.server import RpcServer
 from services.prefill.decode_peers import DecodePeers
@@ -83,16 +84,38 @@ async def test_stream_that_just_ends_is_unavailable() -> None:
 
 
 class _Refusing(FakeDecode):
-    async def Handoff(self, request_iterator: object, context: object) -> None:  # type: ignore[override] # noqa: N802
-        raise NotFound("no such ticket")
+    """Ends every hand-off with `error`; with None as gRPC does when a connection breaks in the middle of a message."""
+
+    error: BatonError | None = None
+
+    async def Handoff(  # type: ignore[override] # noqa: N802
+        self, request_iterator: object, context: grpc.aio.ServicerContext[object, object]
+    ) -> None:
+        if self.error is None:
+            await context.abort(grpc.StatusCode.INTERNAL, "RST_STREAM")
+        raise self.error
 
 
-async def test_error_of_the_decode_worker_keeps_its_class() -> None:
+async def refused_with(error: BatonError | None) -> BatonError:
+    """What the hand-off of a prefill worker ends with."""
+    refusing = _Refusing(make_decode().layout, Wire())
+    refusing.error = error
     peers = DecodePeers(_MAX_BYTES, max_idle=1)
-    async with decode_worker(_Refusing(make_decode().layout, Wire())) as address, peers.open(address) as stream:
-        with pytest.raises(NotFound, match="ticket"):
+    async with decode_worker(refusing) as address, peers.open(address) as stream:
+        with pytest.raises(BatonError) as caught:
             await stream.receive()
     await peers.close()
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [NotFound("no such ticket"), Preempted("blocks went to others"), InternalError("bug")])
+async def test_error_of_the_decode_worker_keeps_its_class(error: BatonError) -> None:
+    restored = await refused_with(error)
+    assert (type(restored), str(restored)) == (type(error), str(error))
+
+
+async def test_stream_that_grpc_breaks_is_unavailable_and_nobodys_fault() -> None:
+    assert type(await refused_with(None)) is Unavailable
 
 
 async def test_leaving_the_context_breaks_the_stream() -> None:

@@ -16,6 +16,7 @@ from common.errors import (
     FailedPrecondition,
     InternalError,
     PeerLost,
+    Preempted,
     ResourceExhausted,
     Unavailable,
 )
@@ -108,6 +109,25 @@ async def test_preemptions_do_not_count_as_losses(cluster: Cluster) -> None:
     assert outputs[0].token_ids == letters(0, NUM_TOKENS)
     assert outputs[0].last is not None
     assert outputs[0].last.lifetime.num_migrations > 3
+
+
+async def test_preemptions_during_the_hand_off_are_neither_losses_nor_blamed(cluster: Cluster) -> None:
+    num_preemptions = NUM_TOKENS - 2  # each attempt brings one token; more than the losses that are allowed
+    cluster.script.prefill_errors_after_token += [Preempted("blocks went to others") for _ in range(num_preemptions)]
+    await assert_exact(cluster, num_migrations=num_preemptions)
+    assert cluster.num_prefills == num_preemptions + 1
+    registry = cluster.router.registry
+    assert [len(registry.candidates(role)) for role in (Role.PREFILL, Role.DECODE)] == [2, 2]
+
+
+async def test_preemptions_end_with_the_deadline(cluster: Cluster) -> None:
+    cluster.script.prefill_errors_before_token += [Preempted("blocks went to others") for _ in range(100)]
+    asked = request()
+    asked.timeout.FromMilliseconds(700)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.generate(asked)
+    assert isinstance(error_from_rpc(caught.value), DeadlineExceeded)
+    await cluster.wait_all_closed()
 
 
 async def test_losses_are_bounded(cluster: Cluster) -> None:

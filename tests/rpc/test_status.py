@@ -45,6 +45,7 @@ def test_a_class_made_elsewhere_travels_as_its_base() -> None:
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhausted),
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidArgument),
+        (grpc.StatusCode.INTERNAL, Unavailable),  # a connection that broke in the middle of a message
         (grpc.StatusCode.UNKNOWN, BatonError),
     ],
 )
