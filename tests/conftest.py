@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli.up import DEFAULT_MODEL
 from tests.integration.reference import Reference
+
+if not torch.cuda.is_available():
+    # Without a GPU the Triton kernels run under Triton's interpreter: decided before any of them is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from common.errors import InternalError
 from common.kernels.triton_device import LOG2_E, current_stream, num_multiprocessors
 
 _MIN_DOT_ROWS: Final = 16
@@ -131,6 +132,8 @@ def _workspace(device: torch.device, stream: int, num_programs: int, row_element
     space = _WORKSPACES.get((device, stream))
     num_elements = 2 * num_programs * row_elements
     if space is None or space.acc.numel() < num_elements or space.arrivals.numel() < num_rows:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise InternalError("decode attention must run once before it is captured, to have a cleared workspace")
         space = _Workspace(
             acc=torch.empty(num_elements, dtype=torch.float32, device=device),
             max_sum=torch.empty(num_elements, dtype=torch.float32, device=device),

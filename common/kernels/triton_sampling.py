@@ -8,6 +8,9 @@ output index), the token is the inverse of the running sum in id order. Cutoffs 
 a logit instead of a sort. Penalties, bias and logprobs are not for this kernel.
 """
 
+# ruff: noqa: N803 - constants of a kernel are upper case
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, attr-defined"
+
 from __future__ import annotations
 
 from typing import Final
@@ -164,7 +167,7 @@ def _draw_kernel(
     best = tl.full([CHUNK], float("-inf"), tl.float32)
     best_ids = tl.zeros([CHUNK], tl.int32)
     is_nan = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, vocab_size, CHUNK):
+    for start in tl.range(0, vocab_size, CHUNK, loop_unroll_factor=4):
         ids = start + tl.arange(0, CHUNK)
         x = _logits(logits, ids, vocab_size)
         is_nan |= (x != x).to(tl.int32)

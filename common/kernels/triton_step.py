@@ -1,10 +1,13 @@
 """Triton kernel that starts a captured decode step: from what is new in a plan to the inputs of the forward pass.
 
     packed: [5, n] int32, one column per row of the batch, all from one copy:
-            row | context length, this token included (0: padding) | new block: column, or -1 for none | and id | output index
+            row | context length with this token, 0: padding | new block's column, -1: none | its id | output index
 
 Everything else is on the device already: the rows' block tables and their last tokens.
 """
+
+# ruff: noqa: N803 - constants of a kernel are upper case
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, attr-defined"
 
 from __future__ import annotations
 
@@ -45,8 +48,8 @@ def begin_step(
 
 @triton.jit
 def _begin_kernel(
-    packed_ptr, state_ptr, row_tables_ptr, token_ids_ptr, positions_ptr, lengths_ptr, tables_ptr, num_rows, state_stride,
-    row_stride, table_stride,
+    packed_ptr, state_ptr, row_tables_ptr, token_ids_ptr, positions_ptr, lengths_ptr, tables_ptr, num_rows,
+    state_stride, row_stride, table_stride,
     BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows of the batch,)."""
