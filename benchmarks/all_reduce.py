@@ -17,13 +17,14 @@ from functools import partial
 import torch
 
 from common.kernels.triton_rows import add_rms_norm
+from common.parallel import triton_all_reduce
 from common.parallel.group import TensorParallelGroup
 from common.parallel.process_group import ProcessGroupCollectives
-from common.parallel.symmetric_memory import SMALL_BYTES, SymmetricMemoryCollectives
+from common.parallel.symmetric_memory import SymmetricMemoryCollectives
 
 SIZE = 2
 KIB, MIB = 1 << 10, 1 << 20
-NUM_BYTES = [8 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 32 * MIB, 64 * MIB]
+NUM_BYTES = [8 * KIB, 64 * KIB, 256 * KIB, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB]
 NUM_ROWS = [1, 8, 32, 64, 128, 256]  # tokens of a decode step
 NUM_COLUMNS = 4096
 EPS = 1e-6
@@ -52,6 +53,8 @@ class Ways:
         ways: dict[str, Way] = {"nccl": self.nccl.all_reduce, "group": self._group}
         if num_bytes <= self.symmetric._staging.nbytes:
             ways |= {"torch one-shot": self._torch_one_shot, "torch two-shot": self.symmetric._two_shot}
+        if num_bytes <= triton_all_reduce.MAX_BYTES:
+            ways["one kernel"] = self._one_kernel
         return ways
 
     def meet(self) -> None:
@@ -66,6 +69,9 @@ class Ways:
 
     def _group(self, x: torch.Tensor) -> None:
         self.group.all_reduce(x)
+
+    def _one_kernel(self, x: torch.Tensor) -> None:
+        triton_all_reduce.all_reduce(x, self.symmetric._peers)
 
     def _torch_one_shot(self, x: torch.Tensor) -> None:
         part = self.symmetric._staging.view(x.dtype)[: x.numel()]
@@ -163,7 +169,8 @@ def run_rank(rank: int, address: str, only_check: bool) -> None:
             check(ways, name, way, num_bytes)
     for num_rows in NUM_ROWS:
         check_fused(ways, num_rows)
-    say(rank, f"checked: every way gives the exact sum on both ranks (one kernel up to {SMALL_BYTES // KIB} KiB)")
+    limit = ways.symmetric.small_bytes // KIB
+    say(rank, f"checked: every way gives the exact sum on both ranks (the group uses one kernel up to {limit} KiB)")
     if not only_check:
         time_all(ways)
     ways.meet()

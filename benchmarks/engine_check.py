@@ -1,4 +1,4 @@
-"""The GPU's engine against plain torch on the same weights: greedy tokens of a small float32 model, logits of a bf16 one."""
+"""The GPU's engine against plain torch on the same weights: tokens of a small float32 model, logits of a bf16 one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DRAWN = SamplingParams(max_tokens=1 << 20, seed=1 << 63 | 5, temperature=0.8, t
 
 
 def same_tokens(device: torch.device) -> int:
-    """Number of tokens that both runners chose alike, greedy and drawn, in batches that grow and shrink. Raises if not."""
+    """How many tokens both runners chose alike, greedy and drawn, in batches that grow and shrink. Raises if not."""
     config = dataclasses.replace(
         read_shape("qwen3-8b", 3), hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=2, vocab_size=2000
     )
@@ -65,7 +65,7 @@ def _tokens(runner: Runner) -> list[list[int]]:
 
 @torch.inference_mode()
 def logit_errors(device: torch.device) -> dict[str, float]:
-    """Relative error of bf16 logits against float32 of the same weights: by the engine's kernels, by plain torch in bf16."""
+    """Relative error of bf16 logits against float32 on the same weights: of the engine, of plain torch in bf16."""
     config = read_shape("llama-3.1-8b", 4)
     wide = random_decoder(config, device, torch.float32, _REFERENCE)
     _copy_weights(random_decoder(config, device, torch.bfloat16, _REFERENCE), wide)

@@ -31,7 +31,7 @@ from common.transport.ucx_worker import Progress
 ON_GPU = torch.cuda.device_count() >= 2
 LAYERS, HEADS, BLOCK_SIZE, HEAD_DIM = (32, 8, 64, 128) if ON_GPU else (2, 2, 16, 32)
 BLOCKS_HELD, BLOCKS_SENT = 192, 128  # 1 GiB of 8B blocks goes over
-CASES = [(8, 2), (4, 4), (8, 3), (8, 4)]  # (blocks of 8 MiB in a slot, slots)
+CASES = [(8, 2), (4, 4), (8, 3), (8, 4), (32, 2)]  # (blocks of 8 MiB in a slot, slots)
 NUM_WARMUP = 2
 GB = 1e9
 
@@ -135,7 +135,10 @@ async def send_side(scheme: str, address: str) -> None:
             await asyncio.gather(*busy.values())
         busy[slot] = asyncio.create_task(send(leg, busy.get(slot)))
     await asyncio.gather(*busy.values())
-    print(f"{_micros(side.copying_s)} a gather, {_micros(sending_s)} a send", file=sys.stderr, flush=True)
+    print(
+        f"sender: lane {connection.lane}  {_micros(side.copying_s)} a gather, {_micros(sending_s)} a send", flush=True
+    )
+    assert not ON_GPU or connection.lane in ("cuda_ipc", "nccl"), f"the bytes took {connection.lane}"
     await connection.close()
 
 
@@ -168,9 +171,10 @@ async def receive_side(scheme: str, num_rounds: int) -> None:
             flush=True,
         )
         side.copying_s.clear()
-    assert not ON_GPU or connection.lane in ("cuda_ipc", "nccl"), f"the bytes took {connection.lane}"
     child.stdin.close()
-    await child.wait()
+    print((await child.stdout.read()).decode(), end="", flush=True)
+    assert await child.wait() == 0, "the sending process failed"
+    assert not ON_GPU or connection.lane in ("cuda_ipc", "nccl"), f"the bytes took {connection.lane}"
     await connection.close()
     await endpoint.close()
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_g
 
 from common.errors import InternalError, Unavailable
 from common.rpc.client import open_channel
+from common.worker.free_port import free_ports
 
 _MAX_STATUS_BYTES = 4 << 20
 _STOP_GRACE_S = 5.0
@@ -84,7 +84,7 @@ class Deployment:
         self._on_event = on_event
         self._stopping = False
         self._monitors: list[asyncio.Task[None]] = []
-        ports = _free_ports(spec.host, 1 + spec.num_prefill + spec.num_decode)
+        ports = free_ports(1 + spec.num_prefill + spec.num_decode, spec.host)
         router_port = spec.router_port or ports[0]
         self.prefill = [
             self._worker("prefill", index, ports[1 + index], spec.prefill_tp, spec.prefill_args)
@@ -224,14 +224,3 @@ async def _terminate(managed: ManagedProcess) -> None:
     if managed.log is not None:
         managed.log.close()
         managed.log = None
-
-
-def _free_ports(host: str, count: int) -> list[int]:
-    """Ports that nobody listens on now. Held open together so that they differ."""
-    with contextlib.ExitStack() as stack:
-        ports = []
-        for _ in range(count):
-            sock = stack.enter_context(socket.socket())
-            sock.bind((host, 0))
-            ports.append(int(sock.getsockname()[1]))
-    return ports

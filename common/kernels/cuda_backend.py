@@ -44,6 +44,7 @@ __all__ = [
     "silu_mul",
 ]
 
+_WIDE, _HEAD = 2, 16  # outputs to inputs of gate and up: more than other products of a layer, less than the head
 _SPARE_COLUMNS = 8  # of block tables: the last tile may read past the context
 _Spans = list[tuple[int, Span]]  # with the row of their first query in the batch
 
@@ -62,18 +63,18 @@ class _UploadedBatch(PrefillBatch):
 
 
 def layout_weight(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in] → [in, out], in memory as cuBLAS is fastest on H200.
+    """[out, in] → [in, out], in memory as cuBLAS is fastest on H200 (`benchmarks/linears`).
 
-    That is mostly [in, out], by 2 to 15 % for 1 to 64 rows; but gate and up, a few times wider than long, took 1.6 times
-    as long for 128 rows, and 6 % longer for 2,048.
+    That is mostly [in, out], by up to 15 % for 1 to 64 rows; but with 128 rows gate and up, a few times as wide as
+    long, took 1.6 times as long in that order.
     """
     num_out, num_in = weight.shape
-    is_wide = 2 * num_in < num_out < 16 * num_in
-    return weight.t() if is_wide else weight.t().contiguous()
+    is_wide = _WIDE * num_in < num_out < _HEAD * num_in
+    return weight.contiguous().t() if is_wide else weight.t().contiguous()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x: [T, in]; weight: [in, out] as `layout_weight` made it; bias: [out]. Returns [T, out]."""
+    """x: [T, in]; weight: [in, out], of either stride; bias: [out]. Returns [T, out]."""
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.errors import InternalError, Truncated
@@ -147,7 +149,7 @@ class KVStorage:
             raise Truncated(f"{slot.numel()} bytes arrived, {num_bytes} were expected")
         with self._queue.entered():
             payload = self._payload(slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
-            ids = self._queue.upload(torch.tensor(list(block_ids), dtype=torch.int64))
+            ids = self._queue.upload(np.array(block_ids, dtype=np.int64))
             self._verify(slot[:HEADER_BYTES], payload, expected_tag)
             self._kernels.scatter_blocks(self.kv, ids, first_local_head, num_heads, payload)
             return self._queue.mark()
@@ -155,8 +157,8 @@ class KVStorage:
     def _verify(self, header: torch.Tensor, payload: torch.Tensor, expected_tag: int) -> None:
         """Header and digest leave a GPU together: one small copy, waited for by this thread alone."""
         if isinstance(self._kernels, DigestOnDevice):
-            words = torch.cat((header.view(torch.int64), self._kernels.digest_on_device(payload)))
-            raw = self._queue.download(words).numpy().tobytes()
+            digest = self._kernels.digest_on_device(payload)
+            raw = self._queue.download((header.view(torch.int64), digest)).tobytes()
             announced = checked_digest(raw, expected_tag, payload.nbytes)
             check_digest(int.from_bytes(raw[HEADER_BYTES:], "little"), announced)
         else:
@@ -179,10 +181,9 @@ class KVStorage:
             )
 
 
-def _words(header: bytearray, block_ids: Sequence[int]) -> torch.Tensor:
-    """The header, then the block ids: int64 [_HEADER_WORDS + n], so that one copy takes both to the device."""
-    ids = b"".join(block_id.to_bytes(_WORD_BYTES, "little") for block_id in block_ids)
-    return torch.frombuffer(header + ids, dtype=torch.int64)
+def _words(header: bytearray, block_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The header, then the block ids: [_HEADER_WORDS + n], so that one copy takes both to the device."""
+    return np.concatenate((np.frombuffer(header, dtype=np.int64), np.array(block_ids, dtype=np.int64)))
 
 
 def _signed(digest: int) -> int:

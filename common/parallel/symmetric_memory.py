@@ -2,7 +2,7 @@
 
     memory of a rank: | staging for torch's kernels | regions and flags of our own kernel (`triton_all_reduce`) |
 
-Up to SMALL_BYTES, one kernel of ours writes its part, meets the others and sums all parts. Up to `staging_bytes`,
+Up to `small_bytes`, one kernel of ours writes its part, meets the others and sums all parts. Up to `staging_bytes`,
 torch's two-shot kernel does. Everything can be captured into a CUDA graph. Knows neither models nor requests.
 """
 
@@ -26,6 +26,8 @@ from common.parallel import triton_all_reduce
 from common.parallel.process_group import ProcessGroupCollectives
 from common.parallel.triton_all_reduce import PeerMemory
 
+# Up to where one kernel that reads everything from everybody is ahead; measured for two ranks, see docs/performance.md.
+SMALL_BYTES_OF_TWO: Final = triton_all_reduce.MAX_BYTES
 SMALL_BYTES: Final = 256 << 10
 DEFAULT_STAGING_BYTES: Final = 32 << 20
 _DTYPES: Final = (torch.bfloat16, torch.float32)
@@ -47,6 +49,7 @@ class SymmetricMemoryCollectives:
     ) -> None:
         # The kernels used here need no multicast objects, whose loss can take a host's GPUs out of service.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        self.small_bytes = SMALL_BYTES_OF_TWO if size == 2 else SMALL_BYTES
         self._large = ProcessGroupCollectives(rank, size, store, device, timeout_s)
         self._name = f"baton-symmetric-{next(_numbers)}"
         # torch finds a group by name, in one of two registries depending on its release. Both forget it if we do.
@@ -65,7 +68,7 @@ class SymmetricMemoryCollectives:
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum over the ranks, in place. tensor: contiguous."""
         fits = tensor.dtype in _DTYPES and tensor.data_ptr() % _ALIGNMENT == 0 and tensor.nbytes % _ALIGNMENT == 0
-        if fits and tensor.nbytes <= SMALL_BYTES:
+        if fits and tensor.nbytes <= self.small_bytes:
             triton_all_reduce.all_reduce(tensor, self._peers)
         elif fits and tensor.nbytes <= self._staging.nbytes:
             self._two_shot(tensor)

@@ -25,7 +25,8 @@ MAX_RANKS: Final = 8
 REGION_BYTES: Final = 32 << 10
 _FLAGS_OFFSET: Final = MAX_PROGRAMS * 2 * REGION_BYTES
 PEER_BYTES: Final = _FLAGS_OFFSET + MAX_PROGRAMS * MAX_RANKS * 4
-_CHUNK_BYTES: Final = 4 << 10
+_MIN_CHUNK_BYTES: Final = 4 << 10
+MAX_BYTES: Final = MAX_PROGRAMS * REGION_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,16 @@ def fits(x: torch.Tensor) -> bool:
 
 
 def all_reduce(x: torch.Tensor, peers: PeerMemory) -> None:
-    """Sum over the ranks, in place. x: contiguous, at most MAX_PROGRAMS * _CHUNK_BYTES bytes."""
-    chunk = _CHUNK_BYTES // x.itemsize
+    """Sum over the ranks, in place. x: contiguous, at most MAX_BYTES."""
+    chunk_bytes = max(_MIN_CHUNK_BYTES, triton.next_power_of_2(triton.cdiv(x.nbytes, MAX_PROGRAMS)))
+    chunk = chunk_bytes // x.itemsize
     num_programs = triton.cdiv(x.numel(), chunk)
     assert x.is_contiguous(), "rows would be sent that are not there"
     assert num_programs <= MAX_PROGRAMS, "there are no regions for so many programs"
     _all_reduce_kernel[(num_programs,)](
         x, x, x, x, peers.addresses, peers.epochs, x.numel(), chunk, 0.0,
         RANK=peers.rank, SIZE=peers.size, WITH_NORM=False, COLUMNS=chunk, MAX_RANKS=MAX_RANKS,
-        REGION_BYTES=REGION_BYTES, FLAGS_OFFSET=_FLAGS_OFFSET, num_warps=8,
+        REGION_BYTES=REGION_BYTES, FLAGS_OFFSET=_FLAGS_OFFSET, num_warps=8 if chunk_bytes < 16 << 10 else 16,
     )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def all_reduce_add_rms_norm(
     _all_reduce_kernel[(num_rows,)](
         x, residual, weight, out, peers.addresses, peers.epochs, num_columns, num_columns, eps,
         RANK=peers.rank, SIZE=peers.size, WITH_NORM=True, COLUMNS=columns, MAX_RANKS=MAX_RANKS,
-        REGION_BYTES=REGION_BYTES, FLAGS_OFFSET=_FLAGS_OFFSET, num_warps=min(16, max(4, columns // 512)),
+        REGION_BYTES=REGION_BYTES, FLAGS_OFFSET=_FLAGS_OFFSET, num_warps=min(16, max(4, columns // 256)),
     )  # fmt: skip
     return out
 

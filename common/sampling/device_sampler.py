@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.kernels.upload import upload
 from common.kernels.triton_sampling import INVALID_TOKEN, NUM_STATE_FIELDS, draw_tokens
+from common.kernels.upload import upload
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import BatchSampler, SampleOutput
 
@@ -77,7 +77,7 @@ class DeviceSampler:
         logits: torch.Tensor,
         token_ids: torch.Tensor,
     ) -> SpecialRows:
-        """Choose the tokens of special rows anew. `indices`: places in the batch, whose logits and token_ids these are."""
+        """Choose the tokens of special rows anew. `indices`: their places in the batch of logits and token_ids."""
         at, own_rows = upload([np.array(indices), np.array(rows)], logits.device)
         own_logits = logits.index_select(0, at)[:, : self._vocab_size].float()
         output = self._special.sample(rows, own_logits, output_indices)

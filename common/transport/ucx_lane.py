@@ -11,6 +11,7 @@ import re
 UNKNOWN_LANE = "unknown"
 _TABLE = re.compile(r"tagged message by ucp_tag_send\*? from (\w+)")
 _ROW = re.compile(r"\.\.inf\s*\|[^|]*\|\s*([^|]+?)\s*\|")
+_HOST_ONLY = frozenset({"tcp", "sysv", "posix", "cma", "xpmem", "self"})  # cannot touch the memory of a GPU
 _LANE = re.compile(r"lane\[\d+\]:\s+\d+:(\w+)/")
 
 
@@ -27,7 +28,8 @@ def parse_lane(info: str, memory: str) -> str:
         if title and row and title[1] == memory:
             return "+".join(dict.fromkeys(re.findall(r"(\w+)/\w+", row[1]))) or UNKNOWN_LANE
     bulk = [lane[1] for line in info.splitlines() if "_bw" in line and (lane := _LANE.search(line))]
-    return "+".join(dict.fromkeys(bulk)) or UNKNOWN_LANE
+    fitting = [lane for lane in bulk if lane not in _HOST_ONLY] if memory == "cuda" else bulk
+    return "+".join(dict.fromkeys(fitting or bulk)) or UNKNOWN_LANE
 
 
 def _endpoint_info(endpoint_handle: int) -> str:

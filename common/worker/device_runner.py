@@ -6,7 +6,6 @@ Answers are copied to the host behind the step and can be awaited in another thr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,74 +18,13 @@ from common.kernels.cuda_backend import table_columns
 from common.kernels.upload import overwrite, upload
 from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
-from common.sampling.device_sampler import DeviceSampler, SpecialRows
+from common.sampling.device_sampler import DeviceSampler
+from common.sampling.params import SamplingParams
 from common.worker.decode_graphs import DecodeGraphs, batch_sizes
+from common.worker.device_step import DeviceStep, StepClock
 from common.worker.model_runner import row_limits
 from common.worker.row_table import RowTable
-from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan, StepResult
-
-_NOTHING_TO_CHOOSE = "no token can be chosen: the logits hold NaN or infinity, or every token is excluded"
-
-
-class DeviceStep:
-    """A step that has been launched."""
-
-    def __init__(self, plan: StepPlan, errors: dict[int, str], clock: StepClock) -> None:
-        self._plan = plan
-        self._errors = errors
-        self._clock = clock
-        self._sampled: list[Segment] = []
-        self._token_ids: torch.Tensor | None = None
-        self._special: SpecialRows | None = None
-
-    def answer(self, sampled: list[Segment], token_ids: torch.Tensor, special: SpecialRows | None) -> None:
-        """token_ids: [at least one per segment] int32 in host memory, complete when the clock has stopped."""
-        self._sampled, self._token_ids, self._special = sampled, token_ids, special
-
-    def result(self) -> StepResult:
-        """Wait for the device and read what was sampled. Touches nothing of later steps."""
-        compute_ns = self._clock.wait()
-        by_row = {row: SampledToken(row, -1, error=error) for row, error in self._errors.items()}
-        if self._token_ids is not None:
-            # Members of a batch beyond the segments are padding.
-            for segment, token_id in zip(self._sampled, self._token_ids.tolist(), strict=False):
-                error = "" if token_id >= 0 else _NOTHING_TO_CHOOSE
-                by_row[segment.row] = SampledToken(segment.row, token_id, error=error)
-        if self._special is not None:
-            for index, logprobs in zip(self._special.indices, self._special.output.logprobs, strict=True):
-                token = by_row[self._sampled[index].row]
-                if logprobs is not None and not token.error:
-                    by_row[token.row] = SampledToken(token.row, token.token_id, logprobs[0], logprobs[1])
-        sampled = [by_row[segment.row] for segment in self._plan.segments if segment.row in by_row]
-        return StepResult(self._plan.step_id, sampled, compute_ns)
-
-
-class StepClock:
-    """Marks a step's begin and end on the device's stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._started_ns = time.perf_counter_ns()
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            self._events = (_event(), _event())
-            self._events[0].record()
-
-    def stop(self) -> None:
-        """The step's work has been enqueued."""
-        if self._events is not None:
-            self._events[1].record()
-
-    def wait(self) -> int:
-        """Wait until the device has passed the end. Returns the nanoseconds between the two marks."""
-        if self._events is None:
-            return time.perf_counter_ns() - self._started_ns
-        begin, end = self._events
-        end.synchronize()
-        return max(1, int(begin.elapsed_time(end) * 1e6))
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+from common.worker.step_plan import AddRow, Segment, StepPlan, StepResult
 
 
 class DeviceRunner:
@@ -111,6 +49,15 @@ class DeviceRunner:
         self._row_tables = torch.zeros((max_rows + 1, self._columns), dtype=torch.int32, device=decoder.device)
         sizes = batch_sizes(max_rows) if graph_sizes is None else graph_sizes
         self._graphs = DecodeGraphs(decoder, storage, self._sampler, self._row_tables, sizes) if sizes else None
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Run the largest step and the smallest, in blocks that nobody uses yet, to compile kernels and take memory."""
+        shape, context_length = self._shape, self._decoder.config.context_length
+        for num_tokens in (min(max_tokens, shape.num_blocks * shape.block_size, context_length), 1):
+            blocks = list(range(-(-num_tokens // shape.block_size)))
+            self.add_row(AddRow(0, SamplingParams(max_tokens=1, seed=0), [0], []))
+            self.run(StepPlan(0, [Segment(0, [0] * num_tokens, 0, blocks, True, 0)]))
+            self.remove_row(0)
 
     def add_row(self, message: AddRow) -> None:
         """Give the row to a sequence and rebuild its sampling state."""

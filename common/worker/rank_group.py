@@ -175,9 +175,19 @@ class RankGroup:
         """Send a message about an operation that is open already; its reply arrives at that operation."""
         self._ranks[rank].kv.send(message)
 
+    def lose(self, reason: str) -> None:
+        """The group is of no use any more: every call and wait raises `Unavailable`. The first reason stays."""
+        if self._lost.done():
+            return
+        self._lost.set_result(reason)
+        self._results.put_nowait(None)
+        for rank in self._ranks:
+            for operation in rank.operations.values():
+                operation.lose(reason)
+
     async def stop(self, grace_s: float) -> None:
         """Close the channels, which ends the ranks, and kill what is left after `grace_s` seconds. Idempotent."""
-        self._lose("the worker is stopping")
+        self.lose("the worker is stopping")
         for task in self._readers:
             task.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
@@ -210,9 +220,9 @@ class RankGroup:
             if isinstance(message, StepResult):
                 self._results.put_nowait(message)
             elif isinstance(message, RankFailed):
-                self._lose(f"rank {index} failed: {message.kind}: {message.detail}")
+                self.lose(f"rank {index} failed: {message.kind}: {message.detail}")
                 return
-        self._lose(f"rank {index} (process {rank.process.pid}) died")
+        self.lose(f"rank {index} (process {rank.process.pid}) died")
 
     async def _read_kv(self, index: int, rank: _Rank) -> None:
         while (frame := await rank.kv.receive()) is not None:
@@ -220,16 +230,7 @@ class RankGroup:
             operation = rank.operations.get(message.op_id)
             if operation is not None:
                 operation.deliver(message)
-        self._lose(f"rank {index} (process {rank.process.pid}) closed its KV channel")
-
-    def _lose(self, reason: str) -> None:
-        if self._lost.done():
-            return
-        self._lost.set_result(reason)
-        self._results.put_nowait(None)
-        for rank in self._ranks:
-            for operation in rank.operations.values():
-                operation.lose(reason)
+        self.lose(f"rank {index} (process {rank.process.pid}) closed its KV channel")
 
 
 async def _spawn(module: str) -> _Rank:

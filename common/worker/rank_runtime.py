@@ -55,15 +55,23 @@ def build_runtime(start: StartRank) -> RankRuntime:
         dtype=dtype,
         device=device,
     )
-    runner = _runner(decoder, storage, start.max_rows)
+    runner = _device_runner(decoder, storage, start) if device.type == "cuda" else _runner(decoder, storage, start)
     return RankRuntime(device, runner, storage, model.fingerprint, decoder.num_parameters)
 
 
-def _runner(decoder: Decoder, storage: KVStorage, max_rows: int) -> Runner:
-    if decoder.device.type == "cuda":
-        return cast(Runner, importlib.import_module(_DEVICE_RUNNER).DeviceRunner(decoder, storage, max_rows))
-    sampler = BatchSampler(decoder.config.vocab_size, max_rows, decoder.device)
-    return ModelRunner(decoder, storage, sampler, max_rows)
+def _runner(decoder: Decoder, storage: KVStorage, start: StartRank) -> Runner:
+    sampler = BatchSampler(decoder.config.vocab_size, start.max_rows, decoder.device)
+    return ModelRunner(decoder, storage, sampler, start.max_rows)
+
+
+def _device_runner(decoder: Decoder, storage: KVStorage, start: StartRank) -> Runner:
+    """Whose steps have at most a token per row decodes: its steps are captured. Others are run once, to compile."""
+    module = importlib.import_module(_DEVICE_RUNNER)
+    if start.max_step_tokens <= start.max_rows:
+        return cast(Runner, module.DeviceRunner(decoder, storage, start.max_rows))
+    runner = module.DeviceRunner(decoder, storage, start.max_rows, graph_sizes=())
+    runner.warm_up(start.max_step_tokens)
+    return cast(Runner, runner)
 
 
 def _device(start: StartRank) -> torch.device:

@@ -7,6 +7,7 @@ the loop. Knows neither gRPC nor transports.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from common.errors import Unavailable
 from common.telemetry.counters import Counters
 from common.worker.rank_group import RankGroup
+from common.worker.step_watchdog import StepWatchdog
 from services.decode.request import BlocksReserved, End, SequenceEnded, TokenSampled
 from services.decode.scheduler import DecodeScheduler
 from services.decode.sessions import Sessions
@@ -33,7 +35,8 @@ END_COUNTERS = {
 class DecodeEngine:
     """Runs the scheduler's plans on whatever rank group stands.
 
-    `on_ticket` hears of blocks that were reserved and of sequences that are gone; `on_change` of any change at all.
+    A group that does not answer a step within `step_timeout_s` counts as lost. `on_ticket` hears of blocks that were
+    reserved and of sequences that are gone; `on_change` of any change at all.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class DecodeEngine:
         scheduler: DecodeScheduler,
         sessions: Sessions,
         counters: Counters,
+        step_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
@@ -49,6 +53,7 @@ class DecodeEngine:
         self.clock = clock
         self._sessions = sessions
         self._counters = counters
+        self._step_timeout_s = step_timeout_s
         self._group: RankGroup | None = None
         self._group_changed = asyncio.Event()
         self._work = asyncio.Event()
@@ -91,11 +96,16 @@ class DecodeEngine:
             self._idle.clear()
         self.on_change()
 
-    async def wait_idle(self) -> None:
-        """Wait until no sequence is open."""
-        if self.scheduler.num_open:
-            self._idle.clear()
-            await self._idle.wait()
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no sequence is open; False if some are when the time is up."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.scheduler.num_open:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def run(self) -> None:
         """Step and expire until cancelled."""
@@ -110,20 +120,25 @@ class DecodeEngine:
             group = self._group
             if group is None:
                 continue
+            watchdog = StepWatchdog(group, self._step_timeout_s)
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._take_results(group))
-                    tasks.create_task(self._submit_plans(group))
-            except* Unavailable:
-                pass  # the supervisor calls on_lost, if it has not
+                    submitting = tasks.create_task(self._submit_plans(group, watchdog))
+                    # Caught here and not around the group, which would swallow a cancellation that comes with it.
+                    with contextlib.suppress(Unavailable):  # the supervisor calls on_lost, if it has not
+                        await self._take_results(group, watchdog)
+                    submitting.cancel()
+            finally:
+                watchdog.stop()
 
-    async def _submit_plans(self, group: RankGroup) -> None:
+    async def _submit_plans(self, group: RankGroup, watchdog: StepWatchdog) -> None:
         while self._group is group:
             plan = self.scheduler.plan(self.clock())
             for message in plan.messages:
                 group.submit(message)
             if plan.step is not None:
                 group.submit(plan.step)
+                watchdog.submitted()
                 self._counters.inc("steps")
                 self._counters.inc("step_rows", len(plan.step.segments))
                 self._work.set()  # there may be room for one more
@@ -136,9 +151,10 @@ class DecodeEngine:
         if self.scheduler.has_events:
             self.settle()
 
-    async def _take_results(self, group: RankGroup) -> None:
+    async def _take_results(self, group: RankGroup, watchdog: StepWatchdog) -> None:
         while self._group is group:
             result = await group.next_result()
+            watchdog.answered()
             if self._group is not group:
                 return
             self._counters.inc("tokens_discarded", self.scheduler.complete(result, self.clock()))

@@ -22,6 +22,7 @@ import torch
 
 from common.errors import BatonError, Cancelled, InternalError
 from common.transport.base import CancelOutcome, Connection, PostedReceive
+from common.worker.kv_replies import described, transport_stats_reply
 from common.worker.rank_messages import (
     CancelDone,
     CancelReceive,
@@ -31,7 +32,6 @@ from common.worker.rank_messages import (
     ReceiveDone,
     ReceivePosted,
     SlotDrained,
-    TransportStatsReply,
 )
 from common.worker.rank_process import KVContext
 
@@ -73,7 +73,7 @@ class KVReceiver:
         elif isinstance(message, CancelReceive):
             self._start(self._cancel(message))
         elif isinstance(message, GetTransportStats):
-            self._reply_stats(message.op_id)
+            self._reply(transport_stats_reply(message.op_id, self._endpoint.stats()))
         else:
             _log.error("a decode rank was sent %s", type(message).__name__)
 
@@ -101,7 +101,7 @@ class KVReceiver:
             await self._post(operation)
         except (BatonError, ValueError) as error:
             del self._operations[message.op_id]
-            self._reply(ReceivePosted(message.op_id, *_described(error)))
+            self._reply(ReceivePosted(message.op_id, *described(error)))
             return
         posted = operation.posted
         assert posted is not None
@@ -118,7 +118,7 @@ class KVReceiver:
             return  # _cancel answers
         except (BatonError, RuntimeError) as error:
             # The operation stays: the front cancels it to learn about the slot.
-            self._reply(ReceiveDone(message.op_id, arrived_ns - start_ns, 0, *_described(error)))
+            self._reply(ReceiveDone(message.op_id, arrived_ns - start_ns, 0, *described(error)))
             return
         if not operation.cancelled:
             del self._operations[message.op_id]
@@ -168,22 +168,3 @@ class KVReceiver:
             await operation.connection.close()
             await operation.connection.drained()
             self._reply(SlotDrained(message.op_id))
-
-    def _reply_stats(self, op_id: int) -> None:
-        stats = self._endpoint.stats()
-        self._reply(
-            TransportStatsReply(
-                op_id,
-                stats.bytes_sent,
-                stats.bytes_received,
-                stats.messages_sent,
-                stats.messages_received,
-                stats.stale_messages,
-                stats.connections,
-            )
-        )
-
-
-def _described(error: Exception) -> tuple[str, str]:
-    kind = type(error).__name__ if isinstance(error, BatonError) else "InternalError"
-    return kind, str(error)

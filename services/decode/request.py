@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from common.kvcache.kv_cache_manager import SequenceBlocks
 from common.worker.sequence import SequenceRequest
+from common.worker.step_plan import AddRow
 
 Key = tuple[str, int]  # (session, sequence id): sequence ids are unique within a router process only
 
@@ -77,6 +78,19 @@ class DecodeSequence:
         """Tokens that may be sampled here: the first came from prefill, others perhaps from other workers."""
         return self.request.sampling.max_tokens - self.request.num_output_tokens - 1
 
+    def add_row(self) -> AddRow:
+        """The message that gives the sequence its row on the ranks."""
+        num_prompt = self.request.num_prompt_tokens
+        return AddRow(self.row, self.request.sampling, self.token_ids[:num_prompt], self.token_ids[num_prompt:])
+
+    def ended(self, end: End, finish_reason: int, error: str) -> SequenceEnded:
+        """The last event of the sequence."""
+        queue_s = self.first_step_s - self.joined_s if self.first_step_s else 0.0
+        decode_s = self.last_token_s - self.first_step_s
+        return SequenceEnded(
+            self.key, self.ticket_id, end, finish_reason, error, round(queue_s * 1e9), round(decode_s * 1e9)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TokenSampled:
@@ -110,3 +124,8 @@ class BlocksReserved:
 
 
 Event = TokenSampled | SequenceEnded | BlocksReserved
+
+
+def blocks_of(seq: DecodeSequence, first_block: int, num_blocks: int) -> Sequence[int]:
+    """Ids of a run of a sequence's blocks."""
+    return seq.blocks.block_ids[first_block : first_block + num_blocks]

@@ -16,80 +16,51 @@ prefill worker; the oldest never does, so it finishes.
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from common.errors import FailedPrecondition, InternalError, InvalidArgument, ResourceExhausted
-from common.kvcache.block_hash import hash_block, hash_blocks, root_hash, tenant_salt
+from common.errors import FailedPrecondition, InternalError
 from common.kvcache.kv_cache_manager import KVCacheManager, KVCacheStats
 from common.worker.sequence import SequenceRequest
-from common.worker.step_plan import AddRow, RemoveRow, SampledToken, Segment, StepPlan, StepResult
+from common.worker.step_plan import AddRow, RemoveRow, SampledToken, StepResult
+from services.decode.block_ledger import BlockLedger
+from services.decode.open_sequences import OpenSequences
+from services.decode.plans import Plan, PlansInFlight
 from services.decode.request import (
     BlocksReserved,
     DecodeSequence,
     End,
     Event,
     Key,
-    SequenceEnded,
     SequenceState,
     TokenSampled,
 )
+from services.decode.row_table import RowTable
+from services.decode.victims import idlest, youngest
 
-MAX_PLANS_IN_FLIGHT = 2
 _State = SequenceState
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to tell the ranks, in order: rows that change hands, then at most one step."""
-
-    messages: list[AddRow | RemoveRow]
-    step: StepPlan | None
-
-
-@dataclass(frozen=True, slots=True)
-class _PlannedRow:
-    seq: DecodeSequence
-    output_index: int
 
 
 class DecodeScheduler:
     """Owner of rows, blocks and sequences. `max_open` bounds the sequences in all states together."""
 
     def __init__(
-        self,
-        make_kv: Callable[[], KVCacheManager],
-        max_rows: int,
-        max_open: int,
-        model_digest: bytes,
+        self, make_kv: Callable[[], KVCacheManager], max_rows: int, max_open: int, model_digest: bytes
     ) -> None:
-        self._make_kv = make_kv
-        self._kv = make_kv()
-        self._max_rows = max_rows
-        self._max_open = max_open
-        self._model_digest = model_digest
-        self._sequences: dict[Key, DecodeSequence] = {}
-        self._by_ticket: dict[int, DecodeSequence] = {}
+        self._blocks = BlockLedger(make_kv, model_digest)
+        self._open = OpenSequences(max_open)
         self._waiting: dict[int, DecodeSequence] = {}  # for blocks, by serial, first come first served
         self._ready: dict[int, DecodeSequence] = {}  # for a row, by serial, in order of join
-        self._rows: dict[int, DecodeSequence] = {}
-        self._free_rows = list(range(max_rows - 1, -1, -1))
-        self._leaving_rows: list[int] = []
-        self._dying: set[DecodeSequence] = set()  # gone, but still held
-        self._in_flight: deque[tuple[int, list[_PlannedRow]]] = deque()
-        self._deadlines: list[tuple[float, int, DecodeSequence]] = []
+        self._rows = RowTable(max_rows)
+        self._in_flight = PlansInFlight()
         self._events: list[Event] = []
         self._next_serial = 0
-        self._next_step_id = 0
 
     # What is asked
 
     @property
     def num_open(self) -> int:
         """Sequences in all states."""
-        return len(self._sequences)
+        return len(self._open)
 
     @property
     def num_running(self) -> int:
@@ -106,20 +77,19 @@ class DecodeScheduler:
     @property
     def next_deadline_s(self) -> float | None:
         """The earliest deadline of all sequences."""
-        while self._deadlines and self._deadlines[0][2].state is _State.GONE:
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        seq = self._open.first_to_expire()
+        return None if seq is None else seq.request.deadline_s
 
     @property
     def has_events(self) -> bool:
         return bool(self._events)
 
     def kv_stats(self) -> KVCacheStats:
-        return self._kv.stats()
+        return self._blocks.stats()
 
     def find_ticket(self, ticket_id: int) -> DecodeSequence | None:
         """The sequence of a ticket, unless it is gone."""
-        return self._by_ticket.get(ticket_id)
+        return self._open.find_ticket(ticket_id)
 
     def take_events(self) -> list[Event]:
         """What happened since the last call, in order."""
@@ -130,15 +100,9 @@ class DecodeScheduler:
 
     def open(self, session_id: str, request: SequenceRequest, ticket_id: int) -> DecodeSequence:
         """Register a sequence and hold what is cached of it (`blocks.num_cached_blocks`) until it is gone."""
-        if (session_id, request.sequence_id) in self._sequences or ticket_id in self._by_ticket:
-            raise InvalidArgument("sequence.sequence_id", request.sequence_id, "is open already")
-        if len(self._sequences) >= self._max_open:
-            raise ResourceExhausted(f"{self._max_open} sequences are open on this worker")
-        self._check_fits(request)
-        block_size = self._kv.block_size
-        num_tokens = len(request.token_ids)
-        hashes = hash_blocks(request.token_ids, block_size, tenant_salt(request.tenant, self._model_digest))
-        blocks = self._kv.admit(hashes, max_cached_blocks=(num_tokens - 1) // block_size)
+        self._open.check_new((session_id, request.sequence_id), ticket_id)
+        self._blocks.check_fits(request)
+        blocks, hashes = self._blocks.admit(request)
         seq = DecodeSequence(
             session_id=session_id,
             request=request,
@@ -146,19 +110,17 @@ class DecodeScheduler:
             serial=self._next_serial,
             blocks=blocks,
             hashes=hashes,
-            num_handoff_blocks=-(-num_tokens // block_size),
+            num_handoff_blocks=-(-len(request.token_ids) // self._blocks.block_size),
             token_ids=list(request.token_ids),
             num_verified=blocks.num_cached_blocks,
         )
         self._next_serial += 1
-        self._sequences[seq.key] = seq
-        self._by_ticket[ticket_id] = seq
-        self._watch_deadline(seq)
+        self._open.add(seq)
         return seq
 
     def close(self, key: Key) -> bool:
         """Let go of a sequence on its owner's word. False if it is not open."""
-        seq = self._sequences.get(key)
+        seq = self._open.find(key)
         if seq is None:
             return False
         self._end(seq, End.CLOSED)
@@ -167,7 +129,7 @@ class DecodeScheduler:
 
     def close_session(self, session_id: str, end: End = End.CLOSED) -> None:
         """Let go of all sequences of a router process."""
-        for seq in [seq for seq in self._sequences.values() if seq.session_id == session_id]:
+        for seq in self._open.of_session(session_id):
             self._end(seq, end)
         self._grant_waiting()
 
@@ -179,19 +141,17 @@ class DecodeScheduler:
 
     def expire(self, now_s: float) -> None:
         """End every sequence whose deadline has passed."""
-        while (deadline_s := self.next_deadline_s) is not None and deadline_s <= now_s:
-            self._end(self._deadlines[0][2], End.DEADLINE)
+        while (seq := self._open.first_to_expire()) is not None and seq.request.deadline_s <= now_s:
+            self._end(seq, End.DEADLINE)
         self._grant_waiting()
 
     def lose_all(self) -> None:
         """The ranks are gone and with them every block's content: end all sequences, forget the cache."""
-        for seq in list(self._sequences.values()):
+        for seq in list(self._open.all):
             self._end(seq, End.LOST)
-        self._kv = self._make_kv()
-        self._dying.clear()
-        self._in_flight.clear()
-        self._leaving_rows.clear()
-        self._free_rows = list(range(self._max_rows - 1, -1, -1))
+        self._blocks.forget_all()
+        self._in_flight.forget_all()
+        self._rows.reset()
 
     # The hand-off
 
@@ -204,22 +164,17 @@ class DecodeScheduler:
 
     def hold(self, seq: DecodeSequence) -> None:
         """A transfer may write to the sequence's blocks from now on."""
-        seq.num_holds += 1
+        self._blocks.hold(seq)
 
     def release_hold(self, seq: DecodeSequence) -> None:
         """A transfer can write no more."""
-        self._drop_hold(seq)
+        self._blocks.drop_hold(seq)
         self._grant_waiting()
 
     def verify(self, seq: DecodeSequence, first_block: int, num_blocks: int) -> None:
         """Blocks of a hand-off are in place; a leading run of them is offered to the prefix cache at once."""
-        if seq.state is not _State.RECEIVING:
-            return
-        seq.verified.update(range(first_block, first_block + num_blocks))
-        while seq.num_verified in seq.verified:
-            seq.verified.remove(seq.num_verified)
-            seq.num_verified += 1
-        self._kv.commit(seq.blocks, seq.hashes, min(seq.num_verified, len(seq.hashes)))
+        if seq.state is _State.RECEIVING:
+            self._blocks.commit_verified(seq, first_block, num_blocks)
 
     def join(self, seq: DecodeSequence, first_token_id: int, now_s: float) -> None:
         """Everything is in place: the sequence decodes when a row is free."""
@@ -231,8 +186,7 @@ class DecodeScheduler:
         seq.joined_s = now_s
         seq.state = _State.READY
         self._ready[seq.serial] = seq
-        reason = seq.request.finish_reason(first_token_id, seq.request.num_output_tokens)
-        if reason:
+        if reason := seq.request.finish_reason(first_token_id, seq.request.num_output_tokens):
             self._end(seq, End.FINISHED, finish_reason=reason)
             self._grant_waiting()
 
@@ -240,127 +194,72 @@ class DecodeScheduler:
 
     def plan(self, now_s: float) -> Plan:
         """The next step, if there is anything to compute and fewer than two plans are in flight."""
-        messages: list[AddRow | RemoveRow] = [RemoveRow(row) for row in self._leaving_rows]
-        self._free_rows += self._leaving_rows
-        self._leaving_rows.clear()
-        if len(self._in_flight) >= MAX_PLANS_IN_FLIGHT:
+        messages: list[AddRow | RemoveRow] = [*self._rows.recycle()]
+        if self._in_flight.is_full:
             return Plan(messages, None)
-        while self._ready and self._free_rows:
+        while self._ready and self._rows.has_free:
             messages.append(self._give_row(self._ready.pop(next(iter(self._ready))), now_s))
-        planned: list[_PlannedRow] = []
-        segments: list[Segment] = []
-        for seq in sorted(self._rows.values(), key=lambda seq: seq.serial):
+        planned: list[DecodeSequence] = []
+        for seq in sorted(self._rows.sequences, key=lambda seq: seq.serial):
             # A sequence may have given way to an older one just now.
             if seq.state is _State.RUNNING and seq.num_planned < seq.max_steps and self._grow(seq):
-                planned.append(_PlannedRow(seq, seq.request.num_output_tokens + 1 + seq.num_planned))
-                segments.append(self._segment(seq, planned[-1].output_index))
+                self._blocks.hold(seq)
+                planned.append(seq)
         self._grant_waiting()
-        if not segments:
-            return Plan(messages, None)
-        step = StepPlan(self._next_step_id, segments)
-        self._next_step_id += 1
-        self._in_flight.append((step.step_id, planned))
-        return Plan(messages, step)
+        return Plan(messages, self._in_flight.submit(planned) if planned else None)
 
     def complete(self, result: StepResult, now_s: float) -> int:
         """Take a plan's tokens, in order of plans. Returns how many were discarded."""
-        step_id, planned = self._in_flight.popleft()
-        if step_id != result.step_id or len(planned) != len(result.sampled):
-            raise InternalError(
-                f"step {result.step_id} answered {len(result.sampled)} rows, step {step_id} asked {len(planned)}"
-            )
         num_discarded = 0
-        for row, sampled in zip(planned, result.sampled, strict=True):
-            self._drop_hold(row.seq)
-            if row.seq.state is _State.GONE:
+        for seq, output_index, sampled in self._in_flight.take(result):
+            self._blocks.drop_hold(seq)
+            if seq.state is _State.GONE:
                 num_discarded += 1
             elif sampled.error:
-                self._end(row.seq, End.FAILED, error=sampled.error)
+                self._end(seq, End.FAILED, error=sampled.error)
             else:
-                self._take_token(row.seq, row.output_index, sampled, now_s)
+                self._take_token(seq, output_index, sampled, now_s)
         self._grant_waiting()
         return num_discarded
 
     def check_integrity(self) -> None:
         """Verify blocks, rows and queues from scratch. Raises `InternalError`."""
-        self._kv.check_integrity()
-        used_rows = [*self._rows, *self._free_rows, *self._leaving_rows]
-        if sorted(used_rows) != list(range(self._max_rows)):
-            raise InternalError("a row is used twice or not at all")
-        states = {_State.OPEN: self._waiting, _State.READY: self._ready, _State.RUNNING: self._rows}
+        self._blocks.check_integrity()
+        self._rows.check_integrity()
+        self._open.check_integrity()
+        states = {
+            _State.OPEN: self._waiting.values(),
+            _State.READY: self._ready.values(),
+            _State.RUNNING: self._rows.sequences,
+        }
         for state, members in states.items():
-            if any(seq.state is not state for seq in members.values()):
+            if any(seq.state is not state for seq in members):
                 raise InternalError(f"a sequence is wrongly listed as {state.name}")
-        if {id(seq) for seq in self._sequences.values()} != {id(seq) for seq in self._by_ticket.values()}:
-            raise InternalError("sequences and tickets differ")
-        if any(seq.state is not _State.GONE or seq.num_holds == 0 for seq in self._dying):
-            raise InternalError("a sequence that is not held waits for its last hold")
 
     # Inside
 
-    def _check_fits(self, request: SequenceRequest) -> None:
-        """Alone in the pool, the sequence must be able to reach its last step (whose token needs no block)."""
-        num_tokens = self._kv.num_blocks * self._kv.block_size + 1
-        limit = num_tokens - request.num_prompt_tokens
-        if limit < 1:
-            shown = len(request.token_ids)
-            raise InvalidArgument("sequence.token_ids", shown, f"at most {num_tokens - 1} tokens fit into the KV cache")
-        if request.sampling.max_tokens > limit:
-            raise InvalidArgument(
-                "sampling.max_tokens", request.sampling.max_tokens, f"at most {limit}: the KV cache holds no more"
-            )
-
-    def _watch_deadline(self, seq: DecodeSequence) -> None:
-        if len(self._deadlines) > 2 * self._max_open:  # most are of sequences that are gone
-            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not _State.GONE]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (seq.request.deadline_s, seq.serial, seq))
-
     def _give_row(self, seq: DecodeSequence, now_s: float) -> AddRow:
-        seq.row = self._free_rows.pop()
+        self._rows.give(seq)
         seq.state = _State.RUNNING
         seq.first_step_s = seq.last_token_s = now_s
-        self._rows[seq.row] = seq
-        num_prompt = seq.request.num_prompt_tokens
-        return AddRow(seq.row, seq.request.sampling, seq.token_ids[:num_prompt], seq.token_ids[num_prompt:])
-
-    def _segment(self, seq: DecodeSequence, output_index: int) -> Segment:
-        new_block_ids = seq.blocks.block_ids[seq.num_blocks_sent :]
-        seq.num_blocks_sent = len(seq.blocks.block_ids)
-        position = seq.num_handoff_tokens + seq.num_planned
-        seq.num_planned += 1
-        seq.num_holds += 1
-        return Segment(seq.row, None, position, new_block_ids, True, output_index)
+        return seq.add_row()
 
     def _grow(self, seq: DecodeSequence) -> bool:
         """See to a block for the next token's KV. False: the sequence sits this step out, or had to leave."""
         position = seq.num_handoff_tokens + seq.num_planned
-        num_blocks = position // self._kv.block_size + 1
-        while not self._kv.extend(seq.blocks, num_blocks):
+        num_blocks = position // self._blocks.block_size + 1
+        while not self._blocks.extend(seq, num_blocks):
             # Blocks of those that are gone come back within a step: no need for another victim.
-            if self._dying or not self._make_room(seq):
+            if self._blocks.has_dying or not self._make_room(seq):
                 return False
         return True
 
     def _make_room(self, seq: DecodeSequence) -> bool:
         """Preempt one sequence in favour of `seq`. False if it had to be `seq` itself."""
-        decoding = [*self._rows.values(), *self._ready.values()]
-        victim = max(decoding, key=lambda other: other.serial)
-        if victim is seq and len(decoding) == 1:
-            victim = self._idlest(seq)
+        decoding = [*self._rows.sequences, *self._ready.values()]
+        victim = youngest(decoding) if len(decoding) > 1 else idlest(seq, self._open.all)
         self._end(victim, End.PREEMPTED)
         return victim is not seq
-
-    def _idlest(self, seq: DecodeSequence) -> DecodeSequence:
-        """The youngest that only holds cached blocks, else the youngest that is receiving."""
-        for state in (_State.OPEN, _State.RECEIVING):
-            others = [other for other in self._sequences.values() if other.state is state and other.blocks.block_ids]
-            if others := [other for other in others if other is not seq]:
-                return max(others, key=lambda other: other.serial)
-        # It received blocks that another had at the same time, and holds those too (see KVCacheManager). When it
-        # comes back, it finds them in the cache.
-        assert seq.blocks.anchors, "a sequence that fits alone has no block, and nobody else holds any"
-        return seq
 
     def _take_token(self, seq: DecodeSequence, output_index: int, sampled: SampledToken, now_s: float) -> None:
         seq.num_stepped += 1
@@ -368,81 +267,33 @@ class DecodeScheduler:
         seq.last_token_s = now_s
         top_logprobs = sampled.top_logprobs or []
         self._events.append(TokenSampled(seq.key, output_index, sampled.token_id, sampled.logprob, top_logprobs))
-        reason = seq.request.finish_reason(sampled.token_id, output_index)
-        if reason:
+        if reason := seq.request.finish_reason(sampled.token_id, output_index):
             self._end(seq, End.FINISHED, finish_reason=reason)
 
     def _end(self, seq: DecodeSequence, end: End, finish_reason: int = 0, error: str = "") -> None:
         """The one way out of every state."""
         assert seq.state is not _State.GONE
         if seq.state in (_State.READY, _State.RUNNING) and end not in (End.FAILED, End.LOST):
-            self._commit_all(seq)
+            self._blocks.commit_all(seq)
         if seq.state is _State.RUNNING:
-            del self._rows[seq.row]
-            self._leaving_rows.append(seq.row)
+            self._rows.leave(seq)
         self._waiting.pop(seq.serial, None)
         self._ready.pop(seq.serial, None)
-        del self._sequences[seq.key]
-        del self._by_ticket[seq.ticket_id]
+        self._open.remove(seq)
         seq.state = _State.GONE
-        queue_s = seq.first_step_s - seq.joined_s if seq.first_step_s else 0.0
-        decode_s = seq.last_token_s - seq.first_step_s
-        self._events.append(
-            SequenceEnded(
-                seq.key, seq.ticket_id, end, finish_reason, error, round(queue_s * 1e9), round(decode_s * 1e9)
-            )
-        )
-        if seq.num_holds:
-            self._dying.add(seq)
-        else:
-            self._kv.release(seq.blocks)
-
-    def _commit_all(self, seq: DecodeSequence) -> None:
-        """Offer every full block to the prefix cache: a next turn, or the sequence itself, may come back to it.
-
-        A plan in flight writes behind these blocks only.
-        """
-        block_size = self._kv.block_size
-        num_full = (seq.num_handoff_tokens + seq.num_stepped) // block_size
-        parent = seq.hashes[-1] if seq.hashes else root_hash(tenant_salt(seq.request.tenant, self._model_digest))
-        for index in range(len(seq.hashes), num_full):
-            parent = hash_block(parent, seq.token_ids[index * block_size : (index + 1) * block_size])
-            seq.hashes.append(parent)
-        self._kv.commit(seq.blocks, seq.hashes, num_full)
-
-    def _drop_hold(self, seq: DecodeSequence) -> None:
-        seq.num_holds -= 1
-        assert seq.num_holds >= 0
-        if seq.num_holds == 0 and seq in self._dying:  # not in it if the ranks were lost since
-            self._dying.remove(seq)
-            self._kv.release(seq.blocks)
+        self._events.append(seq.ended(end, finish_reason, error))
+        self._blocks.release(seq)
 
     def _grant_waiting(self) -> None:
         """Give blocks to those that wait for them, in order. Called whenever blocks may have come free."""
         while self._waiting:
             seq = next(iter(self._waiting.values()))
-            if self._take_blocks(seq):
+            if self._blocks.fill_handoff(seq, self._open.num_active):
                 del self._waiting[seq.serial]
                 seq.state = _State.RECEIVING
                 self._events.append(BlocksReserved(seq.ticket_id))
-            elif self._num_active or self._dying:
+            elif self._open.num_active or self._blocks.has_dying:
                 return  # they finish, and then there are blocks
             else:
-                self._end(self._idlest(seq), End.PREEMPTED)  # only cached blocks held by open sequences are in the way
-
-    @property
-    def _num_active(self) -> int:
-        """Sequences that hold all their blocks and will need more."""
-        return len(self._sequences) - sum(1 for seq in self._sequences.values() if seq.state is _State.OPEN)
-
-    def _take_blocks(self, seq: DecodeSequence) -> bool:
-        """Leaves a block for each active sequence to grow into: a newcomer must not force a preemption at once."""
-        num_new = seq.num_handoff_blocks - len(seq.blocks.block_ids)
-        if num_new + self._num_active > self._kv.num_available:
-            return False
-        return self._kv.extend(seq.blocks, seq.num_handoff_blocks)
-
-
-def blocks_of(seq: DecodeSequence, first_block: int, num_blocks: int) -> Sequence[int]:
-    """Ids of a run of a sequence's blocks."""
-    return seq.blocks.block_ids[first_block : first_block + num_blocks]
+                # Only cached blocks that open sequences hold are in the way.
+                self._end(idlest(seq, self._open.all), End.PREEMPTED)

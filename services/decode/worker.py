@@ -6,29 +6,28 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from baton.v1 import decode_pb2, kv_pb2, worker_pb2
 
 from common.errors import InvalidArgument, Unavailable
 from common.kvcache.kv_cache_manager import KVCacheManager
-from common.kvcache.layout import heads_of_rank
-from common.telemetry.counters import Counters
 from common.worker.rank_group import RankGroup
-from common.worker.rank_messages import GetTransportStats, StartRank, TransportStatsReply
+from common.worker.rank_messages import GetTransportStats, TransportStatsReply
 from common.worker.sequence import SequenceLimits, SequenceRequest
 from common.worker.supervisor import RankSupervisor
+from common.worker.worker_front import StartGroup, WorkerFront
 from common.worker.worker_model import WorkerModel
 from services.decode.config import DecodeConfig
 from services.decode.engine import DecodeEngine
-from services.decode.handoff import Handoffs, HandoffSetup, Write
+from services.decode.handoff import Handoffs
+from services.decode.handoff_context import HandoffContext, HandoffSetup
+from services.decode.handoff_stream import Write
 from services.decode.request import End
 from services.decode.scheduler import DecodeScheduler
 from services.decode.sessions import Sessions
 
 _log = logging.getLogger(__name__)
-RANK_MODULE = "services.decode.rank"
 _REFRESH_TIMEOUT_S = 0.25
 
 COUNTERS = {
@@ -62,18 +61,21 @@ COUNTERS = {
 }
 
 
-class DecodeWorker:
-    """Use `run` for its life. `on_change` is told whenever the status may have changed."""
+class DecodeWorker(WorkerFront[DecodeConfig]):
+    """See `WorkerFront`."""
 
-    def __init__(self, config: DecodeConfig, model: WorkerModel, on_change: Callable[[], None]) -> None:
-        self.config = config
-        self.model = model
-        self.incarnation = secrets.token_hex(8)
+    role = worker_pb2.WORKER_ROLE_DECODE
+    rank_module = "services.decode.rank"
+
+    def __init__(
+        self,
+        config: DecodeConfig,
+        model: WorkerModel,
+        on_change: Callable[[], None],
+        start_ranks: StartGroup = RankGroup.start,
+    ) -> None:
+        super().__init__(config, model, COUNTERS, on_change, start_ranks)
         self.advertise = config.advertise or config.listen
-        self.counters = Counters(COUNTERS)
-        self.counters.set_gauges(self._gauges)
-        self.draining = False
-        self.num_blocks = _num_blocks(config, model)
         self.scheduler = DecodeScheduler(
             lambda: KVCacheManager(self.num_blocks, config.block_size, config.prefix_cache),
             config.max_rows,
@@ -81,36 +83,43 @@ class DecodeWorker:
             model.digest,
         )
         self.sessions = Sessions(max_pending=4 * config.max_open)
-        self.engine = DecodeEngine(self.scheduler, self.sessions, self.counters)
+        self.engine = DecodeEngine(self.scheduler, self.sessions, self.counters, config.step_timeout_s)
         self.engine.on_change = on_change
-        self.handoffs = Handoffs(self.engine, _handoff_setup(config, model), self.counters)
-        self._on_change = on_change
+        self.handoff_context = HandoffContext(self.engine, _handoff_setup(config, model), self.counters)
+        self.handoffs = Handoffs(self.handoff_context)
         self._limits = SequenceLimits(model.config.vocab_size, model.config.context_length)
         self._group: RankGroup | None = None
-        self._num_starts = 0
         self._transport_totals: dict[int, TransportStatsReply] = {}
         self._is_refreshing = False
 
     @property
-    def is_ready(self) -> bool:
-        """Whether sequences are taken."""
-        return self._group is not None and not self.draining
+    def max_step_tokens(self) -> int:
+        return self.config.max_rows
+
+    @property
+    def has_ranks(self) -> bool:
+        return self._group is not None
 
     async def run(self) -> None:
-        """Keep ranks running until cancelled. Raises what the first start failed with."""
-        supervisor = RankSupervisor(self._start_group, self.on_ready, self.on_lost)
+        supervisor = RankSupervisor(self.start_group, self.on_ready, self.on_lost)
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self.handoffs.run())
+                tasks.create_task(self.handoff_context.run())
                 tasks.create_task(self.engine.run())
                 tasks.create_task(supervisor.run())
         finally:
             self._group = None
 
-    def drain(self) -> None:
-        """Take nothing new; what is under way goes on."""
-        self.draining = True
-        self._on_change()
+    async def wait_idle(self, timeout_s: float) -> bool:
+        return await self.engine.wait_idle(timeout_s)
+
+    def listens_on(self, port: int) -> None:
+        """Tickets name the port in use, if no other address was set."""
+        if not self.config.advertise:
+            self.advertise = f"{self.config.listen.rpartition(':')[0]}:{port}"
+
+    def end_streams(self) -> None:
+        self.sessions.end_all()
 
     async def subscribe(self, session_id: str) -> AsyncGenerator[decode_pb2.TokenBatch, None]:
         """A router's tokens. Whichever way this ends, the sequences that were opened under it are closed."""
@@ -131,11 +140,9 @@ class DecodeWorker:
     def open(self, session_id: str, sequence: kv_pb2.Sequence) -> kv_pb2.Ticket:
         """Register a sequence. Raises `InvalidArgument`, `ResourceExhausted`, `Unavailable`, `DeadlineExceeded`, or
         `FailedPrecondition` without a session."""
+        self.require_ready()
         group = self._group
-        if self.draining:
-            raise Unavailable(f"{self.config.worker_id} is draining")
-        if group is None:
-            raise Unavailable(f"{self.config.worker_id} is starting its ranks")
+        assert group is not None
         self.sessions.require(session_id)
         request = SequenceRequest.from_proto(sequence, self.engine.clock(), self._limits)
         seq = self.scheduler.open(session_id, request, ticket_id=secrets.randbits(64))
@@ -159,29 +166,20 @@ class DecodeWorker:
         return was_open
 
     def status(self) -> worker_pb2.WorkerStatus:
-        """See the proto."""
-        scheduler, blocks, slots = self.scheduler, self.scheduler.kv_stats(), self.handoffs.slots
-        return worker_pb2.WorkerStatus(
-            worker_id=self.config.worker_id,
-            incarnation=self.incarnation,
-            role=worker_pb2.WORKER_ROLE_DECODE,
-            state=self._state(),
-            layout_fingerprint=self.model.fingerprint,
-            model=self.model.name,
-            block_size=self.config.block_size,
-            tp_size=self.config.tp_size,
-            num_waiting=scheduler.num_open - scheduler.num_running,
-            num_running=scheduler.num_running,
-            num_blocks_free=blocks.num_free,
-            num_blocks_cached=blocks.num_cached,
-            num_blocks_held=blocks.num_held,
-            num_slots_free=self.config.num_slots if slots is None else slots.num_free,
-            num_slots_in_use=0 if slots is None else slots.num_in_use,
-            num_slots_quarantined=0 if slots is None else slots.num_quarantined,
-            num_grants_waiting=scheduler.num_waiting_for_blocks + (0 if slots is None else slots.num_waiting),
-            counters=self.counters.snapshot(),
-            rank_pids=[] if self._group is None else self._group.pids,
-        )
+        scheduler, blocks, slots = self.scheduler, self.scheduler.kv_stats(), self.handoff_context.slots
+        status = self.base_status()
+        status.num_waiting = scheduler.num_open - scheduler.num_running
+        status.num_running = scheduler.num_running
+        status.num_blocks_free, status.num_blocks_cached = blocks.num_free, blocks.num_cached
+        status.num_blocks_held = blocks.num_held
+        status.num_slots_free = self.config.num_slots if slots is None else slots.num_free
+        status.num_grants_waiting = scheduler.num_waiting_for_blocks
+        if slots is not None:
+            status.num_slots_in_use, status.num_slots_quarantined = slots.num_in_use, slots.num_quarantined
+            status.num_grants_waiting += slots.num_waiting
+        if self._group is not None:
+            status.rank_pids.extend(self._group.pids)
+        return status
 
     async def hand_off(self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write) -> None:
         """See `Handoffs.serve`."""
@@ -190,7 +188,7 @@ class DecodeWorker:
         finally:
             if not self._is_refreshing:
                 with contextlib.suppress(Unavailable):  # stopping: nobody reads counters any more
-                    self.handoffs.spawn(self.refresh())
+                    self.handoff_context.spawn(self.refresh())
 
     async def refresh(self) -> None:
         """Fetch the ranks' transport counters, if they answer soon. Never raises."""
@@ -213,7 +211,7 @@ class DecodeWorker:
         """Ranks stand: take sequences."""
         self._group = group
         self._transport_totals.clear()
-        self.handoffs.on_ready(group)
+        self.handoff_context.on_ready(group)
         self.engine.on_ready(group)
         _log.info("%s is ready: %d ranks, layout %s", self.config.worker_id, len(group.pids), self.model.fingerprint)
 
@@ -221,18 +219,8 @@ class DecodeWorker:
         """Ranks are gone: every sequence is lost, every block and slot free."""
         self._group = None
         self.counters.inc("ranks_lost")
-        self.handoffs.on_lost(reason)
+        self.handoff_context.on_lost(reason)
         self.engine.on_lost()
-
-    def _state(self) -> worker_pb2.WorkerState.ValueType:
-        if self.draining:
-            return worker_pb2.WORKER_STATE_DRAINING
-        return worker_pb2.WORKER_STATE_STARTING if self._group is None else worker_pb2.WORKER_STATE_READY
-
-    def _gauges(self) -> dict[str, float]:
-        status = self.status()
-        names = [name for name in worker_pb2.WorkerStatus.DESCRIPTOR.fields_by_name if name.startswith("num_")]
-        return {name: float(getattr(status, name)) for name in names}
 
     def _count_transport(self, rank: int, reply: TransportStatsReply) -> None:
         """Add what is new since the last reply: the ranks count from their own start."""
@@ -240,34 +228,6 @@ class DecodeWorker:
         self._transport_totals[rank] = reply
         self.counters.inc("stale_messages", reply.stale_messages - (last.stale_messages if last else 0))
         self.counters.inc("bytes_received", reply.bytes_received - (last.bytes_received if last else 0))
-
-    async def _start_group(self) -> RankGroup:
-        self._num_starts += 1
-        return await RankGroup.start(RANK_MODULE, self._start_messages(), self.config.start_timeout_s)
-
-    def _start_messages(self) -> list[StartRank]:
-        config = self.config
-        group_address = f"127.0.0.1:{_free_port()}"
-        return [
-            StartRank(
-                rank=rank,
-                tp_size=config.tp_size,
-                group_address=group_address,
-                model_dir=str(config.model),
-                device=config.device,
-                dtype=config.dtype,
-                num_blocks=self.num_blocks,
-                block_size=config.block_size,
-                max_rows=config.max_rows,
-                max_step_tokens=config.max_rows,
-                num_slots=config.num_slots,
-                slot_bytes=config.slot_bytes,
-                transport_url=config.transport_url,
-                transport_progress=config.transport_progress,
-                peer_name=f"{config.worker_id}/{self.incarnation}/{self._num_starts}/{rank}",
-            )
-            for rank in range(config.tp_size)
-        ]
 
 
 async def _transport_stats(group: RankGroup, rank: int) -> TransportStatsReply:
@@ -280,16 +240,6 @@ async def _transport_stats(group: RankGroup, rank: int) -> TransportStatsReply:
     return reply
 
 
-def _num_blocks(config: DecodeConfig, model: WorkerModel) -> int:
-    if not config.kv_bytes:
-        return config.num_blocks
-    num_heads = len(heads_of_rank(model.layout.num_kv_heads, config.tp_size, 0))
-    num_blocks = config.kv_bytes // model.layout.block_bytes(num_heads)
-    if num_blocks < 1:
-        raise InvalidArgument("kv_bytes", config.kv_bytes, f"a block has {model.layout.block_bytes(num_heads)} bytes")
-    return num_blocks
-
-
 def _handoff_setup(config: DecodeConfig, model: WorkerModel) -> HandoffSetup:
     return HandoffSetup(
         layout=model.layout,
@@ -300,11 +250,3 @@ def _handoff_setup(config: DecodeConfig, model: WorkerModel) -> HandoffSetup:
         vocab_size=model.config.vocab_size,
         limits=config.handoff_limits,
     )
-
-
-def _free_port() -> int:
-    """A port where rank 0 can wait for the others."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -1,30 +1,18 @@
-"""`python -m services.prefill`: serves until SIGTERM or SIGINT, then finishes what is under way, within a grace."""
+"""`python -m services.prefill`: one prefill worker."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import signal
 import sys
 
-from baton.v1 import prefill_pb2_grpc, worker_pb2_grpc
+from baton.v1 import prefill_pb2_grpc
 
-from common.config import load_config_or_exit
-from common.errors import BatonError
-from common.rpc.server import RpcServer
-from common.telemetry.counters import MetricsServer
-from common.worker import status_service
-from common.worker.status_service import StatusService
 from common.worker.worker_model import read_worker_model
+from common.worker.worker_process import run_worker, serve_worker
 from services.prefill.config import PrefillConfig
 from services.prefill.decode_peers import DecodePeers
-from services.prefill.handoff import first_error
 from services.prefill.server import SERVICE_NAME, PrefillService
 from services.prefill.worker import PrefillWorker
-
-_log = logging.getLogger("services.prefill")
-_STOP_GRACE_S = 1.0  # for calls that drain left over, to end with a status
 
 
 async def serve(config: PrefillConfig) -> None:
@@ -32,64 +20,13 @@ async def serve(config: PrefillConfig) -> None:
     model = read_worker_model(config.model, config.device, config.dtype, config.block_size, config.tp_size)
     changed = asyncio.Event()
     worker = PrefillWorker(config, model, changed.set)
-    status = StatusService(worker.status, worker.drain)
     peers = DecodePeers(config.max_message_bytes, config.max_idle_channels)
-    server = RpcServer(config.listen, max_message_bytes=config.max_message_bytes)
-    server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, PrefillService(worker, peers), SERVICE_NAME)
-    server.add(worker_pb2_grpc.add_WorkerServicer_to_server, status, status_service.SERVICE_NAME)
-    metrics = MetricsServer(worker.counters, config.metrics_port) if config.metrics_port else None
+    service = PrefillService(worker, peers)
     try:
-        port = await server.start()
-        _log.info("%s listens on %s (port %d)", config.worker_id, config.listen, port)
-        async with asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(worker.run())
-            reporting = tasks.create_task(_report(changed, worker, server, status))
-            await _stop_signal()
-            _log.info("%s drains", config.worker_id)
-            worker.drain()
-            await worker.wait_idle(config.drain_timeout_s)
-            status.close()
-            await server.stop(_STOP_GRACE_S)
-            reporting.cancel()
-            running.cancel()
+        await serve_worker(worker, changed, prefill_pb2_grpc.add_PrefillServicer_to_server, service, SERVICE_NAME)
     finally:
-        await server.stop(0.0)
         await peers.close()
-        if metrics is not None:
-            metrics.stop()
-
-
-async def _report(changed: asyncio.Event, worker: PrefillWorker, server: RpcServer, status: StatusService) -> None:
-    """Pass changes on to whoever watches: status streams and health checks."""
-    was_ready = False
-    while True:
-        await changed.wait()
-        changed.clear()
-        status.notify()
-        if worker.is_ready is not was_ready:
-            was_ready = worker.is_ready
-            await server.set_serving(was_ready)
-
-
-async def _stop_signal() -> None:
-    loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
-
-
-def main() -> int:
-    config = load_config_or_exit(PrefillConfig, sys.argv[1:], os.environ)
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s prefill %(name)s: %(message)s")
-    status = 0
-    try:
-        asyncio.run(serve(config))
-    except* BatonError as group:
-        _log.error("%s: %s", config.worker_id, first_error(group))
-        status = 1
-    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_worker(PrefillConfig, serve))

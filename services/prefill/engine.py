@@ -15,7 +15,8 @@ from common import errors
 from common.telemetry.counters import Counters
 from common.worker.rank_group import RankGroup
 from common.worker.sequence import SequenceRequest
-from common.worker.step_plan import SampledToken
+from common.worker.step_plan import SampledToken, StepPlan
+from common.worker.step_watchdog import StepWatchdog
 from services.prefill.request import BlocksReady, Event, FirstTokenSampled, Prompt, PromptFailed, Scheduled
 from services.prefill.scheduler import Scheduler
 
@@ -99,6 +100,7 @@ class PrefillEngine:
     def __init__(
         self,
         ranks: RankGroup,
+        watchdog: StepWatchdog,
         scheduler: Scheduler,
         counters: Counters,
         on_change: Callable[[], None],
@@ -106,6 +108,7 @@ class PrefillEngine:
     ) -> None:
         self.scheduler = scheduler
         self._ranks = ranks
+        self._watchdog = watchdog
         self._counters = counters
         self._on_change = on_change
         self._now_ns = now_ns
@@ -147,6 +150,7 @@ class PrefillEngine:
         try:
             while True:
                 result = await self._ranks.next_result()
+                self._watchdog.answered()
                 self.scheduler.complete(result)
                 self._counters.inc("steps")
                 self._counters.inc("compute_ns", result.compute_ns)
@@ -155,6 +159,7 @@ class PrefillEngine:
             self.fail_all(error)
             raise
         finally:
+            self._watchdog.stop()
             self.fail_all(errors.Unavailable("the worker is stopping"))
 
     def fail_all(self, error: errors.BatonError) -> None:
@@ -179,6 +184,8 @@ class PrefillEngine:
             pass
         for message in self.scheduler.take_messages():
             self._ranks.submit(message)
+            if isinstance(message, StepPlan):
+                self._watchdog.submitted()
         now_ns = self._now_ns()
         for event in self.scheduler.take_events():
             if isinstance(event, Scheduled):

@@ -247,7 +247,7 @@ class Handoff:
         try:
             async with asyncio.timeout_at(deadline_s):
                 await asyncio.shield(self._connecting)
-                handle = await self._sends.acquire()
+                handle = await self._sends.slots.acquire()
         except TimeoutError:
             await self._abort(chunk, "no send slot was free in time")
             return

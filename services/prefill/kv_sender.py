@@ -21,6 +21,7 @@ import torch
 from common.errors import BatonError, InternalError, PeerLost, TransferTimeout
 from common.kvcache.layout import HEADER_BYTES
 from common.transport.base import Connection
+from common.worker.kv_replies import described, transport_stats_reply
 from common.worker.rank_messages import (
     ConnectDone,
     ConnectPeer,
@@ -29,7 +30,6 @@ from common.worker.rank_messages import (
     SendDone,
     SendLeg,
     SlotDrained,
-    TransportStatsReply,
 )
 from common.worker.rank_process import KVContext
 
@@ -62,7 +62,7 @@ class KVSender:
         elif isinstance(message, SendLeg):
             self._start(self._send(message))
         elif isinstance(message, GetTransportStats):
-            self._reply_stats(message.op_id)
+            self._reply(transport_stats_reply(message.op_id, self._endpoint.stats()))
         else:
             _log.error("a prefill rank was sent %s", type(message).__name__)
 
@@ -88,7 +88,7 @@ class KVSender:
         try:
             connection = await self._connection(message.address, message.timeout_s)
         except (BatonError, OSError) as error:
-            self._reply(ConnectDone(message.op_id, "", *_described(error)))
+            self._reply(ConnectDone(message.op_id, "", *described(error)))
             return
         lane = connection.lane
         self._reply(ConnectDone(message.op_id, lane if lane == self._scheme else f"{self._scheme}:{lane}"))
@@ -126,14 +126,14 @@ class KVSender:
             if time.monotonic() >= deadline_s:
                 raise TransferTimeout("the time of the grant was over before the leg was gathered")
         except (BatonError, RuntimeError) as error:
-            self._reply(SendDone(message.op_id, gathered_ns, 0, True, *_described(error)))
+            self._reply(SendDone(message.op_id, gathered_ns, 0, True, *described(error)))
             return
         failure = await _carry(connection, message.tag, slot, deadline_s - time.monotonic())
         sent_ns = time.monotonic_ns() - start_ns
         if failure is None:
             self._reply(SendDone(message.op_id, gathered_ns, sent_ns, True))
             return
-        self._reply(SendDone(message.op_id, gathered_ns, sent_ns, False, *_described(failure)))
+        self._reply(SendDone(message.op_id, gathered_ns, sent_ns, False, *described(failure)))
         # Bytes that are under way cannot be recalled. Nothing but the end of the connection ends the doubt; its other
         # sends fail, and are offered again.
         await connection.close()
@@ -162,20 +162,6 @@ class KVSender:
         if self._stream is not None:
             self._stream.synchronize()  # the transport knows nothing of streams
 
-    def _reply_stats(self, op_id: int) -> None:
-        stats = self._endpoint.stats()
-        self._reply(
-            TransportStatsReply(
-                op_id,
-                stats.bytes_sent,
-                stats.bytes_received,
-                stats.messages_sent,
-                stats.messages_received,
-                stats.stale_messages,
-                stats.connections,
-            )
-        )
-
 
 async def _carry(connection: Connection, tag: int, slot: torch.Tensor, timeout_s: float) -> BatonError | None:
     """Send slot, uint8 [num_bytes]. With an error, whether bytes of it are still read is unknown."""
@@ -198,8 +184,3 @@ def _forget(task: asyncio.Task[None]) -> None:
     """Whatever the send ended with later is of no interest."""
     if not task.cancelled():
         task.exception()
-
-
-def _described(error: Exception) -> tuple[str, str]:
-    kind = type(error).__name__ if isinstance(error, BatonError) else "InternalError"
-    return kind, str(error)

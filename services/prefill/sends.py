@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 
 from common import errors
 from common.kvcache.grant import SlotHandle
-from common.kvcache.slot_pool import SlotPool
 from common.telemetry.counters import Counters
 from common.worker.rank_group import Operation, RankGroup, error_of
-from common.worker.rank_messages import ConnectDone, ConnectPeer, RankKVMessage, SendDone, SendLeg, SlotDrained
+from common.worker.rank_messages import ConnectDone, ConnectPeer, RankKVMessage, SendDone, SendLeg
+from common.worker.staging_slots import StagingSlots
 from services.prefill.legs import RankLeg
 
 _MAX_WAITERS = 1 << 16  # each is a chunk in flight of an admitted prompt, which the scheduler bounds
@@ -32,27 +32,8 @@ class Sends:
     def __init__(self, ranks: RankGroup, num_slots: int, counters: Counters, on_change: Callable[[], None]) -> None:
         self._ranks = ranks
         self._counters = counters
-        self._slots: SlotPool[asyncio.Future[SlotHandle]] = SlotPool(
-            num_slots, num_ranks=1, max_waiters=_MAX_WAITERS, nonce=lambda: 0
-        )
-        self._on_change = on_change
+        self.slots = StagingSlots(num_slots, num_ranks=1, max_waiters=_MAX_WAITERS, on_change=on_change)
         self._tasks: asyncio.TaskGroup | None = None
-
-    @property
-    def num_slots_free(self) -> int:
-        return self._slots.num_free
-
-    @property
-    def num_slots_in_use(self) -> int:
-        return self._slots.num_granted
-
-    @property
-    def num_slots_quarantined(self) -> int:
-        return self._slots.num_quarantined
-
-    @property
-    def num_waiting(self) -> int:
-        return self._slots.num_waiting
 
     async def run(self) -> None:
         """Parent of all sends, until cancelled."""
@@ -75,24 +56,6 @@ class Sends:
         if done.error_kind:
             raise error_of(done.error_kind, done.detail)
         return done.lane
-
-    async def acquire(self) -> SlotHandle:
-        """The next free slot, first come first served. Cancelling it leaves nothing behind."""
-        waiter: asyncio.Future[SlotHandle] = asyncio.get_running_loop().create_future()
-        handle = self._slots.request(waiter)
-        if handle is not None:
-            return handle
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            if not self._slots.cancel(waiter) and not waiter.cancelled():
-                self.give_back(waiter.result())
-            raise
-
-    def give_back(self, handle: SlotHandle) -> None:
-        """Return a slot that no send was started with."""
-        self._slots.release(handle)
-        self._hand_out()
 
     def start(
         self,
@@ -160,24 +123,11 @@ class Sends:
     async def _settle(self, handle: SlotHandle, doubtful: Sequence[Operation]) -> None:
         """Free the slot, at once or when every leg in doubt has drained."""
         if doubtful:
-            self._slots.quarantine(handle)
+            self.slots.quarantine(handle, {0})
             self._counters.inc("slots_quarantined")
-            self._on_change()
-            for operation in doubtful:
-                drained = await operation.reply()
-                assert isinstance(drained, SlotDrained)
-            self._slots.end_quarantine(handle)
-            self._hand_out()
+            await self.slots.await_drained(handle, 0, doubtful)
         else:
-            self.give_back(handle)
-
-    def _hand_out(self) -> None:
-        for waiter, handle in self._slots.grant_waiting():
-            if waiter.done():  # cancelled, but its task has not run since
-                self.give_back(handle)
-            else:
-                waiter.set_result(handle)
-        self._on_change()
+            self.slots.release(handle)
 
 
 def _sent(reply: RankKVMessage) -> SendDone:

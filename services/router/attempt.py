@@ -68,7 +68,7 @@ class Pair:
     layout_fingerprint: str
 
 
-class Moved(Exception):  # noqa: N818  (no error: the sequence goes on elsewhere)
+class Moved(Exception):
     """One attempt is over and the sequence is not."""
 
     def __init__(self, cause: BatonError, blamed: tuple[Worker, ...], *, preempted: bool = False) -> None:

@@ -37,6 +37,7 @@ class FakeGroup(RankGroup):
         self.refuse_posts: dict[int, tuple[str, str]] = {}  # rank -> error
         self.cancel_outcome = "drained"
         self.hold_cancels = False
+        self.hangs = False  # steps are not answered
         self.num_cancels = 0
         self.stale_messages = 0
         self._held_cancels: list[CancelReceive] = []
@@ -60,7 +61,7 @@ class FakeGroup(RankGroup):
     def submit(self, message: FrontStepMessage) -> None:
         if isinstance(message, AddRow):
             self._seeds[message.row] = message.sampling.seed
-        elif isinstance(message, StepPlan):
+        elif isinstance(message, StepPlan) and not self.hangs:
             tokens = [
                 SampledToken(segment.row, token_of(self._seeds[segment.row], segment.output_index))
                 for segment in message.segments
@@ -106,6 +107,6 @@ class FakeGroup(RankGroup):
 
     def lose(self, reason: str) -> None:
         """A rank dies."""
-        self._lose(reason)
+        super().lose(reason)
         for operation in self._owner.operations.values():
             operation.lose(reason)

@@ -11,7 +11,9 @@ from baton.v1 import decode_pb2, kv_pb2, sampling_pb2
 
 from common.kvcache.layout import KVLayout
 from common.models.config import ModelConfig, RopeConfig
+from common.worker.rank_group import RankGroup
 from common.worker.rank_messages import PostReceive
+from common.worker.worker_front import StartGroup
 from common.worker.worker_model import WorkerModel
 from services.decode.config import DecodeConfig
 from services.decode.worker import DecodeWorker
@@ -51,7 +53,14 @@ def make_model() -> WorkerModel:
 class Front:
     """The worker, its ranks, and a way to wait for a state without sleeping."""
 
-    def __init__(self, tp_size: int = 1, num_slots: int = 2, num_blocks: int = 32, **settings: object) -> None:
+    def __init__(
+        self,
+        tp_size: int = 1,
+        num_slots: int = 2,
+        num_blocks: int = 32,
+        start_ranks: StartGroup = RankGroup.start,
+        **settings: object,
+    ) -> None:
         config = DecodeConfig.model_validate(
             {
                 "model": Path("unused"),
@@ -63,7 +72,7 @@ class Front:
             }
         )
         self._changed = asyncio.Event()
-        self.worker = DecodeWorker(config, make_model(), self._changed.set)
+        self.worker = DecodeWorker(config, make_model(), self._changed.set, start_ranks)
         self.group = FakeGroup(tp_size)
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -90,7 +99,7 @@ async def running_front(tp_size: int = 1, **settings: object) -> AsyncIterator[F
     """A front whose ranks are ready."""
     front = Front(tp_size, **settings)  # type: ignore[arg-type]
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(front.worker.handoffs.run()), tasks.create_task(front.worker.engine.run())]
+        running = [tasks.create_task(front.worker.handoff_context.run()), tasks.create_task(front.worker.engine.run())]
         await asyncio.sleep(0)  # the tasks take their places
         front.worker.on_ready(front.group)
         try:

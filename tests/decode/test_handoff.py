@@ -12,6 +12,7 @@ from common.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    Preempted,
     TransferError,
     Unavailable,
 )
@@ -360,20 +361,60 @@ async def test_a_peer_that_breaks_the_protocol_loses_its_stream_only(mistake: st
         await router.leave()
 
 
-async def test_a_peer_whose_chunks_always_fail_is_given_up() -> None:
-    async with running_front() as front:
+async def test_a_chunk_that_always_fails_is_given_up() -> None:
+    async with running_front(max_chunk_resends=2) as front:
         router = await Router(front).subscribed()
         prefill = Prefill(front, router.open(1))
         await prefill.receive("accepted")
-        with pytest.raises(TransferError, match="17 chunks were rejected"):
-            await _fail_forever(front, prefill)
+        for _ in range(3):
+            await _fail(front, prefill, 0, 0, 3)
+        prefill.offer(1, 1, 1)  # under another number, and only a part of it
+        with pytest.raises(TransferError, match="rejected 3 times"):
+            await prefill.over()
         await front.until_free()
         await router.leave()
 
 
-async def _fail_forever(front: Front, prefill: Prefill) -> None:
-    while True:
-        prefill.offer(0, 0, 3)
-        await prefill.receive("grant")
-        front.group.finish((await next_post(front))[1], "DigestMismatch")
-        await prefill.receive("chunk_rejected")
+async def test_failures_are_counted_for_each_chunk_by_itself() -> None:
+    async with running_front(max_chunk_resends=2) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        for index in range(3):
+            for _ in range(2):
+                await _fail(front, prefill, index, index, 1)
+            await ship(front, prefill, index, index, 1)
+        prefill.finish(3)
+        await prefill.receive("joined")
+        assert await router.end_of(1) == "FINISHED"
+        await front.until_free()
+        await router.leave()
+
+
+async def test_a_hand_off_whose_blocks_go_to_others_ends_as_preempted() -> None:
+    async with running_front(num_blocks=7) as front:
+        router = await Router(front).subscribed()
+        older = Prefill(front, router.open(1, max_tokens=14))
+        await older.receive("accepted")
+        await ship(front, older, 0, 0, 3)
+        younger = Prefill(front, router.open(2))
+        await younger.receive("accepted")
+        younger.offer(0, 0, 2)
+        await younger.receive("grant")
+        older.finish(3)
+        await older.receive("joined")
+        with pytest.raises(Preempted):
+            await younger.over()
+        assert await router.end_of(2) == "PREEMPTED"
+        assert await router.end_of(1) == "FINISHED"
+        assert len(router.tokens[1]) == 13
+        await front.until_free()
+        await router.leave()
+
+
+async def _fail(front: Front, prefill: Prefill, index: int, first_block: int, num_blocks: int) -> None:
+    """Offer one chunk and let it arrive damaged."""
+    prefill.offer(index, first_block, num_blocks)
+    await prefill.receive("grant")
+    front.group.finish((await next_post(front))[1], "DigestMismatch")
+    await prefill.receive("chunk_rejected")

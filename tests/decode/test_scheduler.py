@@ -7,8 +7,9 @@ import pytest
 from common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from common.kvcache.kv_cache_manager import KVCacheManager
 from common.worker.step_plan import AddRow, RemoveRow, SampledToken, StepPlan, StepResult
+from services.decode.plans import Plan
 from services.decode.request import DecodeSequence, End, SequenceEnded, SequenceState, TokenSampled
-from services.decode.scheduler import DecodeScheduler, Plan
+from services.decode.scheduler import DecodeScheduler
 from tests.decode.requests import EOS, make_request
 
 BLOCK_SIZE = 4

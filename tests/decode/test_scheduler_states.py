@@ -11,8 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from common.errors import InvalidArgument, ResourceExhausted
 from common.kvcache.kv_cache_manager import KVCacheManager
-from services.decode.request import DecodeSequence, End, Key, SequenceEnded, SequenceState, TokenSampled
-from services.decode.scheduler import MAX_PLANS_IN_FLIGHT, DecodeScheduler, blocks_of
+from services.decode.plans import MAX_PLANS_IN_FLIGHT
+from services.decode.request import DecodeSequence, End, Key, SequenceEnded, SequenceState, TokenSampled, blocks_of
+from services.decode.scheduler import DecodeScheduler
 from tests.decode.fake_ranks import FakeRanks
 from tests.decode.requests import make_request, token_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from baton.v1 import worker_pb2
 
 from common.config import load_config
 from common.errors import InvalidArgument, Unavailable
+from common.worker.rank_group import RankGroup
+from common.worker.rank_messages import StartRank
 from services.decode.config import DecodeConfig
-from tests.decode.front import LAYOUT, Front, Prefill, Router, running_front, ship
+from tests.decode.fake_group import FakeGroup
+from tests.decode.front import LAYOUT, PATIENCE_S, Front, Prefill, Router, running_front, ship
 
 
 async def test_status_tells_what_is_held_where() -> None:
@@ -43,14 +47,13 @@ async def test_draining_refuses_what_is_new_and_waits_for_what_is_under_way() ->
         assert front.worker.status().state == worker_pb2.WORKER_STATE_DRAINING
         with pytest.raises(Unavailable, match="draining"):
             router.open(2)
-        idle = asyncio.create_task(front.worker.engine.wait_idle())
+        idle = asyncio.create_task(front.worker.wait_idle(5.0))
         await ship(front, prefill, 0, 0, 3)
         assert not idle.done()
         prefill.finish(3)
         await prefill.receive("joined")
         assert await router.end_of(1) == "FINISHED"
-        async with asyncio.timeout(5.0):
-            await idle
+        assert await idle
         await router.leave()
 
 
@@ -68,6 +71,59 @@ async def test_counters_of_the_ranks_go_on_when_the_ranks_start_from_zero() -> N
         front.worker.on_ready(front.group)
         await front.worker.refresh()
         assert front.worker.counters.snapshot()["stale_messages"] == 6
+
+
+async def test_ranks_that_hang_are_lost_and_replaced() -> None:
+    groups: asyncio.Queue[FakeGroup] = asyncio.Queue()
+
+    async def start_ranks(_: str, specs: Sequence[StartRank], __: float) -> RankGroup:
+        group = FakeGroup(len(specs))
+        groups.put_nowait(group)
+        return group
+
+    front = Front(start_ranks=start_ranks, step_timeout_s=0.05)
+    running = asyncio.create_task(front.worker.run())
+    front.group = await groups.get()
+    await front.until(lambda: front.worker.is_ready)
+    front.group.hangs = True
+    router = await Router(front).subscribed()
+    for sequence_id, num_blocks in ((1, 3), (2, 2)):
+        prefill = Prefill(front, router.open(sequence_id, num_tokens=4 * num_blocks))
+        await prefill.receive("accepted")
+        await ship(front, prefill, 0, 0, num_blocks)
+    prefill.finish(2)
+    await prefill.receive("joined")
+    assert [await router.end_of(sequence_id) for sequence_id in (1, 2)] == ["LOST", "LOST"]
+    assert "hang" in str(front.group.lost_reason)
+    front.group = await groups.get()
+    await front.until(lambda: front.worker.is_ready)
+    prefill = Prefill(front, router.open(3, num_tokens=4))
+    await prefill.receive("accepted")
+    await ship(front, prefill, 0, 0, 1)
+    prefill.finish(1)
+    assert await router.end_of(3) == "FINISHED"
+    await front.until_free()
+    await router.leave()
+    running.cancel()
+    await asyncio.wait({running})
+
+
+async def test_a_worker_that_stops_as_its_ranks_are_lost_stops() -> None:
+    group: asyncio.Future[FakeGroup] = asyncio.get_running_loop().create_future()
+
+    async def start_ranks(_: str, specs: Sequence[StartRank], __: float) -> RankGroup:
+        group.set_result(FakeGroup(len(specs)))
+        return group.result()
+
+    front = Front(start_ranks=start_ranks)
+    running = asyncio.create_task(front.worker.run())
+    ranks = await group
+    await front.until(lambda: front.worker.is_ready)
+    await asyncio.sleep(0)  # the engine takes its place
+    ranks.lose("rank 0 died")
+    running.cancel()  # in the same moment
+    done, _ = await asyncio.wait({running}, timeout=PATIENCE_S)
+    assert done
 
 
 async def test_memory_for_blocks_may_be_given_in_bytes() -> None:

@@ -10,6 +10,7 @@ from typing import cast
 import grpc
 from baton.v1 import decode_pb2_grpc, kv_pb2
 
+from common.errors import Preempted
 from common.kvcache.layout import KVLayout, plan_legs
 from common.worker.rank_group import Operation, RankGroup, _Rank
 from common.worker.rank_messages import (
@@ -121,7 +122,7 @@ class FakeRanks(RankGroup):
         return message, operation
 
     def lose(self, reason: str = "rank 0 died") -> None:
-        self._lose(reason)
+        super().lose(reason)
         for operation in self._owner.operations.values():
             operation.lose(reason)
 
@@ -137,7 +138,8 @@ def drain(leg: SendLeg, operation: Operation) -> None:
 
 @dataclass
 class Stage:
-    """Where a decode worker stops following the protocol, and how: `die`, or `hang` until the stream breaks."""
+    """Where a decode worker stops following the protocol, and how: `die`, `preempt`, or `hang` until the
+    stream breaks."""
 
     name: str = ""
     how: str = "hang"
@@ -274,6 +276,8 @@ class _Stream:
         self._decode.reached.set()
         if stage.how == "die":
             await self._context.abort(grpc.StatusCode.UNAVAILABLE, "decode died")
+        if stage.how == "preempt":
+            raise Preempted("blocks went to others")
         await asyncio.get_running_loop().create_future()
 
     async def _write(self, response: kv_pb2.HandoffResponse) -> None:

@@ -133,7 +133,7 @@ class Harness:
         assert status.num_slots_free == self.config.num_slots
         session = self.worker.session
         session.engine.scheduler.check_integrity()
-        assert session.sends.num_waiting == 0
+        assert session.sends.slots.num_waiting == 0
         assert session.engine.num_jobs == 0
         assert session.ranks is self.ranks
         async with asyncio.timeout(_SETTLE_S):

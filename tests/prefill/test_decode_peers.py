@@ -108,7 +108,9 @@ async def refused_with(error: BatonError | None) -> BatonError:
     return caught.value
 
 
-@pytest.mark.parametrize("error", [NotFound("no such ticket"), Preempted("blocks went to others"), InternalError("bug")])
+@pytest.mark.parametrize(
+    "error", [NotFound("no such ticket"), Preempted("blocks went to others"), InternalError("bug")]
+)
 async def test_error_of_the_decode_worker_keeps_its_class(error: BatonError) -> None:
     restored = await refused_with(error)
     assert (type(restored), str(restored)) == (type(error), str(error))

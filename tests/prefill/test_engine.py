@@ -11,17 +11,23 @@ import pytest
 from common.errors import InternalError, Unavailable
 from common.telemetry.counters import Counters
 from common.worker.step_plan import StepResult
+from common.worker.step_watchdog import StepWatchdog
 from services.prefill.engine import PrefillEngine
 from services.prefill.worker import COUNTERS
 from tests.prefill.builders import make_request, make_scheduler
 from tests.prefill.fakes import FIRST_TOKEN, FakeRanks, Wire
 
 
+def make_engine(ranks: FakeRanks, step_timeout_s: float = 60.0) -> PrefillEngine:
+    watchdog = StepWatchdog(ranks, step_timeout_s)
+    return PrefillEngine(ranks, watchdog, make_scheduler(), Counters(COUNTERS), lambda: None)
+
+
 @asynccontextmanager
 async def running() -> AsyncIterator[tuple[PrefillEngine, FakeRanks]]:
     ranks = FakeRanks(Wire(), [1])
     ranks.is_manual = True
-    engine = PrefillEngine(ranks, make_scheduler(), Counters(COUNTERS), lambda: None)
+    engine = make_engine(ranks)
     task = asyncio.create_task(engine.run())
     try:
         yield engine, ranks
@@ -99,7 +105,7 @@ async def test_lost_ranks_fail_jobs_now_and_later() -> None:
 
 async def test_broken_invariant_ends_the_loop() -> None:
     ranks = FakeRanks(Wire(), [1])
-    engine = PrefillEngine(ranks, make_scheduler(), Counters(COUNTERS), lambda: None)
+    engine = make_engine(ranks)
     ranks._results.put_nowait(StepResult(5, [], 1))
     with pytest.raises(InternalError):
         await engine.run()

@@ -39,65 +39,65 @@ async def turn() -> None:
 
 async def test_waiter_that_is_cancelled_leaves_the_queue() -> None:
     async with running() as (sends, _):
-        handle = await sends.acquire()
-        waiter = asyncio.create_task(sends.acquire())
+        handle = await sends.slots.acquire()
+        waiter = asyncio.create_task(sends.slots.acquire())
         await turn()
-        assert sends.num_waiting == 1
+        assert sends.slots.num_waiting == 1
         waiter.cancel()
         await turn()
-        assert sends.num_waiting == 0
-        sends.give_back(handle)
-        assert sends.num_slots_free == 1
+        assert sends.slots.num_waiting == 0
+        sends.slots.release(handle)
+        assert sends.slots.num_free == 1
 
 
 @pytest.mark.parametrize("is_cancelled_first", [True, False])
 async def test_slot_that_meets_a_cancelled_waiter_goes_to_the_next(is_cancelled_first: bool) -> None:
     async with running() as (sends, _):
-        handle = await sends.acquire()
-        waiter, following = asyncio.create_task(sends.acquire()), asyncio.create_task(sends.acquire())
+        handle = await sends.slots.acquire()
+        waiter, following = asyncio.create_task(sends.slots.acquire()), asyncio.create_task(sends.slots.acquire())
         await turn()
         # Both happen before the waiter's task can run.
         if is_cancelled_first:
             waiter.cancel()
-            sends.give_back(handle)
+            sends.slots.release(handle)
         else:
-            sends.give_back(handle)
+            sends.slots.release(handle)
             waiter.cancel()
         await turn()
         assert waiter.cancelled()
-        sends.give_back(await following)
-        assert (sends.num_slots_free, sends.num_waiting) == (1, 0)
+        sends.slots.release(await following)
+        assert (sends.slots.num_free, sends.slots.num_waiting) == (1, 0)
 
 
 async def test_blocks_are_read_until_every_leg_is_done() -> None:
     async with running() as (sends, ranks):
         reads_done, failures = [], list[errors.BatonError]()
-        sends.start(await sends.acquire(), LEGS, [1, 2], 1.0, lambda: reads_done.append(1), failures.append)
+        sends.start(await sends.slots.acquire(), LEGS, [1, 2], 1.0, lambda: reads_done.append(1), failures.append)
         await turn()
         ranks.finish_send()
         await turn()
-        assert (reads_done, sends.num_slots_in_use) == ([], 1)
+        assert (reads_done, sends.slots.num_in_use) == ([], 1)
         ranks.finish_send()
         await turn()
-        assert (reads_done, failures, sends.num_slots_free) == ([1], [], 1)
+        assert (reads_done, failures, sends.slots.num_free) == ([1], [], 1)
 
 
 async def test_one_failed_leg_fails_the_send_once() -> None:
     async with running() as (sends, ranks):
         reads_done, failures = [], list[errors.BatonError]()
-        sends.start(await sends.acquire(), LEGS, [1, 2], 1.0, lambda: reads_done.append(1), failures.append)
+        sends.start(await sends.slots.acquire(), LEGS, [1, 2], 1.0, lambda: reads_done.append(1), failures.append)
         await turn()
         ranks.finish_send("PeerLost")
         ranks.finish_send("PeerLost")
         await turn()
         assert [type(failure) for failure in failures] == [errors.PeerLost]
-        assert (reads_done, sends.num_slots_free) == ([1], 1)
+        assert (reads_done, sends.slots.num_free) == ([1], 1)
 
 
 async def test_lost_ranks_end_a_send() -> None:
     async with running() as (sends, ranks):
         reads_done, failures = [], list[errors.BatonError]()
-        sends.start(await sends.acquire(), LEGS, [1, 2], 1.0, lambda: reads_done.append(1), failures.append)
+        sends.start(await sends.slots.acquire(), LEGS, [1, 2], 1.0, lambda: reads_done.append(1), failures.append)
         await turn()
         ranks.lose("rank 1 died")
         await turn()
@@ -106,7 +106,7 @@ async def test_lost_ranks_end_a_send() -> None:
 
 async def test_send_after_the_end_fails_at_once() -> None:
     async with running() as (sends, _):
-        handle = await sends.acquire()
+        handle = await sends.slots.acquire()
     reads_done, failures = [], list[errors.BatonError]()
     sends.start(handle, LEGS, [1], 1.0, lambda: reads_done.append(1), failures.append)
     assert (reads_done, [type(failure) for failure in failures]) == ([1], [errors.Unavailable])

@@ -182,6 +182,15 @@ async def test_decode_dies(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+async def test_preemption_by_decode_is_passed_on_unchanged(stage: str) -> None:
+    async with running() as harness:
+        harness.decode.stage = Stage(stage, "preempt")
+        with pytest.raises(errors.Preempted, match="blocks went to others"):
+            await harness.prefill(harness.request())
+        await harness.settled()
+
+
+@pytest.mark.parametrize("stage", STAGES)
 async def test_router_goes_away(stage: str) -> None:
     async with running() as harness:
         harness.decode.stage = Stage(stage)
@@ -387,6 +396,18 @@ async def test_lost_ranks_fail_every_call_and_are_replaced(when: str) -> None:
         await harness.prefill(harness.request())
         assert harness.decode.begin is not None
         assert "/2/" in harness.decode.begin.rank_peer_names[0]
+        await harness.settled()
+
+
+async def test_ranks_that_hang_fail_every_call_and_are_replaced() -> None:
+    async with running(step_timeout_s=0.05) as harness:
+        ranks = harness.ranks
+        ranks.is_manual = True  # and nobody answers
+        with pytest.raises(errors.Unavailable, match="hang"):
+            await harness.prefill(harness.request())
+        status = await harness.until(lambda status: status.state == worker_pb2.WORKER_STATE_READY)
+        assert (harness.ranks is not ranks, status.counters["ranks_lost"]) == (True, 1)
+        await harness.prefill(harness.request())
         await harness.settled()
 
 

@@ -43,7 +43,10 @@ def test_several_rails_are_all_named() -> None:
 
 
 def test_without_a_table_the_bulk_lanes_are_named() -> None:
-    assert parse_lane(TABLE.partition("# +--")[0], "cuda") == "tcp+cuda_ipc"
+    bulk = TABLE.partition("# +--")[0]
+    assert parse_lane(bulk, "host") == "tcp+cuda_ipc"
+    assert parse_lane(bulk, "cuda") == "cuda_ipc", "tcp cannot read a GPU's memory"
+    assert parse_lane(bulk.replace("cuda_ipc", "tcp"), "cuda") == "tcp", "unless there is nothing else"
 
 
 def test_an_unreadable_table_is_unknown() -> None:

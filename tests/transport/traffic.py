@@ -25,9 +25,12 @@ def canary(num_bytes: int, device: torch.device = torch.device("cpu")) -> torch.
 
 
 def finished(buffer: torch.Tensor) -> torch.Tensor:
-    """The buffer, once its device has written it: transports know nothing of streams."""
+    """The buffer, once its stream has written it: transports know nothing of streams.
+
+    Waiting for the whole device would wait for transfers, which may wait for this thread's event loop.
+    """
     if buffer.is_cuda:
-        torch.cuda.synchronize(buffer.device)
+        torch.cuda.current_stream(buffer.device).synchronize()
     return buffer
 
 

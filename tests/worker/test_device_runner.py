@@ -167,6 +167,16 @@ def test_a_bad_segment_gets_an_error_and_the_others_run(runners: list[Runner]) -
     assert [bool(token.error) for token in sampled] == [False, True, True]
 
 
+def test_warming_up_leaves_no_trace_in_what_follows(runners: list[Runner]) -> None:
+    device_runner = runners[1]
+    assert isinstance(device_runner, DeviceRunner)
+    device_runner.warm_up(30)
+    script = Script(runners)
+    script.add(0, DRAWN)
+    script.run(script.segment(0, 25))
+    script.run(script.segment(0, output_index=1))
+
+
 def test_a_launched_step_feeds_the_next_before_it_is_read(runners: list[Runner]) -> None:
     script = Script(runners)
     script.add(0, GREEDY)

@@ -21,7 +21,7 @@ class _Group(RankGroup):
         self.name = name
 
     def die(self, reason: str) -> None:
-        self._lose(reason)
+        self.lose(reason)
 
     async def stop(self, grace_s: float) -> None:
         self._log.append(f"stop {self.name}")

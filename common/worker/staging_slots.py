@@ -1,10 +1,13 @@
-"""Waiting for a staging slot: the event loop's side of `SlotPool`. Knows no transport and no blocks."""
+"""Waiting for a staging slot, to send from or to receive into: the event loop's side of `SlotPool`.
+
+Knows no transport and no blocks.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from common.errors import Unavailable
 from common.kvcache.grant import SlotHandle
@@ -14,9 +17,12 @@ from common.worker.rank_messages import SlotDrained
 
 
 class StagingSlots:
-    """The slots of one rank group; a new group has new ones."""
+    """The slots of one rank group; a new group has new ones. `on_change` is told whenever a count may have changed."""
 
-    def __init__(self, num_slots: int, num_ranks: int, max_waiters: int) -> None:
+    def __init__(
+        self, num_slots: int, num_ranks: int, max_waiters: int, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        self._on_change = on_change
         self._pool: SlotPool[asyncio.Future[SlotHandle]] = SlotPool(
             num_slots, num_ranks, max_waiters, nonce=lambda: secrets.randbits(32)
         )
@@ -67,6 +73,7 @@ class StagingSlots:
     def quarantine(self, handle: SlotHandle, ranks: Collection[int]) -> None:
         """Bytes may still arrive on these ranks: nobody gets the slot until each has drained."""
         self._pool.quarantine(handle, ranks)
+        self._on_change()
 
     async def await_drained(self, handle: SlotHandle, rank: int, doubtful: Collection[Operation]) -> None:
         """End a rank's part of a quarantine once all its doubtful operations are drained.
@@ -94,3 +101,4 @@ class StagingSlots:
                     self._pool.release(handle)  # cancelled in this very moment: the slot goes to the next
                 else:
                     turn.set_result(handle)
+        self._on_change()

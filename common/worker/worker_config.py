@@ -1,0 +1,63 @@
+"""The settings that prefill and decode workers share; each adds its own, with defaults for a single machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from common.config import ServiceConfig
+from common.errors import InvalidArgument
+from common.kvcache.layout import heads_of_rank
+from common.worker.worker_model import WorkerModel
+
+_SLOT_ALIGNMENT_BYTES = 64  # legs start at multiples of the element size
+
+
+class WorkerConfig(ServiceConfig):
+    """Base of a worker's configuration."""
+
+    worker_id: str = Field(pattern=r"^[\x21-\x7e]{1,64}$", description="Name, unique in the deployment.")
+    listen: str = Field(description="host:port for those who call this worker.")
+    model: Path = Field(description="Checkpoint directory (config.json and safetensors).")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where the ranks compute; rank i takes device i.")
+    dtype: str = Field("auto", description="auto, float32, bfloat16 or float16: weights, activations, KV cache.")
+    tp_size: int = Field(1, ge=1, le=64, description="Tensor-parallel ranks.")
+
+    num_blocks: int = Field(1024, ge=1, description="KV blocks of each rank, unless kv_bytes says how many.")
+    kv_bytes: int = Field(0, ge=0, description="Memory of each rank for KV blocks, bytes; 0: see num_blocks.")
+    block_size: int = Field(64, ge=1, description="Tokens in a block; the same in prefill and decode workers.")
+    prefix_cache: bool = Field(True, description="Keep the blocks of what has ended for what starts alike.")
+    max_rows: int = Field(64, ge=1, description="Sequences that are computed at once.")
+
+    transport_url: str = Field("ucx://0.0.0.0:0", description="Where the ranks open their transport endpoints.")
+    transport_progress: Literal["event", "polling"] = Field("event", description="How the transport is driven.")
+    num_slots: int = Field(4, ge=1, le=256, description="Staging slots of each rank.")
+    slot_bytes: int = Field(8 << 20, ge=4096, description="Size of a staging slot, bytes.")
+    connect_timeout_s: float = Field(5.0, gt=0, description="Time for two ranks to connect, seconds.")
+    max_chunk_resends: int = Field(3, ge=0, description="How often one chunk is offered again after it failed.")
+
+    max_message_bytes: int = Field(16 << 20, ge=1 << 16, description="Largest gRPC message, bytes.")
+    start_timeout_s: float = Field(300.0, gt=0, description="Time for the ranks to load and be ready, seconds.")
+    step_timeout_s: float = Field(
+        60.0, gt=0, description="Time of one step, after which the ranks count as hung and are replaced, seconds."
+    )
+    drain_timeout_s: float = Field(30.0, ge=0, description="Time for what is under way after SIGTERM, seconds.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; 0 is off.")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged.")
+
+    @model_validator(mode="after")
+    def _check_slots(self) -> Self:
+        if self.slot_bytes % _SLOT_ALIGNMENT_BYTES:
+            raise ValueError(f"slot_bytes must be a multiple of {_SLOT_ALIGNMENT_BYTES}")
+        return self
+
+    def num_blocks_of(self, model: WorkerModel) -> int:
+        """KV blocks of each rank. Raises `InvalidArgument` if `kv_bytes` has no room for one."""
+        if not self.kv_bytes:
+            return self.num_blocks
+        block_bytes = model.layout.block_bytes(len(heads_of_rank(model.layout.num_kv_heads, self.tp_size, 0)))
+        if self.kv_bytes < block_bytes:
+            raise InvalidArgument("kv_bytes", self.kv_bytes, f"a block has {block_bytes} bytes")
+        return self.kv_bytes // block_bytes

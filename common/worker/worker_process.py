@@ -1,0 +1,114 @@
+"""The life of a worker's process: serve until SIGTERM or SIGINT, then finish what is under way, within a grace.
+
+Knows that a worker has a gRPC service beside its status, not which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import grpc
+from baton.v1 import worker_pb2_grpc
+
+from common.config import load_config_or_exit
+from common.errors import BatonError
+from common.rpc.server import RpcServer
+from common.telemetry.counters import MetricsServer
+from common.worker import status_service
+from common.worker.status_service import StatusService
+from common.worker.worker_config import WorkerConfig
+from common.worker.worker_front import WorkerFront
+
+_log = logging.getLogger(__name__)
+_STOP_GRACE_S = 1.0  # for calls that drain left over, to end with a status
+
+_Config = TypeVar("_Config", bound=WorkerConfig)
+_Servicer = TypeVar("_Servicer")
+
+
+def run_worker(config_class: type[_Config], serve: Callable[[_Config], Coroutine[Any, Any, None]]) -> int:
+    """Load the settings and serve. Returns the exit status: 1 if there is nothing to serve."""
+    config = load_config_or_exit(config_class, sys.argv[1:], os.environ)
+    logging.basicConfig(
+        level=config.log_level, format=f"%(asctime)s %(levelname)s {config_class.service} %(name)s: %(message)s"
+    )
+    failures: list[BatonError] = []
+    try:
+        asyncio.run(serve(config))
+    except* BatonError as group:
+        failures = _leaves(group)
+    for failure in failures:
+        _log.error("%s: %s: %s", config.worker_id, type(failure).__name__, failure)
+    return 1 if failures else 0
+
+
+async def serve_worker(
+    worker: WorkerFront[Any],
+    changed: asyncio.Event,
+    add_service: Callable[[_Servicer, grpc.aio.Server], None],
+    servicer: _Servicer,
+    service_name: str,
+) -> None:
+    """The worker, its service and its status, until a signal. `changed` is set whenever the status may have changed.
+
+    Raises what the ranks could not be started for.
+    """
+    config = worker.config
+    status = StatusService(worker.status, worker.drain, worker.refresh)
+    server = RpcServer(config.listen, max_message_bytes=config.max_message_bytes)
+    server.add(add_service, servicer, service_name)
+    server.add(worker_pb2_grpc.add_WorkerServicer_to_server, status, status_service.SERVICE_NAME)
+    metrics = MetricsServer(worker.counters, config.metrics_port) if config.metrics_port else None
+    try:
+        port = await server.start()
+        worker.listens_on(port)
+        _log.info("%s listens on %s (port %d)", config.worker_id, config.listen, port)
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(worker.run())
+            reporting = tasks.create_task(_report(changed, worker, server, status))
+            await _stop_signal()
+            _log.info("%s drains", config.worker_id)
+            worker.drain()
+            await worker.wait_idle(config.drain_timeout_s)
+            status.close()
+            worker.end_streams()
+            await server.stop(_STOP_GRACE_S)
+            reporting.cancel()
+            running.cancel()
+    finally:
+        await server.stop(0.0)
+        if metrics is not None:
+            metrics.stop()
+
+
+async def _report(changed: asyncio.Event, worker: WorkerFront[Any], server: RpcServer, status: StatusService) -> None:
+    """Pass changes on to whoever watches: status streams and health checks."""
+    was_ready = False
+    while True:
+        await changed.wait()
+        changed.clear()
+        status.notify()
+        if worker.is_ready is not was_ready:
+            was_ready = worker.is_ready
+            await server.set_serving(was_ready)
+
+
+async def _stop_signal() -> None:
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()
+
+
+def _leaves(group: BaseExceptionGroup[BatonError]) -> list[BatonError]:
+    found: list[BatonError] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

@@ -1,0 +1,176 @@
+"""One offer of one chunk on the decode end, from the reservation of blocks to the answer.
+
+    ChunkReady ─▶ blocks reserved ─▶ slot ─▶ receives posted ─▶ Grant ─▶ arrived ─▶ ChunkVerified
+                     └─────────────────┴────────────┴─────────────┴────▶ taken back ─▶ ChunkRejected
+
+It runs as a task of `HandoffContext.run`, not of its stream: cancelling it takes its receives back first, then frees
+slot and blocks. Knows its stream as a `ChunkOwner` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from baton.v1 import kv_pb2
+
+from common.errors import (
+    BatonError,
+    Cancelled,
+    InternalError,
+    PeerLost,
+    TransferError,
+    TransferTimeout,
+    Truncated,
+    Unavailable,
+)
+from common.kvcache.grant import SlotHandle
+from common.kvcache.layout import Leg
+from common.worker.rank_group import Operation
+from common.worker.staging_slots import StagingSlots
+from services.decode.chunk_transfer import IN_DOUBT, PEER_LOST, ChunkTransfer
+from services.decode.handoff_context import HandoffContext
+from services.decode.request import DecodeSequence, SequenceState, blocks_of
+
+_log = logging.getLogger(__name__)
+
+_REASON_BY_ERROR: dict[type[TransferError], kv_pb2.ChunkRejectReason.ValueType] = {
+    Truncated: kv_pb2.CHUNK_REJECT_REASON_TRUNCATED,
+    TransferTimeout: kv_pb2.CHUNK_REJECT_REASON_TIMEOUT,
+    PeerLost: kv_pb2.CHUNK_REJECT_REASON_PEER_LOST,
+}
+
+
+class ChunkOwner(Protocol):
+    """The stream, as its chunks see it. `reserved` is set once the sequence has its blocks, `over` once nobody reads
+    answers any more."""
+
+    seq: DecodeSequence
+    reserved: asyncio.Event
+    legs: Sequence[Leg]
+    peer_names: Sequence[str]
+    over: bool
+
+    def send(self, response: kv_pb2.HandoffResponse) -> None:
+        """Queue an answer."""
+
+    def fail(self, error: BatonError) -> None:
+        """End the stream with an error."""
+
+    def chunk_verified(self, chunk: kv_pb2.ChunkReady) -> None:
+        """The chunk's blocks are in place."""
+
+    def chunk_rejected(self, chunk: kv_pb2.ChunkReady, reason: kv_pb2.ChunkRejectReason.ValueType, detail: str) -> None:
+        """The chunk's blocks may be offered again."""
+
+
+class ChunkReception:
+    """One offer of one chunk, up to its answer. Cancelling `run` takes everything back and then answers, too."""
+
+    def __init__(self, context: HandoffContext, stream: ChunkOwner, chunk: kv_pb2.ChunkReady) -> None:
+        self._context = context
+        self._stream = stream
+        self._chunk = chunk
+        self._connection_lost = False
+
+    async def run(self) -> None:
+        """Answers with ChunkVerified or ChunkRejected, or ends the stream. Raises nothing but CancelledError."""
+        try:
+            await self._receive()
+        except asyncio.CancelledError as cancelled:
+            reason = str(cancelled.args[0]) if cancelled.args else "cancelled"
+            self._reject(kv_pb2.CHUNK_REJECT_REASON_TIMEOUT, reason)
+        except TransferError as error:
+            self._reject(_reason(error), str(error))
+        except BatonError as error:
+            self._stream.fail(error)
+        except Exception as error:  # a bug must end this hand-off, not those beside it
+            _log.exception("chunk %d failed", self._chunk.chunk_index)
+            self._stream.fail(InternalError(f"chunk {self._chunk.chunk_index}: {error!r}"))
+
+    async def _receive(self) -> None:
+        engine, seq = self._context.engine, self._stream.seq
+        reserved = engine.scheduler.reserve(seq)
+        engine.settle()
+        if not reserved:
+            await self._stream.reserved.wait()
+        group, slots = self._context.require_ranks()
+        engine.on_change()
+        handle = await slots.acquire()
+        if seq.state is not SequenceState.RECEIVING:  # it ended in this very moment: its blocks are not ours
+            slots.release(handle)
+            raise Cancelled("the sequence is gone")
+        block_ids = blocks_of(seq, self._chunk.first_block, self._chunk.num_blocks)
+        setup = self._context.setup
+        transfer = ChunkTransfer(group, setup.layout, handle, block_ids, setup.limits.cancel_timeout_s)
+        engine.scheduler.hold(seq)
+        try:
+            await self._fill(transfer)
+        finally:
+            # A second cancel must not keep the first from being finished: until then a rank may write to the blocks.
+            settling = self._context.spawn(self._settle(transfer, slots, handle))
+            await asyncio.shield(settling)
+            if self._connection_lost:
+                raise PeerLost("the transport connection is closed")
+
+    async def _fill(self, transfer: ChunkTransfer) -> None:
+        limits = self._context.setup.limits
+        try:
+            await transfer.post(self._stream.legs, self._stream.peer_names, limits.connect_timeout_s)
+        except TransferTimeout as error:
+            raise PeerLost(str(error)) from error  # it has to connect, not to try the same again
+        grant = kv_pb2.ChunkGrant(
+            chunk_index=self._chunk.chunk_index,
+            legs=transfer.leg_grants(),
+            timeout_ns=round(limits.grant_timeout_s * 1e9),
+        )
+        self._stream.send(kv_pb2.HandoffResponse(grant=grant))
+        times = await transfer.arrive(limits.grant_timeout_s)
+        self._context.counters.inc("chunks_verified")
+        self._context.engine.scheduler.verify(self._stream.seq, self._chunk.first_block, self._chunk.num_blocks)
+        self._stream.chunk_verified(self._chunk)
+        verified = kv_pb2.ChunkVerified(
+            chunk_index=self._chunk.chunk_index, transfer_ns=times.transfer_ns, verify_ns=times.verify_ns
+        )
+        self._stream.send(kv_pb2.HandoffResponse(chunk_verified=verified))
+
+    async def _settle(self, transfer: ChunkTransfer, slots: StagingSlots, handle: SlotHandle) -> None:
+        """Take back what did not arrive; then slot and blocks are free, but for a slot in doubt."""
+        engine, counters = self._context.engine, self._context.counters
+        try:
+            outcomes, doubtful = await transfer.take_back()
+        except Unavailable:
+            outcomes, doubtful = [], {}  # the ranks are gone: so are slots and blocks
+        engine.scheduler.release_hold(self._stream.seq)
+        for outcome in outcomes:
+            counters.inc(f"cancelled_legs_{outcome}")
+        if doubtful:
+            counters.inc("slots_quarantined")
+            slots.quarantine(handle, doubtful.keys())
+        else:
+            slots.release(handle)
+        engine.settle()
+        for rank, operations in doubtful.items():
+            self._context.spawn(self._end_quarantine(slots, handle, rank, operations))
+        self._connection_lost = IN_DOUBT in outcomes or PEER_LOST in outcomes
+
+    async def _end_quarantine(
+        self, slots: StagingSlots, handle: SlotHandle, rank: int, operations: list[Operation]
+    ) -> None:
+        with contextlib.suppress(Unavailable):  # the ranks are gone, and the slot with them
+            await slots.await_drained(handle, rank, operations)
+        self._context.engine.on_change()
+
+    def _reject(self, reason: kv_pb2.ChunkRejectReason.ValueType, detail: str) -> None:
+        if self._stream.over:
+            return
+        name = kv_pb2.ChunkRejectReason.Name(reason).removeprefix("CHUNK_REJECT_REASON_").lower()
+        self._context.counters.inc(f"chunks_rejected_{name}")
+        self._stream.chunk_rejected(self._chunk, reason, detail)
+
+
+def _reason(error: TransferError) -> kv_pb2.ChunkRejectReason.ValueType:
+    return _REASON_BY_ERROR.get(type(error), kv_pb2.CHUNK_REJECT_REASON_DIGEST_MISMATCH)
