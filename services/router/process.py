@@ -44,8 +44,9 @@ class RouterProcess:
         )
         limits = DispatchLimits(config.max_worker_losses, config.placement_timeout_s, config.migration_timeout_s)
         self._dispatcher = Dispatcher(self.registry, rng, limits)
+        # Twice the limit: what is a little too large is refused by us, naming value and limit; the rest by gRPC.
         self._server = RpcServer(
-            config.listen, max_message_bytes=config.max_message_bytes, so_reuseport=config.reuse_port
+            config.listen, max_message_bytes=2 * config.max_message_bytes, so_reuseport=config.reuse_port
         )
         self.servicer = InferenceServicer(
             model, self.admission, self._dispatcher, self.registry, self.metrics, config.max_timeout_s
@@ -94,7 +95,7 @@ class RouterProcess:
 
 async def run_router(config: RouterConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain."""
-    model = load_served_model(config.served_model_name, config.model)
+    model = load_served_model(config.served_model_name, config.model, config.max_message_bytes)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -35,7 +35,7 @@ class ServedModel:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def load_served_model(name: str, model_dir: Path) -> ServedModel:
+def load_served_model(name: str, model_dir: Path, max_message_bytes: int) -> ServedModel:
     """Read the configuration, the tokenizer and the chat template. Raises `ModelError`."""
     config = read_model_config(model_dir)
     tokenizer = Tokenizer.from_directory(model_dir)
@@ -46,5 +46,6 @@ def load_served_model(name: str, model_dir: Path) -> ServedModel:
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids or tokenizer.eos_token_ids,
         has_chat_template=bool(chat_template.names),
+        max_message_bytes=max_message_bytes,
     )
     return ServedModel(limits, tokenizer, chat_template)

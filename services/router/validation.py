@@ -32,6 +32,7 @@ class ModelLimits:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
+    max_message_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class ValidatedRequest:
 
 def validate(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> ValidatedRequest:
     """The request as a value, or the first field that is out of bounds."""
+    if (num_bytes := request.ByteSize()) > limits.max_message_bytes:
+        raise InvalidArgument("request", f"{num_bytes} bytes", f"at most {limits.max_message_bytes} bytes")
     if request.HasField("model") and request.model != limits.name:
         raise NotFound(f"model {_short(request.model)!r} is not served here, {limits.name!r} is")
     n = request.n if request.HasField("n") else 1

@@ -103,7 +103,7 @@ async def running_cluster(
         "decode": tuple(worker.address for worker in decodes),
     }
     config = RouterConfig.model_validate(values | settings)
-    model = load_served_model(config.served_model_name, config.model)
+    model = load_served_model(config.served_model_name, config.model, config.max_message_bytes)
     router = RouterProcess(config, model, random.Random(7))
     try:
         async with router.running():

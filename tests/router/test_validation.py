@@ -17,7 +17,9 @@ from common.rpc.status import error_from_rpc
 from services.router.validation import ModelLimits, resolve_sampling, validate
 from tests.router.cluster import Cluster, running_cluster
 
-LIMITS = ModelLimits("bytes", context_length=512, vocab_size=300, eos_token_ids=(0,), has_chat_template=True)
+LIMITS = ModelLimits(
+    "bytes", context_length=512, vocab_size=300, eos_token_ids=(0,), has_chat_template=True, max_message_bytes=1 << 24
+)
 UINT32_MAX = 2**32 - 1
 
 
@@ -172,7 +174,11 @@ def test_a_request_without_a_prompt_is_refused() -> None:
 def test_a_message_above_the_limit_reaches_no_worker(served: tuple[asyncio.Runner, Cluster]) -> None:
     runner, cluster = served
     error = runner.run(refusal(cluster, make(text="x" * (17 << 20))))
-    assert "larger than max" in str(error)
+    assert isinstance(error, InvalidArgument)
+    assert error.field == "request"
+    assert "at most 16777216 bytes" in error.limit
+    far_above = runner.run(refusal(cluster, make(text="x" * (33 << 20))))
+    assert "larger than max" in str(far_above)
     assert cluster.num_opened == 0
 
 
