@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from cli.up import DEFAULT_MODEL
 from tests.integration.reference import Reference
+
+# The same examples every time: a test that fails fails again.
+settings.register_profile("deterministic", derandomize=True, database=None, deadline=None)
+settings.load_profile("deterministic")
 
 if not torch.cuda.is_available():
     # Without a GPU the Triton kernels run under Triton's interpreter: decided before any of them is imported.

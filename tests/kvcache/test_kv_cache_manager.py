@@ -357,6 +357,8 @@ class ManagerMachine(RuleBasedStateMachine):
         probe = self.manager.admit([], 0)
         assert not self.manager.extend(probe, self.manager.num_available + 1)
         assert self.manager.extend(probe, self.manager.num_available)
+        self.manager.check_integrity()
+        self.manager.release(probe)
         self.books_balance()
         self.nobody_reads_what_another_overwrote()
 
