@@ -61,10 +61,10 @@ def spec_from(args: argparse.Namespace) -> DeploymentSpec:
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Run `baton up` until SIGINT or SIGTERM."""
+    """Run `baton up` until SIGINT, SIGTERM or SIGHUP (the terminal is gone)."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     console = Console()
     view = StatusView()
