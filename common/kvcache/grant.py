@@ -70,26 +70,3 @@ class SlotHandle:
     def tag(self, leg: int) -> int:
         """The tag of leg number `leg` of this use."""
         return make_tag(self.nonce, self.generation, self.slot, leg)
-
-
-@dataclass(frozen=True, slots=True)
-class LegGrant:
-    """The peer's: what one prefill rank sends to one decode rank for one chunk, under one tag."""
-
-    prefill_rank: int
-    decode_rank: int
-    first_head: int  # global KV head
-    num_heads: int
-    tag: int
-    nbytes: int  # exact size of the message, header included
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkGrant:
-    """The peer's: all legs of one chunk. All or nothing: there is no grant for some legs of a chunk."""
-
-    chunk_index: int
-    first_block: int  # within the sequence
-    num_blocks: int
-    legs: tuple[LegGrant, ...]
-    deadline_s: float  # time that remained when the grant was made

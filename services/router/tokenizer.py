@@ -91,12 +91,6 @@ class Tokenizer:
         """The vocabulary's spelling of a token (`Ġthe`, `▁the`, `<0x0A>`), None for an id without one."""
         return self._backend.id_to_token(token_id)
 
-    def check_token_ids(self, field: str, token_ids: Sequence[int], vocab_size: int) -> None:
-        """Raise `InvalidArgument` if an id is outside the model's vocabulary."""
-        for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
-                raise InvalidArgument(field, token_id, f"token ids are in [0, {vocab_size - 1}]")
-
 
 def read_json(path: Path) -> Json:
     """A JSON object, empty if there is no such file. Raises `ModelError` for anything else."""

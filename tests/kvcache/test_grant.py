@@ -1,13 +1,11 @@
 """Grants: the 64-bit tag."""
 
-import dataclasses
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidArgument
-from common.kvcache.grant import LegGrant, SlotHandle, TagParts, make_tag, split_tag
+from common.kvcache.grant import SlotHandle, TagParts, make_tag, split_tag
 
 exhaustive = settings(deadline=None, max_examples=200, derandomize=True, database=None)
 uint8 = st.integers(0, 2**8 - 1)
@@ -56,9 +54,3 @@ def test_a_number_beyond_64_bits_is_no_tag(tag: int) -> None:
 def test_a_handle_makes_the_tags_of_its_legs() -> None:
     handle = SlotHandle(slot=3, generation=9, nonce=5)
     assert handle.tag(leg=2) == make_tag(5, 9, 3, 2)
-
-
-def test_grants_are_immutable() -> None:
-    leg = LegGrant(prefill_rank=0, decode_rank=0, first_head=0, num_heads=1, tag=1, nbytes=64)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        leg.tag = 2  # type: ignore[misc]

@@ -46,10 +46,6 @@ def test_sizes_ids_and_special_tokens_are_known(directory: Path) -> None:
     assert tokenizer.vocab_size == tokenizer.max_token_id + 1
     assert {tokenizer.token(token_id) for token_id in tokenizer.special_token_ids} == {"<s>", "</s>", "<|end|>"}
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer.check_token_ids("prompt", range(tokenizer.vocab_size), tokenizer.vocab_size)
-    for bad in (-1, tokenizer.vocab_size):
-        with pytest.raises(InvalidArgument, match="prompt"):
-            tokenizer.check_token_ids("prompt", [0, bad], tokenizer.vocab_size)
 
 
 def test_eos_ids_come_from_the_generation_config_first(directory: Path) -> None:
