@@ -84,7 +84,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
                 raise first_error(group) from None
             finally:
                 self._count(handoff.stats)
-        await context.write(_completed(job, handoff.stats))
+        await _write(context, _completed(job, handoff.stats))
 
     def _count(self, stats: HandoffStats) -> None:
         counters = self._worker.counters

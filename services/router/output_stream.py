@@ -27,6 +27,7 @@ class OutputStream:
         self._first_sent_ns: dict[int, int] = {}
         self._changed: dict[Choice, None] = {}  # an ordered set
         self._num_open = 0
+        self._is_cut_off = False
         self._wake = asyncio.Event()
 
     def on_change(self, choice: Choice) -> None:
@@ -37,18 +38,23 @@ class OutputStream:
     async def write_to(
         self, write: Callable[[inference_pb2.GenerateResponse], Awaitable[None]], received_ns: int
     ) -> None:
-        """Write until every choice's last message is out."""
+        """Write until every choice's last message is out, or until `cut_off`."""
         self._num_open = len(self.choices)
-        while self._num_open:
+        while self._num_open and not self._is_cut_off:
             await self._wake.wait()
             self._wake.clear()
-            while self._changed:
+            while self._changed and not self._is_cut_off:
                 choice = next(iter(self._changed))
                 del self._changed[choice]
                 response = choice.take()
                 if response is not None:
                     self._finish_message(choice, response, received_ns)
                     await write(response)
+
+    def cut_off(self) -> None:
+        """Begin no other message: `write_to` returns when the one under way is out."""
+        self._is_cut_off = True
+        self._wake.set()
 
     def _finish_message(self, choice: Choice, response: inference_pb2.GenerateResponse, received_ns: int) -> None:
         if choice.index not in self._first_sent_ns:

@@ -34,6 +34,7 @@ _request_log = logging.getLogger("baton.router.request")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 LONG_TEXT_CHARS = 4096  # above this, tokenising takes long enough to be worth a thread
+WRITE_GRACE_S = 0.5  # for a message under way when the request fails; a client that does not read gets no status
 
 
 @dataclass(slots=True)
@@ -124,8 +125,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             choice.lifetime.queue_ns = admitted_ns - record.received_ns
         record.output = output
         async with asyncio.TaskGroup() as call:
-            call.create_task(_write(output, context, record.received_ns))
-            await self._dispatcher.run(plan, output.choices)
+            writing = call.create_task(_write(output, context, record.received_ns))
+            try:
+                await self._dispatcher.run(plan, output.choices)
+            except BaseException:
+                # A write that is abandoned leaves gRPC unable to send a status, and the client would hear nothing.
+                output.cut_off()
+                await asyncio.wait((writing,), timeout=WRITE_GRACE_S)
+                raise
 
     async def _prompt_ids(self, request: ValidatedRequest) -> list[int]:
         contents = (content for _, content in request.chat or ())

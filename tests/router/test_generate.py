@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import grpc
 import pytest
 from baton.v1 import inference_pb2, sampling_pb2
 
-from common.errors import DeadlineExceeded, ResourceExhausted
+from common.errors import DeadlineExceeded, InternalError, ResourceExhausted
 from common.rpc.status import error_from_rpc
+from services.router.attempt import RequestPlan
+from services.router.choice import Choice
+from services.router.dispatcher import Dispatcher
 from tests.router.byte_checkpoint import EOS_TOKEN_ID, byte_ids
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import letters
@@ -303,3 +306,18 @@ async def test_many_requests_at_once_keep_their_tokens_apart(cluster: Cluster) -
     for size, output in zip(range(2, 42), outputs, strict=True):
         assert output[0].token_ids == letters(0, size)
     assert cluster.router.admission.queue.num_in_flight == 0
+
+
+async def test_a_failure_during_the_first_write_reaches_the_client(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail_while_writing(self: Dispatcher, plan: RequestPlan, choices: Sequence[Choice]) -> None:
+        choices[0].accept(letters(0, 1), [])
+        for _ in range(3):  # the writer wakes and hands the message to gRPC, whose own thread then sends it
+            await asyncio.sleep(0)
+        raise InternalError("it failed")
+
+    monkeypatch.setattr(Dispatcher, "run", fail_while_writing)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.generate(text_request(8), timeout_s=5.0)
+    assert isinstance(error_from_rpc(caught.value), InternalError)
