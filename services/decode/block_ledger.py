@@ -73,13 +73,20 @@ class BlockLedger:
             seq.num_verified += 1
         self._kv.commit(seq.blocks, seq.hashes, min(seq.num_verified, len(seq.hashes)))
 
+    def commit_computed(self, seq: DecodeSequence) -> None:
+        """Offer the full blocks of the prompt that are in place to the prefix cache."""
+        self._kv.commit(seq.blocks, seq.hashes, min(seq.num_computed // self._kv.block_size, len(seq.hashes)))
+
     def commit_all(self, seq: DecodeSequence) -> None:
         """Offer every full block to the prefix cache: a next turn, or the sequence itself, may come back to it.
 
         A plan in flight writes behind these blocks only.
         """
+        if seq.num_computed < seq.num_handoff_tokens:
+            self.commit_computed(seq)
+            return
         block_size = self._kv.block_size
-        num_full = (seq.num_handoff_tokens + seq.num_stepped) // block_size
+        num_full = (seq.num_computed + seq.num_stepped) // block_size
         parent = seq.hashes[-1] if seq.hashes else root_hash(tenant_salt(seq.request.tenant, self._model_digest))
         for index in range(len(seq.hashes), num_full):
             parent = hash_block(parent, seq.token_ids[index * block_size : (index + 1) * block_size])

@@ -19,6 +19,9 @@ class DecodeConfig(WorkerConfig):
     listen: str = Field("0.0.0.0:50071", description="host:port for routers and prefill workers.")
     advertise: str = Field("", description="host:port in tickets, for prefill workers; the listen address if empty.")
 
+    chunk_tokens: int = Field(
+        256, ge=1, description="Prompt tokens of one step, beside its decoding rows, where prompts are computed here."
+    )
     max_open: int = Field(512, ge=1, description="Sequences in all states; more are refused.")
     grant_timeout_s: float = Field(5.0, gt=0, description="Time for the bytes of one chunk, seconds.")
     cancel_timeout_s: float = Field(0.5, gt=0, description="After this a receive under way is in doubt, seconds.")

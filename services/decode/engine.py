@@ -85,8 +85,10 @@ class DecodeEngine:
                     _log.warning("sequence %d failed: %s", event.key[1], event.error)
                 self._sessions.publish(event)
                 self.on_ticket(event)
-            else:
+            elif isinstance(event, BlocksReserved):
                 self.on_ticket(event)
+            else:
+                self._sessions.publish(event)
         self._sessions.flush()
         self._work.set()
         self._deadlines_changed.set()

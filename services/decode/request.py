@@ -41,8 +41,10 @@ class End(enum.Enum):
 class DecodeSequence:
     """One sequence. Read it freely; only the scheduler changes it.
 
-    token_ids   prompt │ output of other workers │ first token, from prefill │ tokens sampled here
-    KV in place ├────────── handed off ──────────┼─ one more with each step that is done ─▶
+    token_ids   prompt │ output of other workers │ first token │ tokens of steps
+    KV in place ├─ handed off, or computed here ─┼─ one more with each step that is done ─▶
+
+    The first token comes with the hand-off, or from the last chunk of a sequence that is computed here (`is_local`).
     """
 
     session_id: str
@@ -53,6 +55,9 @@ class DecodeSequence:
     hashes: list[bytes]  # of the full blocks known so far
     num_handoff_blocks: int  # blocks of everything before the first token
     token_ids: list[int]
+    is_local: bool = False  # its prompt is computed here, nothing is handed off
+    num_chunked: int = 0  # leading tokens that are in place, or in chunks that were planned
+    num_computed: int = 0  # leading tokens, up to the first token, whose KV is in place
     state: SequenceState = SequenceState.OPEN
     row: int = -1
     num_blocks_sent: int = 0  # leading blocks that the ranks know of
@@ -61,6 +66,9 @@ class DecodeSequence:
     num_holds: int = 0  # plans and transfers under way that may touch the blocks
     verified: set[int] = field(default_factory=set)  # verified blocks beyond the leading run
     num_verified: int = 0  # leading blocks that are in place
+    is_announced: bool = False  # its router was told that its first step begins
+    opened_s: float = 0.0
+    scheduled_s: float = 0.0  # first chunk of a local sequence
     joined_s: float = 0.0
     first_step_s: float = 0.0
     last_token_s: float = 0.0
@@ -74,9 +82,25 @@ class DecodeSequence:
         return len(self.request.token_ids)
 
     @property
+    def num_unplanned_tokens(self) -> int:
+        """Tokens of a local sequence that are in no chunk yet; 0 once decode steps may be planned."""
+        return self.num_handoff_tokens - self.num_chunked
+
+    @property
     def max_steps(self) -> int:
-        """Tokens that may be sampled here: the first came from prefill, others perhaps from other workers."""
+        """Tokens of decode steps: the first came before them, others perhaps from other workers."""
         return self.request.sampling.max_tokens - self.request.num_output_tokens - 1
+
+    @property
+    def wants_step(self) -> bool:
+        """Whether a decode step may be planned: the token before it was sampled, or will be by a plan in flight."""
+        return self.num_unplanned_tokens == 0 and self.num_planned < self.max_steps
+
+    def prompt_computed(self, block_size: int) -> PromptComputed:
+        """The event that goes before a local sequence's first token."""
+        queue_s, prefill_s = self.scheduled_s - self.opened_s, self.joined_s - self.scheduled_s
+        num_cached_tokens = self.blocks.num_cached_blocks * block_size
+        return PromptComputed(self.key, round(queue_s * 1e9), round(prefill_s * 1e9), num_cached_tokens)
 
     def add_row(self) -> AddRow:
         """The message that gives the sequence its row on the ranks."""
@@ -104,6 +128,23 @@ class TokenSampled:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptComputed:
+    """The prompt of a local sequence is in place; its first token follows."""
+
+    key: Key
+    queue_ns: int
+    prefill_ns: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepsBegin:
+    """The first decode step of a sequence that was handed off begins: its second token is one step away."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceEnded:
     """The sequence left; its last event. `finish_reason` is a value of the proto's enum, 0 unless FINISHED."""
 
@@ -123,7 +164,8 @@ class BlocksReserved:
     ticket_id: int
 
 
-Event = TokenSampled | SequenceEnded | BlocksReserved
+RouterEvent = TokenSampled | PromptComputed | StepsBegin | SequenceEnded  # what a sequence's router is told
+Event = RouterEvent | BlocksReserved
 
 
 def blocks_of(seq: DecodeSequence, first_block: int, num_blocks: int) -> Sequence[int]:

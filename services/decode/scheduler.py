@@ -3,12 +3,12 @@
              open            reserve: all blocks or none      join             a row is free
     (router) ────▶ OPEN ───────────────▶ RECEIVING ─────────▶ READY ─────────────▶ RUNNING
                     │ holds cached blocks   │ holds all blocks  │                     │
+                    │      └── all blocks, and its prompt is computed here ─▶┘        │
                     ▼                       ▼                   ▼                     ▼
                    GONE: finished │ preempted │ lost │ deadline │ failed │ closed, from any state
 
-Up to two plans are in flight: plan n+1 is made while n runs, and takes the token that n samples from the device. So
-an end is seen one step late, and the token of that step is discarded. A plan or a transfer *holds* the sequences that
-it touches; the blocks of one that is gone are released with its last hold.
+What a step computes, and what becomes of its tokens, is in `steps`. A plan or a transfer *holds* the sequences that it
+touches; the blocks of one that is gone are released with its last hold.
 
 When a running sequence needs a block and none is available, the youngest gives way and is recomputed through a
 prefill worker; the oldest never does, so it finishes.
@@ -21,10 +21,10 @@ from collections.abc import Callable
 from common.errors import FailedPrecondition, InternalError
 from common.kvcache.kv_cache_manager import KVCacheManager, KVCacheStats
 from common.worker.sequence import SequenceRequest
-from common.worker.step_plan import AddRow, RemoveRow, SampledToken, StepResult
+from common.worker.step_plan import AddRow, RemoveRow, StepResult
 from services.decode.block_ledger import BlockLedger
 from services.decode.open_sequences import OpenSequences
-from services.decode.plans import Plan, PlansInFlight
+from services.decode.plans import Plan
 from services.decode.request import (
     BlocksReserved,
     DecodeSequence,
@@ -32,27 +32,34 @@ from services.decode.request import (
     Event,
     Key,
     SequenceState,
-    TokenSampled,
 )
 from services.decode.row_table import RowTable
+from services.decode.steps import Steps
 from services.decode.victims import idlest, youngest
 
 _State = SequenceState
 
 
 class DecodeScheduler:
-    """Owner of rows, blocks and sequences. `max_open` bounds the sequences in all states together."""
+    """Owner of rows, blocks and sequences. `max_open` bounds the sequences in all states together; `chunk_tokens`
+    [at least 1] the prompt tokens of one step."""
 
     def __init__(
-        self, make_kv: Callable[[], KVCacheManager], max_rows: int, max_open: int, model_digest: bytes
+        self,
+        make_kv: Callable[[], KVCacheManager],
+        max_rows: int,
+        max_open: int,
+        model_digest: bytes,
+        chunk_tokens: int = 256,
     ) -> None:
+        assert chunk_tokens >= 1
         self._blocks = BlockLedger(make_kv, model_digest)
         self._open = OpenSequences(max_open)
         self._waiting: dict[int, DecodeSequence] = {}  # for blocks, by serial, first come first served
         self._ready: dict[int, DecodeSequence] = {}  # for a row, by serial, in order of join
         self._rows = RowTable(max_rows)
-        self._in_flight = PlansInFlight()
         self._events: list[Event] = []
+        self._steps = Steps(self._blocks, self._rows, chunk_tokens, self._make_room, self._end, self._events)
         self._next_serial = 0
 
     # What is asked
@@ -71,8 +78,13 @@ class DecodeScheduler:
         return len(self._waiting)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens of local prompts that no plan has yet. May be read from another thread."""
+        return sum(seq.num_unplanned_tokens for seq in list(self._open.all) if seq.is_local)
+
+    @property
     def num_plans_in_flight(self) -> int:
-        return len(self._in_flight)
+        return self._steps.num_in_flight
 
     @property
     def next_deadline_s(self) -> float | None:
@@ -88,18 +100,25 @@ class DecodeScheduler:
         return self._blocks.stats()
 
     def find_ticket(self, ticket_id: int) -> DecodeSequence | None:
-        """The sequence of a ticket, unless it is gone."""
-        return self._open.find_ticket(ticket_id)
+        """The sequence of a ticket, unless it is gone or computed here."""
+        seq = self._open.find_ticket(ticket_id)
+        return None if seq is None or seq.is_local else seq
 
     def take_events(self) -> list[Event]:
         """What happened since the last call, in order."""
-        events, self._events = self._events, []
+        events = self._events.copy()
+        self._events.clear()
         return events
 
     # Sequences come and go
 
-    def open(self, session_id: str, request: SequenceRequest, ticket_id: int) -> DecodeSequence:
-        """Register a sequence and hold what is cached of it (`blocks.num_cached_blocks`) until it is gone."""
+    def open(
+        self, session_id: str, request: SequenceRequest, ticket_id: int, *, is_local: bool = False, now_s: float = 0.0
+    ) -> DecodeSequence:
+        """Register a sequence and hold what is cached of it (`blocks.num_cached_blocks`) until it is gone.
+
+        A local one goes its way by itself; the others wait for their hand-off.
+        """
         self._open.check_new((session_id, request.sequence_id), ticket_id)
         self._blocks.check_fits(request)
         blocks, hashes = self._blocks.admit(request)
@@ -113,9 +132,14 @@ class DecodeScheduler:
             num_handoff_blocks=-(-len(request.token_ids) // self._blocks.block_size),
             token_ids=list(request.token_ids),
             num_verified=blocks.num_cached_blocks,
+            is_local=is_local,
+            opened_s=now_s,
         )
+        seq.num_chunked = seq.num_computed = blocks.num_cached_blocks * self._blocks.block_size
         self._next_serial += 1
         self._open.add(seq)
+        if is_local:
+            self._wait_for_blocks(seq)
         return seq
 
     def close(self, key: Key) -> bool:
@@ -150,7 +174,7 @@ class DecodeScheduler:
         for seq in list(self._open.all):
             self._end(seq, End.LOST)
         self._blocks.forget_all()
-        self._in_flight.forget_all()
+        self._steps.forget_all()
         self._rows.reset()
 
     # The hand-off
@@ -158,8 +182,7 @@ class DecodeScheduler:
     def reserve(self, seq: DecodeSequence) -> bool:
         """Give an open sequence all blocks that its hand-off fills. False: it waits, and `BlocksReserved` follows."""
         if seq.state is _State.OPEN:
-            self._waiting.setdefault(seq.serial, seq)
-            self._grant_waiting()
+            self._wait_for_blocks(seq)
         return seq.state is _State.RECEIVING
 
     def hold(self, seq: DecodeSequence) -> None:
@@ -183,6 +206,7 @@ class DecodeScheduler:
                 f"{seq.num_verified} of {seq.num_handoff_blocks} blocks are verified, the sequence is {seq.state.name}"
             )
         seq.token_ids.append(first_token_id)
+        seq.num_chunked = seq.num_computed = seq.num_handoff_tokens
         seq.joined_s = now_s
         seq.state = _State.READY
         self._ready[seq.serial] = seq
@@ -195,30 +219,17 @@ class DecodeScheduler:
     def plan(self, now_s: float) -> Plan:
         """The next step, if there is anything to compute and fewer than two plans are in flight."""
         messages: list[AddRow | RemoveRow] = [*self._rows.recycle()]
-        if self._in_flight.is_full:
+        if self._steps.is_full:
             return Plan(messages, None)
         while self._ready and self._rows.has_free:
             messages.append(self._give_row(self._ready.pop(next(iter(self._ready))), now_s))
-        planned: list[DecodeSequence] = []
-        for seq in sorted(self._rows.sequences, key=lambda seq: seq.serial):
-            # A sequence may have given way to an older one just now.
-            if seq.state is _State.RUNNING and seq.num_planned < seq.max_steps and self._grow(seq):
-                self._blocks.hold(seq)
-                planned.append(seq)
+        step = self._steps.plan(now_s)
         self._grant_waiting()
-        return Plan(messages, self._in_flight.submit(planned) if planned else None)
+        return Plan(messages, step)
 
     def complete(self, result: StepResult, now_s: float) -> int:
         """Take a plan's tokens, in order of plans. Returns how many were discarded."""
-        num_discarded = 0
-        for seq, output_index, sampled in self._in_flight.take(result):
-            self._blocks.drop_hold(seq)
-            if seq.state is _State.GONE:
-                num_discarded += 1
-            elif sampled.error:
-                self._end(seq, End.FAILED, error=sampled.error)
-            else:
-                self._take_token(seq, output_index, sampled, now_s)
+        num_discarded = self._steps.complete(result, now_s)
         self._grant_waiting()
         return num_discarded
 
@@ -241,18 +252,9 @@ class DecodeScheduler:
     def _give_row(self, seq: DecodeSequence, now_s: float) -> AddRow:
         self._rows.give(seq)
         seq.state = _State.RUNNING
-        seq.first_step_s = seq.last_token_s = now_s
+        if not seq.is_local:
+            seq.first_step_s = seq.last_token_s = now_s
         return seq.add_row()
-
-    def _grow(self, seq: DecodeSequence) -> bool:
-        """See to a block for the next token's KV. False: the sequence sits this step out, or had to leave."""
-        position = seq.num_handoff_tokens + seq.num_planned
-        num_blocks = position // self._blocks.block_size + 1
-        while not self._blocks.extend(seq, num_blocks):
-            # Blocks of those that are gone come back within a step: no need for another victim.
-            if self._blocks.has_dying or not self._make_room(seq):
-                return False
-        return True
 
     def _make_room(self, seq: DecodeSequence) -> bool:
         """Preempt one sequence in favour of `seq`. False if it had to be `seq` itself."""
@@ -260,15 +262,6 @@ class DecodeScheduler:
         victim = youngest(decoding) if len(decoding) > 1 else idlest(seq, self._open.all)
         self._end(victim, End.PREEMPTED)
         return victim is not seq
-
-    def _take_token(self, seq: DecodeSequence, output_index: int, sampled: SampledToken, now_s: float) -> None:
-        seq.num_stepped += 1
-        seq.token_ids.append(sampled.token_id)
-        seq.last_token_s = now_s
-        top_logprobs = sampled.top_logprobs or []
-        self._events.append(TokenSampled(seq.key, output_index, sampled.token_id, sampled.logprob, top_logprobs))
-        if reason := seq.request.finish_reason(sampled.token_id, output_index):
-            self._end(seq, End.FINISHED, finish_reason=reason)
 
     def _end(self, seq: DecodeSequence, end: End, finish_reason: int = 0, error: str = "") -> None:
         """The one way out of every state."""
@@ -284,16 +277,27 @@ class DecodeScheduler:
         self._events.append(seq.ended(end, finish_reason, error))
         self._blocks.release(seq)
 
+    def _wait_for_blocks(self, seq: DecodeSequence) -> None:
+        self._waiting.setdefault(seq.serial, seq)
+        self._grant_waiting()
+
     def _grant_waiting(self) -> None:
         """Give blocks to those that wait for them, in order. Called whenever blocks may have come free."""
         while self._waiting:
             seq = next(iter(self._waiting.values()))
             if self._blocks.fill_handoff(seq, self._open.num_active):
                 del self._waiting[seq.serial]
-                seq.state = _State.RECEIVING
-                self._events.append(BlocksReserved(seq.ticket_id))
+                self._give_blocks(seq)
             elif self._open.num_active or self._blocks.has_dying:
                 return  # they finish, and then there are blocks
             else:
                 # Only cached blocks that open sequences hold are in the way.
                 self._end(idlest(seq, self._open.all), End.PREEMPTED)
+
+    def _give_blocks(self, seq: DecodeSequence) -> None:
+        if seq.is_local:
+            seq.state = _State.READY
+            self._ready[seq.serial] = seq
+        else:
+            seq.state = _State.RECEIVING
+            self._events.append(BlocksReserved(seq.ticket_id))

@@ -33,6 +33,9 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         request: decode_pb2.OpenRequest,
         context: grpc.aio.ServicerContext[decode_pb2.OpenRequest, decode_pb2.OpenResponse],
     ) -> decode_pb2.OpenResponse:
+        if request.compute_locally:
+            self._worker.open_local(request.session_id, request.sequence)
+            return decode_pb2.OpenResponse()
         return decode_pb2.OpenResponse(ticket=self._worker.open(request.session_id, request.sequence))
 
     async def Close(  # noqa: N802

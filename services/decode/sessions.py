@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from baton.v1 import decode_pb2, sampling_pb2
 
 from common.errors import BatonError, Cancelled, FailedPrecondition, ResourceExhausted, Unavailable
-from services.decode.request import End, SequenceEnded, TokenSampled
+from services.decode.request import End, PromptComputed, RouterEvent, SequenceEnded, StepsBegin, TokenSampled
 
 _PROTO_END = {
     End.FINISHED: decode_pb2.SEQUENCE_END_FINISHED,
@@ -52,6 +52,16 @@ class Session:
         entry.token_ids.append(event.token_id)
         if event.logprob is not None:
             entry.logprobs.append(_logprobs(event.token_id, event.logprob, event.top_logprobs))
+
+    def add_prompt(self, event: PromptComputed) -> None:
+        """Say how the prompt was computed here, with the first token."""
+        prefill = self._entry(event.key[1]).local_prefill
+        prefill.queue_ns, prefill.prefill_ns = event.queue_ns, event.prefill_ns
+        prefill.num_cached_tokens = event.num_cached_tokens
+
+    def add_begin(self, event: StepsBegin) -> None:
+        """Say that the first step is under way."""
+        self._entry(event.key[1]).steps_begin = True
 
     def add_end(self, event: SequenceEnded) -> None:
         """Say how a sequence ended, after its last token."""
@@ -116,13 +126,17 @@ class Sessions:
         if session_id not in self._sessions:
             raise FailedPrecondition("the session has no Subscribe stream")
 
-    def publish(self, event: TokenSampled | SequenceEnded) -> None:
+    def publish(self, event: RouterEvent) -> None:
         """Queue an event for its router, if that is still there. Call `flush` after a step's events."""
         session = self._sessions.get(event.key[0])
         if session is None:
             return
         if isinstance(event, TokenSampled):
             session.add_token(event)
+        elif isinstance(event, StepsBegin):
+            session.add_begin(event)
+        elif isinstance(event, PromptComputed):
+            session.add_prompt(event)
         elif event.end is not End.CLOSED:
             session.add_end(event)
 

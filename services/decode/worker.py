@@ -23,7 +23,7 @@ from services.decode.engine import DecodeEngine
 from services.decode.handoff import Handoffs
 from services.decode.handoff_context import HandoffContext, HandoffSetup
 from services.decode.handoff_stream import Write
-from services.decode.request import End
+from services.decode.request import DecodeSequence, End
 from services.decode.scheduler import DecodeScheduler
 from services.decode.sessions import Sessions
 
@@ -37,6 +37,8 @@ COUNTERS = {
     "tokens": "Tokens that sequences took.",
     "tokens_discarded": "Tokens of sequences that had ended when the step was done.",
     "sequences_opened": "Sequences that were registered.",
+    "sequences_local": "Those of them whose prompts are computed here.",
+    "local_prompt_tokens": "Prompt tokens to be computed here, without what was cached.",
     "sequences_finished": "Sequences whose output is complete.",
     "sequences_lost": "Sequences that ended because a rank died.",
     "sequences_expired": "Sequences whose deadline passed.",
@@ -81,6 +83,7 @@ class DecodeWorker(WorkerFront[DecodeConfig]):
             config.max_rows,
             config.max_open,
             model.digest,
+            config.chunk_tokens,
         )
         self.sessions = Sessions(max_pending=4 * config.max_open)
         self.engine = DecodeEngine(self.scheduler, self.sessions, self.counters, config.step_timeout_s)
@@ -94,7 +97,7 @@ class DecodeWorker(WorkerFront[DecodeConfig]):
 
     @property
     def max_step_tokens(self) -> int:
-        return self.config.max_rows
+        return self.config.max_rows + self.config.chunk_tokens
 
     @property
     def has_ranks(self) -> bool:
@@ -138,17 +141,11 @@ class DecodeWorker(WorkerFront[DecodeConfig]):
                 self.engine.settle()
 
     def open(self, session_id: str, sequence: kv_pb2.Sequence) -> kv_pb2.Ticket:
-        """Register a sequence. Raises `InvalidArgument`, `ResourceExhausted`, `Unavailable`, `DeadlineExceeded`, or
-        `FailedPrecondition` without a session."""
-        self.require_ready()
+        """Register a sequence that will be handed off. Raises `InvalidArgument`, `ResourceExhausted`, `Unavailable`,
+        `DeadlineExceeded`, or `FailedPrecondition` without a session."""
+        seq = self._register(session_id, sequence, is_local=False)
         group = self._group
         assert group is not None
-        self.sessions.require(session_id)
-        request = SequenceRequest.from_proto(sequence, self.engine.clock(), self._limits)
-        seq = self.scheduler.open(session_id, request, ticket_id=secrets.randbits(64))
-        self.counters.inc("sequences_opened")
-        self.counters.inc("blocks_reused", seq.blocks.num_cached_blocks)
-        self.engine.settle()
         return kv_pb2.Ticket(
             ticket_id=seq.ticket_id,
             decode_worker_id=self.config.worker_id,
@@ -158,6 +155,23 @@ class DecodeWorker(WorkerFront[DecodeConfig]):
             layout_fingerprint=self.model.fingerprint,
             num_blocks_reused=seq.blocks.num_cached_blocks,
         )
+
+    def open_local(self, session_id: str, sequence: kv_pb2.Sequence) -> None:
+        """Register a sequence whose prompt is computed here. Raises what `open` raises."""
+        seq = self._register(session_id, sequence, is_local=True)
+        self.counters.inc("sequences_local")
+        self.counters.inc("local_prompt_tokens", seq.num_unplanned_tokens)
+
+    def _register(self, session_id: str, sequence: kv_pb2.Sequence, is_local: bool) -> DecodeSequence:
+        self.require_ready()
+        self.sessions.require(session_id)
+        now_s = self.engine.clock()
+        request = SequenceRequest.from_proto(sequence, now_s, self._limits)
+        seq = self.scheduler.open(session_id, request, secrets.randbits(64), is_local=is_local, now_s=now_s)
+        self.counters.inc("sequences_opened")
+        self.counters.inc("blocks_reused", seq.blocks.num_cached_blocks)
+        self.engine.settle()
+        return seq
 
     def close(self, session_id: str, sequence_id: int) -> bool:
         """Release a sequence; whether it was open."""
@@ -170,6 +184,7 @@ class DecodeWorker(WorkerFront[DecodeConfig]):
         status = self.base_status()
         status.num_waiting = scheduler.num_open - scheduler.num_running
         status.num_running = scheduler.num_running
+        status.num_waiting_tokens = scheduler.num_waiting_tokens
         status.num_blocks_free, status.num_blocks_cached = blocks.num_free, blocks.num_cached
         status.num_blocks_held = blocks.num_held
         status.num_slots_free = self.config.num_slots if slots is None else slots.num_free

@@ -41,10 +41,10 @@ class FakeRanks:
         """Execute up to and including the next plan; the first `failing_rows` of it report an error."""
         while not isinstance(message := self._queue.popleft(), StepPlan):
             self._apply(message)
-        sampled = [self._step(segment) for segment in message.segments]
-        for index in range(min(failing_rows, len(sampled))):
-            sampled[index] = SampledToken(sampled[index].row, -1, error="logits are not finite")
-        return StepResult(message.step_id, sampled, 1)
+        answers = [self._step(segment) for segment in message.segments]
+        for index in range(min(failing_rows, len(answers))):
+            answers[index] = SampledToken(message.segments[index].row, -1, error="logits are not finite")
+        return StepResult(message.step_id, [answer for answer in answers if answer is not None], 1)
 
     def _apply(self, message: AddRow | RemoveRow) -> None:
         if isinstance(message, RemoveRow):
@@ -54,17 +54,23 @@ class FakeRanks:
         tokens = message.prompt_token_ids + message.output_token_ids
         self._rows[message.row] = _Row(message.sampling.seed, tokens, len(message.prompt_token_ids), [])
 
-    def _step(self, segment: Segment) -> SampledToken:
+    def _step(self, segment: Segment) -> SampledToken | None:
         row = self._rows[segment.row]
         row.block_ids += segment.new_block_ids
-        assert segment.token_ids is None
-        assert segment.position == len(row.tokens) - 1, "the input is not the last token"
-        assert segment.output_index == len(row.tokens) - row.num_prompt
-        self.memory[row.block_ids[segment.position // self._block_size]][segment.position % self._block_size] = (
-            row.tokens[-1]
-        )
-        for position, token in enumerate(row.tokens):
+        end = segment.position + segment.num_tokens
+        if segment.token_ids is None:
+            assert end == len(row.tokens), "the input is not the last token"
+        else:
+            assert segment.token_ids == row.tokens[segment.position : end], "these are not the prompt's tokens"
+            assert segment.sample == (end == len(row.tokens)), "a token is sampled behind the last chunk only"
+        for position in range(segment.position, end):
+            block_id = row.block_ids[position // self._block_size]
+            self.memory[block_id][position % self._block_size] = row.tokens[position]
+        for position, token in enumerate(row.tokens[:end]):
             found = self.memory[row.block_ids[position // self._block_size]][position % self._block_size]
             assert found == token, f"position {position} holds {found}, not {token}: its block was given away"
+        if not segment.sample:
+            return None
+        assert segment.output_index == len(row.tokens) - row.num_prompt
         row.tokens.append(token_of(row.seed, segment.output_index))
         return SampledToken(segment.row, row.tokens[-1])

@@ -31,6 +31,7 @@ class Arrival:
     max_tokens: int
     seed: int
     patience_s: int
+    is_local: bool = False
 
 
 arrivals = st.builds(
@@ -41,6 +42,7 @@ arrivals = st.builds(
     max_tokens=st.integers(3, 14),
     seed=st.integers(0, 5),
     patience_s=st.integers(5, 400),
+    is_local=st.booleans(),
 )
 
 
@@ -55,16 +57,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.outputs: dict[Key, list[int]] = defaultdict(list)
         self.transfers: list[tuple[DecodeSequence, int, int]] = []
 
-    @initialize(num_blocks=st.integers(3, 16), max_rows=st.integers(1, 3))
-    def start(self, num_blocks: int, max_rows: int) -> None:
+    @initialize(num_blocks=st.integers(3, 16), max_rows=st.integers(1, 3), chunk_tokens=st.integers(1, 6))
+    def start(self, num_blocks: int, max_rows: int, chunk_tokens: int) -> None:
         self.num_blocks = num_blocks
         self.ranks = FakeRanks(num_blocks, BLOCK_SIZE)
         self.scheduler = DecodeScheduler(
-            lambda: KVCacheManager(num_blocks, BLOCK_SIZE), max_rows, MAX_OPEN, model_digest=b"model"
+            lambda: KVCacheManager(num_blocks, BLOCK_SIZE), max_rows, MAX_OPEN, b"model", chunk_tokens
         )
+        self.chunk_tokens = chunk_tokens
 
     def live(self, *states: SequenceState) -> list[DecodeSequence]:
-        return [seq for seq in self.opened.values() if seq.state in states]
+        """Those that may be handed off."""
+        return [seq for seq in self.opened.values() if seq.state in states and not seq.is_local]
 
     @rule(arrival=arrivals)
     def open(self, arrival: Arrival) -> None:
@@ -75,7 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Sequences that are opened and handed off before anything else happens."""
         for arrival in several:
             seq = self._open(arrival)
-            if seq is not None:
+            if seq is not None and not seq.is_local:
                 self._hand_off(seq)
 
     def _open(self, arrival: Arrival) -> DecodeSequence | None:
@@ -90,7 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             deadline_s=self.now_s + arrival.patience_s,
         )
         try:
-            seq = self.scheduler.open(arrival.router, request, ticket_id=sequence_id)
+            seq = self.scheduler.open(arrival.router, request, ticket_id=sequence_id, is_local=arrival.is_local)
         except InvalidArgument:
             assert len(arrival.prompt) + arrival.max_tokens - 1 > self.num_blocks * BLOCK_SIZE
             return None
@@ -165,6 +169,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if plan.step is not None:
             self.ranks.submit([plan.step])
             assert len({segment.row for segment in plan.step.segments}) == len(plan.step.segments)
+            chunked = [segment.num_tokens for segment in plan.step.segments if segment.token_ids is not None]
+            assert sum(chunked) <= self.chunk_tokens
         assert self.scheduler.num_plans_in_flight <= MAX_PLANS_IN_FLIGHT
 
     @precondition(lambda self: self.scheduler.num_plans_in_flight)
@@ -212,7 +218,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert event.key not in self.ended, "a token after the end"
                 request = self.opened[event.key].request
                 output = self.outputs[event.key]
-                assert event.position == request.num_output_tokens + 1 + len(output)
+                assert event.position == self._first_position(event.key) + len(output)
                 assert event.token_id == token_of(request.sampling.seed, event.position)
                 output.append(event.token_id)
             elif isinstance(event, SequenceEnded):
@@ -222,9 +228,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for key, seq in self.opened.items():
             assert (seq.state is SequenceState.GONE) == (key in self.ended)
 
+    def _first_position(self, key: Key) -> int:
+        """Of the first token that comes from here: of a sequence that is handed off, prefill sent one before."""
+        seq = self.opened[key]
+        return seq.request.num_output_tokens + (not seq.is_local)
+
     def _check_end(self, event: SequenceEnded) -> None:
         seq = self.opened[event.key]
-        num_output = seq.request.num_output_tokens + 1 + len(self.outputs[event.key])
+        num_output = self._first_position(event.key) + len(self.outputs[event.key])
         is_complete = num_output == seq.request.sampling.max_tokens or seq.token_ids[-1] == 0
         if event.end is End.FINISHED:
             assert is_complete
@@ -248,7 +259,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.next_deadline_s is None
 
     def _let_finish(self) -> None:
-        """Everything that was joined comes to its end by steps alone; only what was never handed off is closed."""
+        """What was joined or is local comes to its end by steps alone; only what was never handed off is closed."""
         for seq, _, _ in self.transfers:
             self.scheduler.release_hold(seq)
         for seq in self.live(SequenceState.OPEN, SequenceState.RECEIVING):

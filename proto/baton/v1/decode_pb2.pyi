@@ -120,6 +120,8 @@ class SequenceTokens(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     DECODE_QUEUE_NS_FIELD_NUMBER: _builtins.int
     DECODE_NS_FIELD_NUMBER: _builtins.int
+    STEPS_BEGIN_FIELD_NUMBER: _builtins.int
+    LOCAL_PREFILL_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """From Sequence."""
     first_position: _builtins.int
@@ -134,6 +136,8 @@ class SequenceTokens(_message.Message):
     """Set with end: last chunk verified to first step, nanoseconds."""
     decode_ns: _builtins.int
     """Set with end: first step to last token, nanoseconds."""
+    steps_begin: _builtins.bool
+    """The first step of a sequence that was handed off is under way: its second token is one step away."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens."""
@@ -141,6 +145,10 @@ class SequenceTokens(_message.Message):
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.PositionLogprobs]:
         """One for each token, if asked for."""
+
+    @_builtins.property
+    def local_prefill(self) -> Global___LocalPrefill:
+        """Set with the first token of a sequence whose prompt was computed here."""
 
     def __init__(
         self,
@@ -154,14 +162,48 @@ class SequenceTokens(_message.Message):
         error: _builtins.str = ...,
         decode_queue_ns: _builtins.int = ...,
         decode_ns: _builtins.int = ...,
+        steps_begin: _builtins.bool = ...,
+        local_prefill: Global___LocalPrefill | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_local_prefill", b"_local_prefill", "local_prefill", b"local_prefill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_local_prefill", b"_local_prefill", "decode_ns", b"decode_ns", "decode_queue_ns", b"decode_queue_ns", "end", b"end", "error", b"error", "finish_reason", b"finish_reason", "first_position", b"first_position", "local_prefill", b"local_prefill", "logprobs", b"logprobs", "sequence_id", b"sequence_id", "steps_begin", b"steps_begin", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__local_prefill: _TypeAlias = _typing.Literal["local_prefill"]  # noqa: Y015
+    _WhichOneofArgType__local_prefill: _TypeAlias = _typing.Literal["_local_prefill", b"_local_prefill"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__local_prefill) -> _WhichOneofReturnType__local_prefill | None: ...
+
+Global___SequenceTokens: _TypeAlias = SequenceTokens  # noqa: Y015
+
+@_typing.final
+class LocalPrefill(_message.Message):
+    """How a decode worker computed a prompt by itself. Times are nanoseconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_NS_FIELD_NUMBER: _builtins.int
+    PREFILL_NS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    queue_ns: _builtins.int
+    """Open to first chunk planned."""
+    prefill_ns: _builtins.int
+    """First chunk planned to first token sampled."""
+    num_cached_tokens: _builtins.int
+    """Tokens that were not computed because this worker held their blocks."""
+    def __init__(
+        self,
+        *,
+        queue_ns: _builtins.int = ...,
+        prefill_ns: _builtins.int = ...,
+        num_cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ns", b"decode_ns", "decode_queue_ns", b"decode_queue_ns", "end", b"end", "error", b"error", "finish_reason", b"finish_reason", "first_position", b"first_position", "logprobs", b"logprobs", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "prefill_ns", b"prefill_ns", "queue_ns", b"queue_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SequenceTokens: _TypeAlias = SequenceTokens  # noqa: Y015
+Global___LocalPrefill: _TypeAlias = LocalPrefill  # noqa: Y015
 
 @_typing.final
 class OpenRequest(_message.Message):
@@ -171,8 +213,13 @@ class OpenRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    COMPUTE_LOCALLY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The router process; its Subscribe stream must stand."""
+    compute_locally: _builtins.bool
+    """This worker computes the prompt itself, in chunks beside its decode steps: there is no hand-off, and the first
+    token comes over Subscribe like all others.
+    """
     @_builtins.property
     def sequence(self) -> _kv_pb2.Sequence:
         """The sequence."""
@@ -182,10 +229,11 @@ class OpenRequest(_message.Message):
         *,
         session_id: _builtins.str = ...,
         sequence: _kv_pb2.Sequence | None = ...,
+        compute_locally: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_locally", b"compute_locally", "sequence", b"sequence", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -200,18 +248,20 @@ class OpenResponse(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ticket(self) -> _kv_pb2.Ticket:
-        """For the prefill worker."""
+        """For the prefill worker; unset if the prompt is computed here."""
 
     def __init__(
         self,
         *,
         ticket: _kv_pb2.Ticket | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ticket", b"_ticket", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ticket", b"_ticket", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__ticket: _TypeAlias = _typing.Literal["ticket"]  # noqa: Y015
+    _WhichOneofArgType__ticket: _TypeAlias = _typing.Literal["_ticket", b"_ticket"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ticket) -> _WhichOneofReturnType__ticket | None: ...
 
 Global___OpenResponse: _TypeAlias = OpenResponse  # noqa: Y015
 

@@ -344,9 +344,9 @@ class Lifetime(_message.Message):
     num_chunks_resent: _builtins.int
     """Chunks that were sent again because their digest did not match."""
     transport: _builtins.str
-    """What really carried the blocks: scheme and lane, such as `ucx:tcp` or `ucx:cuda_ipc`."""
+    """What really carried the blocks: scheme and lane, such as `ucx:tcp` or `ucx:cuda_ipc`. Empty if nothing did."""
     prefill_worker: _builtins.str
-    """The prefill worker that computed the first token."""
+    """The worker that computed the first token: a prefill worker, or the decode worker itself."""
     decode_worker: _builtins.str
     """The decode worker that produced the rest."""
     num_migrations: _builtins.int

@@ -213,7 +213,7 @@ class WorkerStatus(_message.Message):
     num_running: _builtins.int
     """Requests being computed."""
     num_waiting_tokens: _builtins.int
-    """Tokens waiting for prefill (prefill workers)."""
+    """Prompt tokens that are not planned yet (decode workers: of prompts that they compute themselves)."""
     num_blocks_free: _builtins.int
     """Blocks of the pool: free + cached + held is the total."""
     num_blocks_cached: _builtins.int
