@@ -7,6 +7,7 @@ it stands. Pure: the caller passes arguments and environment in; only the file i
 from __future__ import annotations
 
 import argparse
+import enum
 import sys
 import tomllib
 import types
@@ -166,6 +167,8 @@ def _shown_default(field: FieldInfo) -> str:
         return "computed"
     if field.default in ((), None, ""):
         return "none"
+    if isinstance(field.default, enum.Enum):
+        return str(field.default.value)
     return ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
 
 

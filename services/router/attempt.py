@@ -1,8 +1,8 @@
 """One attempt at one sequence: Open on decode and Prefill on prefill, as one structured task.
 
-If either leg fails, times out, or the client goes away, the other is cancelled and decode is told to Close. An attempt
-ends with the output finished, with `Moved` (the sequence goes on elsewhere), or with a final error.
-Knows nothing of what comes before or after it.
+If either leg fails, times out, or the client goes away, the other is cancelled and decode is told to Close. Where
+decode computes the prompt itself there is no second leg. An attempt ends with the output finished, with `Moved` (the
+sequence goes on elsewhere), or with a final error. Knows nothing of what comes before or after it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from common.errors import (
 from common.rpc.status import error_from_rpc
 from services.router import lifetime
 from services.router.choice import Choice
-from services.router.sequence_receiver import Ending, SequenceReceiver
+from services.router.request_record import RequestRecord
+from services.router.sequence_receiver import Ending, FirstToken, SequenceReceiver
 from services.router.workers import Worker
 
 _logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class RequestPlan:
     tenant: str
     eos_token_ids: tuple[int, ...]  # empty under ignore_eos
     deadline_s: float  # of time.monotonic()
+    record: RequestRecord
 
     def remaining_s(self) -> float:
         """Time left; raises `DeadlineExceeded` if there is none."""
@@ -61,11 +63,16 @@ class RequestPlan:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Where one attempt goes."""
+    """Where one attempt goes. Without a prefill worker, decode computes the prompt itself."""
 
-    prefill: Worker
+    prefill: Worker | None
     decode: Worker
     layout_fingerprint: str
+
+    @property
+    def first(self) -> Worker:
+        """Who computes the first token."""
+        return self.prefill or self.decode
 
 
 class Moved(Exception):
@@ -81,8 +88,9 @@ class Moved(Exception):
 class Attempts:
     """Makes attempts, and owns the Close calls that outlive them."""
 
-    def __init__(self, session_id: str) -> None:
+    def __init__(self, session_id: str, first_token: FirstToken = FirstToken.EAGER) -> None:
         self._session_id = session_id
+        self._first_token = first_token
         self._sequence_ids = itertools.count(1)
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -98,8 +106,9 @@ class Attempts:
         """
         sequence = self._sequence(plan, choice)
         sequence_id = sequence.sequence_id
-        receiver = SequenceReceiver(choice)
-        pair.prefill.acquire(len(sequence.token_ids))
+        receiver = self._receiver(choice, pair, on_prefilled)
+        if pair.prefill is not None:
+            pair.prefill.acquire(len(sequence.token_ids))
         pair.decode.acquire(1)
         ending: Ending | None = None
         was_opened = False
@@ -107,16 +116,22 @@ class Attempts:
             pair.decode.tokens.add(sequence_id, receiver)
             was_opened = True
             async with asyncio.TaskGroup() as legs:
-                ticket = await self._open(plan, pair.decode, sequence)
-                prefilling = legs.create_task(self._prefill(plan, pair, sequence, ticket, receiver, on_prefilled))
+                opened = await self._open(plan, pair, sequence)
+                prefilling = None
+                if pair.prefill is not None:
+                    leg = self._prefill(
+                        plan, pair.prefill, pair.decode, sequence, opened.ticket, receiver, on_prefilled
+                    )
+                    prefilling = legs.create_task(leg)
                 ending = await receiver.ended
                 _raise_unless_finished(ending, pair.decode)
                 if not ending.by_worker:
                     self._close_later(pair.decode, sequence_id)
-                if not receiver.is_cut_short and not prefilling.done():
-                    # PrefillCompleted may come after the last token.
-                    await asyncio.wait((prefilling,), timeout=COMPLETION_TIMEOUT_S)
-                prefilling.cancel()
+                if prefilling is not None:
+                    if not receiver.is_cut_short and not prefilling.done():
+                        # PrefillCompleted may come after the last token.
+                        await asyncio.wait((prefilling,), timeout=COMPLETION_TIMEOUT_S)
+                    prefilling.cancel()
             return ending
         except Unavailable as error:
             raise Moved(error, (pair.decode,)) from error
@@ -126,8 +141,19 @@ class Attempts:
             pair.decode.tokens.remove(sequence_id)
             if was_opened and ending is None:
                 self._close_later(pair.decode, sequence_id)
-            pair.prefill.release()
+            if pair.prefill is not None:
+                pair.prefill.release()
             pair.decode.release()
+
+    def _receiver(self, choice: Choice, pair: Pair, on_prefilled: Callable[[], None]) -> SequenceReceiver:
+        if pair.prefill is not None:
+            return SequenceReceiver(choice, self._first_token)
+
+        def on_local_prefill(prefill: decode_pb2.LocalPrefill) -> None:
+            lifetime.add_local_prefill(choice.lifetime, prefill)
+            on_prefilled()
+
+        return SequenceReceiver(choice, on_local_prefill=on_local_prefill)
 
     def _sequence(self, plan: RequestPlan, choice: Choice) -> kv_pb2.Sequence:
         sequence = kv_pb2.Sequence(
@@ -144,29 +170,32 @@ class Attempts:
         sequence.token_ids.extend(choice.tokens)
         return sequence
 
-    async def _open(self, plan: RequestPlan, decode: Worker, sequence: kv_pb2.Sequence) -> kv_pb2.Ticket:
-        request = decode_pb2.OpenRequest(session_id=self._session_id, sequence=sequence)
+    async def _open(self, plan: RequestPlan, pair: Pair, sequence: kv_pb2.Sequence) -> decode_pb2.OpenResponse:
+        decode = pair.decode
+        request = decode_pb2.OpenRequest(
+            session_id=self._session_id, sequence=sequence, compute_locally=pair.prefill is None
+        )
         remaining_s = plan.remaining_s()
         try:
-            response = await decode.decode_stub.Open(request, timeout=min(remaining_s, OPEN_TIMEOUT_S))
+            return await decode.decode_stub.Open(request, timeout=min(remaining_s, OPEN_TIMEOUT_S))
         except grpc.aio.AioRpcError as rpc_error:
             error = error_from_rpc(rpc_error)
             if isinstance(error, DeadlineExceeded) and remaining_s > OPEN_TIMEOUT_S:
                 error = Unavailable(f"{decode.name} did not answer Open within {OPEN_TIMEOUT_S} s")
             raise _leg_failure(error, decode) from rpc_error
-        return response.ticket
 
     async def _prefill(
         self,
         plan: RequestPlan,
-        pair: Pair,
+        prefill: Worker,
+        decode: Worker,
         sequence: kv_pb2.Sequence,
         ticket: kv_pb2.Ticket,
         receiver: SequenceReceiver,
         on_prefilled: Callable[[], None],
     ) -> None:
         request = prefill_pb2.PrefillRequest(sequence=sequence, ticket=ticket)
-        call = pair.prefill.prefill_stub.Prefill(request, timeout=plan.remaining_s())
+        call = prefill.prefill_stub.Prefill(request, timeout=plan.remaining_s())
         try:
             async for response in call:
                 if response.HasField("first_token"):
@@ -179,14 +208,14 @@ class Attempts:
             error = error_from_rpc(rpc_error)
             if receiver.num_decode_entries and receiver.has_first_token:
                 # Decode has taken over: all that is missing are measurements.
-                _logger.warning("%s: %s after the hand-off: %s", plan.request_id, pair.prefill.name, error)
+                _logger.warning("%s: %s after the hand-off: %s", plan.request_id, prefill.name, error)
                 return
-            blamed = (pair.prefill, pair.decode) if isinstance(error, TransferError) else (pair.prefill,)
+            blamed = (prefill, decode) if isinstance(error, TransferError) else (prefill,)
             raise _leg_failure(error, *blamed) from rpc_error
         finally:
             call.cancel()
         if not receiver.has_first_token:
-            raise _leg_failure(InternalError(f"{pair.prefill.name} sent no first token"), pair.prefill)
+            raise _leg_failure(InternalError(f"{prefill.name} sent no first token"), prefill)
 
     def _close_later(self, decode: Worker, sequence_id: int) -> None:
         """Close without holding up whoever is being cancelled; `aclose` waits for it."""

@@ -8,6 +8,8 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from common.config import ServiceConfig
+from services.router.placement import LocalPrefill
+from services.router.sequence_receiver import FirstToken
 
 
 class RouterConfig(ServiceConfig):
@@ -31,6 +33,14 @@ class RouterConfig(ServiceConfig):
     max_worker_losses: int = Field(3, ge=0, description="How often one sequence is sent again because a worker failed.")
     placement_timeout_s: float = Field(5.0, ge=0, description="Wait of a new request for a ready pair, seconds.")
     migration_timeout_s: float = Field(60.0, ge=0, description="Wait of a moving sequence for a ready pair, seconds.")
+    local_prefill: LocalPrefill = Field(
+        LocalPrefill.NEVER,
+        description="When decode workers compute prompts themselves: never, when-empty (no prefill worker), always.",
+    )
+    first_token: FirstToken = Field(
+        FirstToken.EAGER,
+        description="Release of the first token: eager (at once), steady (when the first decode step is under way).",
+    )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; the i-th process adds i. 0 is off.")
     processes: int = Field(1, ge=1, le=64, description="Processes that share the port (SO_REUSEPORT).")
     reuse_port: bool = Field(False, description="Share the port with other processes; implied by --processes.")

@@ -20,7 +20,8 @@ from common.errors import Unavailable
 from services.router import lifetime
 from services.router.attempt import Attempts, Moved, Pair, RequestPlan
 from services.router.choice import Choice
-from services.router.placement import place
+from services.router.placement import LocalPrefill, place
+from services.router.sequence_receiver import FirstToken
 from services.router.workers import Role, WorkerRegistry
 
 _logger = logging.getLogger(__name__)
@@ -31,11 +32,13 @@ LAST_BACKOFF_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class DispatchLimits:
-    """How patient the dispatcher is."""
+    """How patient the dispatcher is, and its policies."""
 
     max_worker_losses: int
     placement_timeout_s: float
     migration_timeout_s: float
+    local_prefill: LocalPrefill = LocalPrefill.NEVER
+    first_token: FirstToken = FirstToken.EAGER
 
 
 class Dispatcher:
@@ -45,7 +48,7 @@ class Dispatcher:
         self._registry = registry
         self._rng = rng
         self.limits = limits
-        self.attempts = Attempts(registry.session_id)
+        self.attempts = Attempts(registry.session_id, limits.first_token)
 
     async def run(self, plan: RequestPlan, choices: Sequence[Choice]) -> None:
         """Complete all choices. The first leads: the others start on its pair once its prompt is cached there."""
@@ -71,11 +74,12 @@ class Dispatcher:
         registry = self._registry
         while True:
             prefills, decodes = registry.candidates(Role.PREFILL), registry.candidates(Role.DECODE)
-            placed = place(prefills, decodes, self._rng, avoid, pinned if choice.tokens else None)
+            fingerprint = pinned if choice.tokens else None
+            placed = place(prefills, decodes, self._rng, avoid, fingerprint, limits.local_prefill)
             if placed is not None:
                 prefill, decode = placed
                 return Pair(
-                    registry.worker(Role.PREFILL, prefill.address),
+                    registry.worker(Role.PREFILL, prefill.address) if prefill is not None else None,
                     registry.worker(Role.DECODE, decode.address),
                     decode.layout_fingerprint,
                 )
@@ -83,7 +87,7 @@ class Dispatcher:
                 async with asyncio.timeout(max(0.0, give_up_s - time.monotonic())):
                     await registry.wait_changed()
             except TimeoutError as error:
-                raise Unavailable("no ready pair of a prefill and a decode worker that fit") from error
+                raise Unavailable(_missing(limits.local_prefill)) from error
 
 
 class _ChoiceRun:
@@ -121,7 +125,7 @@ class _ChoiceRun:
                     if choice.has_ended:
                         break
                     await self._prepare_move(moved, len(choice.tokens) - num_tokens)
-            choice.lifetime.prefill_worker = pair.prefill.name
+            choice.lifetime.prefill_worker = pair.first.name
             choice.lifetime.decode_worker = pair.decode.name
             choice.complete()
         finally:
@@ -143,7 +147,13 @@ class _ChoiceRun:
 
 
 def _is_ready(pair: Pair) -> bool:
-    return pair.prefill.candidate is not None and pair.decode.candidate is not None
+    return pair.first.candidate is not None and pair.decode.candidate is not None
+
+
+def _missing(local: LocalPrefill) -> str:
+    if local is LocalPrefill.NEVER:
+        return "no ready pair of a prefill and a decode worker that fit"
+    return "no ready decode worker"
 
 
 def _raise_if_cancelled() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.v1 import inference_pb2, prefill_pb2
+from baton.v1 import decode_pb2, inference_pb2, prefill_pb2
 
 from services.router.sequence_receiver import Ending
 
@@ -25,6 +25,13 @@ def add_prefill(lifetime: inference_pb2.Lifetime, completed: prefill_pb2.Prefill
     for name in _SUMMED_FIELDS:
         setattr(lifetime, name, getattr(lifetime, name) + getattr(completed, name))
     lifetime.transport = completed.transport or lifetime.transport
+
+
+def add_local_prefill(lifetime: inference_pb2.Lifetime, prefill: decode_pb2.LocalPrefill) -> None:
+    """Count one prompt that a decode worker computed itself."""
+    lifetime.queue_ns += prefill.queue_ns
+    lifetime.prefill_ns += prefill.prefill_ns
+    lifetime.num_cached_tokens += prefill.num_cached_tokens
 
 
 def add_decode(lifetime: inference_pb2.Lifetime, ending: Ending) -> None:

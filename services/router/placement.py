@@ -1,14 +1,24 @@
 """Which prefill and which decode worker take a sequence. Pure: candidates in, a pair out.
 
 Two random candidates are compared and the less loaded one is taken, so that routers which see the same slightly old
-loads do not all choose the same worker. A pair always has one layout fingerprint.
+loads do not all choose the same worker (power of two choices; Mitzenmacher, 1996). A pair always has one layout
+fingerprint. A decode worker may also compute the prompt itself; when it does, `LocalPrefill` says.
 """
 
 from __future__ import annotations
 
+import enum
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+
+class LocalPrefill(enum.Enum):
+    """When decode workers compute prompts themselves."""
+
+    NEVER = "never"
+    WHEN_EMPTY = "when-empty"  # no prefill worker that fits is ready
+    ALWAYS = "always"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +36,21 @@ def place(
     rng: random.Random,
     avoid: Collection[str] = (),
     layout_fingerprint: str | None = None,
-) -> tuple[Candidate, Candidate] | None:
-    """A pair, or None if there is none.
+    local: LocalPrefill = LocalPrefill.NEVER,
+) -> tuple[Candidate | None, Candidate] | None:
+    """A pair, or None if there is none. Without a prefill worker, decode computes the prompt itself.
 
     Workers in `avoid` are taken only where there is no other. `layout_fingerprint` binds a sequence that has output
     already to the model that produced it.
     """
-    usable = {c.layout_fingerprint for c in prefills} & {c.layout_fingerprint for c in decodes}
-    if layout_fingerprint is not None:
-        usable &= {layout_fingerprint}
+    pinned = {layout_fingerprint} if layout_fingerprint is not None else {c.layout_fingerprint for c in decodes}
+    paired = pinned & {c.layout_fingerprint for c in prefills} if local is not LocalPrefill.ALWAYS else set()
+    usable = paired or (pinned if local is not LocalPrefill.NEVER else set())
     decode = _choose([c for c in decodes if c.layout_fingerprint in usable], rng, avoid)
-    if decode is None:
-        return None
+    if decode is None or not paired:
+        return None if decode is None else (None, decode)
     partners = [c for c in prefills if c.layout_fingerprint == decode.layout_fingerprint]
-    prefill = _choose(partners, rng, avoid)
-    return None if prefill is None else (prefill, decode)
+    return _choose(partners, rng, avoid), decode
 
 
 def _choose(candidates: list[Candidate], rng: random.Random, avoid: Collection[str]) -> Candidate | None:

@@ -18,6 +18,7 @@ from services.router.admission import Admission, AdmissionQueue
 from services.router.config import RouterConfig
 from services.router.dispatcher import Dispatcher, DispatchLimits
 from services.router.metrics import RouterMetrics
+from services.router.placement import LocalPrefill
 from services.router.served_model import ServedModel, load_served_model
 from services.router.server import InferenceServicer
 from services.router.workers import Role, WorkerRegistry
@@ -42,7 +43,14 @@ class RouterProcess:
             workers_file=config.workers_file,
             file_interval_s=config.workers_file_interval_s,
         )
-        limits = DispatchLimits(config.max_worker_losses, config.placement_timeout_s, config.migration_timeout_s)
+        limits = DispatchLimits(
+            max_worker_losses=config.max_worker_losses,
+            placement_timeout_s=config.placement_timeout_s,
+            migration_timeout_s=config.migration_timeout_s,
+            local_prefill=config.local_prefill,
+            first_token=config.first_token,
+        )
+        self._needs_prefill = config.local_prefill is LocalPrefill.NEVER
         self._dispatcher = Dispatcher(self.registry, rng, limits)
         # Twice the limit: what is a little too large is refused by us, naming value and limit; the rest by gRPC.
         self._server = RpcServer(
@@ -85,10 +93,10 @@ class RouterProcess:
     async def _report_health(self) -> None:
         was_serving: bool | None = None
         while True:
-            serving = self.registry.has_pair
+            serving = self.registry.has_pair if self._needs_prefill else bool(self.registry.candidates(Role.DECODE))
             if serving is not was_serving:
                 await self._server.set_serving(serving)
-                _logger.info("serving" if serving else "not serving: no ready pair of workers")
+                _logger.info("serving" if serving else "not serving: no ready workers")
                 was_serving = serving
             await self.registry.wait_changed()
 

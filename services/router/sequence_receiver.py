@@ -1,18 +1,28 @@
 """Puts the tokens of one sequence in order: the first from prefill, the rest from decode, each exactly once.
 
-The two come over different connections, so decode's may be here first: those are held until the gap closes.
-Positions are indices in the choice's token log. Knows nothing of calls or workers.
+The two come over different connections, so decode's may be here first: those are held until the gap closes. When the
+first token is released is a policy: `EAGER`, as soon as it exists, or `STEADY`, when the sequence's first decode step
+is under way, so that no gap between two tokens holds the hand-off. All tokens of a sequence whose prompt is computed
+by decode come from decode. Positions are indices in the choice's token log. Knows nothing of calls or workers.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import enum
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton.v1 import decode_pb2, prefill_pb2, sampling_pb2
 
 from services.router.choice import Choice
+
+
+class FirstToken(enum.Enum):
+    """When the first token of a sequence that is handed off is released."""
+
+    EAGER = "eager"
+    STEADY = "steady"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +39,45 @@ class Ending:
 class SequenceReceiver:
     """A `TokenReceiver`. `ended` resolves once; what comes later is dropped."""
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(
+        self,
+        choice: Choice,
+        policy: FirstToken = FirstToken.EAGER,
+        on_local_prefill: Callable[[decode_pb2.LocalPrefill], None] | None = None,
+    ) -> None:
+        """`on_local_prefill`: given if decode computes the prompt; told how, when the first token is here."""
         self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self.num_decode_entries = 0
         self.is_cut_short = False  # ended by its first token, and prefill does not know
         self.choice = choice
+        self._policy = policy
+        self._on_local_prefill = on_local_prefill
         self._first_position = len(choice.tokens)
+        self._steps_began = False
+        self._unreleased: prefill_pb2.FirstToken | None = None
         self._held: list[decode_pb2.SequenceTokens] = []
 
     @property
     def has_first_token(self) -> bool:
-        return len(self.choice.tokens) > self._first_position
+        """Whether prefill's token is here, released or not."""
+        return self._unreleased is not None or len(self.choice.tokens) > self._first_position
 
     def on_first_token(self, token: prefill_pb2.FirstToken) -> None:
         """Prefill's one token."""
         if self.ended.done() or self.has_first_token:
             return
+        ends_output = token.finish_reason != sampling_pb2.FINISH_REASON_UNSPECIFIED
+        if self._policy is FirstToken.EAGER or self._steps_began or ends_output:
+            self._release(token)
+        else:
+            self._unreleased = token
+
+    @property
+    def _misses_first_token(self) -> bool:
+        """Whether what decode sends must wait for prefill's token."""
+        return self._on_local_prefill is None and len(self.choice.tokens) == self._first_position
+
+    def _release(self, token: prefill_pb2.FirstToken) -> None:
         self.choice.accept((token.token_id,), (token.logprobs,) if token.HasField("logprobs") else ())
         if token.finish_reason != sampling_pb2.FINISH_REASON_UNSPECIFIED:
             self.choice.end(token.finish_reason)
@@ -54,18 +87,30 @@ class SequenceReceiver:
             return
         held, self._held = self._held, []
         for entry in held:
-            self.on_tokens(entry)
+            self._take(entry)
 
     def on_tokens(self, entry: decode_pb2.SequenceTokens) -> None:
         """Decode's tokens, its end, or both."""
         if self.ended.done():
             return
         self.num_decode_entries += 1
+        if entry.steps_begin:
+            self._steps_began = True
+            if self._unreleased is not None:
+                first, self._unreleased = self._unreleased, None
+                self._release(first)
+        if self._on_local_prefill is not None and entry.HasField("local_prefill"):
+            self._on_local_prefill(entry.local_prefill)
+        self._take(entry)
+
+    def _take(self, entry: decode_pb2.SequenceTokens) -> None:
+        if self.ended.done():
+            return
         finished = entry.end == decode_pb2.SEQUENCE_END_FINISHED
         if entry.token_ids:
             if not self._accept(entry) and (finished or entry.end == decode_pb2.SEQUENCE_END_UNSPECIFIED):
                 return
-        elif finished and (self._held or not self.has_first_token):
+        elif finished and (self._held or self._misses_first_token):
             self._held.append(entry)
             return
         if finished:
@@ -83,7 +128,7 @@ class SequenceReceiver:
         """Whether the entry's tokens are in the log now; they are held if there is a gap before them."""
         num_known = len(self.choice.tokens)
         first_position = entry.first_position
-        if first_position > num_known or not self.has_first_token:
+        if first_position > num_known or self._misses_first_token:
             self._held.append(entry)
             return False
         token_ids: Sequence[int] = entry.token_ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from common.rpc.client import open_channel
 from services.router.config import RouterConfig
 from services.router.process import RouterProcess
 from services.router.served_model import load_served_model
+from services.router.workers import Role
 from tests.router.byte_checkpoint import write_byte_checkpoint
 from tests.router.fake_workers import MAX_MESSAGE_BYTES, FakeDecode, FakePrefill, Script
 
@@ -49,10 +50,14 @@ class Cluster:
     def num_prefills(self) -> int:
         return sum(len(prefill.requests) for prefill in self.prefills)
 
-    async def wait_until_serving(self, serving: bool = True) -> None:
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until what the router knows of its workers satisfies the condition."""
         async with asyncio.timeout(10):
-            while self.router.registry.has_pair is not serving:
+            while not condition():
                 await self.router.registry.wait_changed()
+
+    async def wait_until_serving(self, serving: bool = True) -> None:
+        await self.wait_until(lambda: self.router.registry.has_pair is serving)
 
     async def generate(
         self, request: inference_pb2.GenerateRequest, timeout_s: float | None = 20.0
@@ -62,6 +67,14 @@ class Cluster:
         async for response in self.stub.Generate(request, timeout=timeout_s):
             collect(outputs, response)
         return outputs
+
+    async def wait_opened(self) -> FakeDecode:
+        """The decode worker that has the first sequence, once one has."""
+        seen = {asyncio.ensure_future(decode.open_seen.wait()): decode for decode in self.decodes}
+        done, rest = await asyncio.wait(seen, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        for waiting in rest:
+            waiting.cancel()
+        return seen[done.pop()]
 
     async def wait_all_closed(self) -> None:
         """Until no decode worker holds a sequence."""
@@ -112,6 +125,8 @@ async def running_cluster(
             cluster = Cluster(script, prefills, decodes, router, channel, stub)
             if num_prefills and num_decodes:
                 await cluster.wait_until_serving()
+            elif num_decodes:
+                await cluster.wait_until(lambda: len(router.registry.candidates(Role.DECODE)) == num_decodes)
             yield cluster
             await channel.close()
     finally:

@@ -30,6 +30,7 @@ from tests.router.byte_checkpoint import byte_ids
 
 MAX_MESSAGE_BYTES = 16 << 20
 FINGERPRINT = "layout-1"
+LOCAL_PREFILL = decode_pb2.LocalPrefill(queue_ns=11, prefill_ns=12, num_cached_tokens=13)
 ALPHABET = byte_ids("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -51,6 +52,7 @@ class Script:
     before_first_token: asyncio.Event = field(default_factory=lambda: _set_event())
     before_completed: asyncio.Event = field(default_factory=lambda: _set_event())
     before_decode: asyncio.Event = field(default_factory=lambda: _set_event())
+    after_begin: asyncio.Event = field(default_factory=lambda: _set_event())  # steps began, no token yet
     # What happens when a sequence reaches a position, once each: an end, or a coroutine function on the worker.
     at_position: dict[int, decode_pb2.SequenceEnd.ValueType | Callable[[FakeDecode], Any]] = field(default_factory=dict)
     prefill_errors_before_token: list[BatonError] = field(default_factory=list)
@@ -128,6 +130,7 @@ class OpenSequence:
 
     session_id: str
     sequence: kv_pb2.Sequence
+    is_local: bool = False
     task: asyncio.Task[None] | None = None
 
 
@@ -142,6 +145,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         self.open: dict[int, OpenSequence] = {}
         self.opened: list[kv_pb2.Sequence] = []
         self.closed: list[int] = []
+        self.open_seen = asyncio.Event()
         self.close_seen = asyncio.Event()
         self._idle = asyncio.Event()
 
@@ -166,12 +170,16 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
 
     async def Open(self, request: decode_pb2.OpenRequest, context: Any) -> decode_pb2.OpenResponse:  # noqa: N802
         self.opened.append(request.sequence)
+        self.open_seen.set()
         if self.script.open_errors:
             raise self.script.open_errors.pop(0)
         if request.session_id not in self._streams:
             raise NotFound("no such session")
         sequence_id = request.sequence.sequence_id
-        self.open[sequence_id] = OpenSequence(request.session_id, request.sequence)
+        held = self.open[sequence_id] = OpenSequence(request.session_id, request.sequence, request.compute_locally)
+        if held.is_local:
+            self.join(sequence_id)
+            return decode_pb2.OpenResponse()
         ticket_id = hash((self.status.worker_id, next(self._ticket_ids))) & 0xFFFFFFFF
         self._tickets[ticket_id] = (self, sequence_id)
         return decode_pb2.OpenResponse(ticket=kv_pb2.Ticket(ticket_id=ticket_id))
@@ -210,7 +218,11 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
     async def _decode(self, held: OpenSequence) -> None:
         sequence, script = held.sequence, self.script
         await script.before_decode.wait()
-        position = len(sequence.token_ids) - sequence.num_prompt_tokens + 1
+        position = len(sequence.token_ids) - sequence.num_prompt_tokens
+        if not held.is_local:
+            position += 1
+            self._emit(held, decode_pb2.SequenceTokens(steps_begin=True))
+            await script.after_begin.wait()
         while True:
             event = next((script.at_position.pop(p) for p in sorted(script.at_position) if p <= position), None)
             if callable(event):
@@ -221,6 +233,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
                 self._emit(held, decode_pb2.SequenceTokens(end=event, error=script.failed_end))
                 return
             entry = self._next_tokens(sequence, position)
+            if held.is_local and position == len(sequence.token_ids) - sequence.num_prompt_tokens:
+                entry.local_prefill.CopyFrom(LOCAL_PREFILL)
             position += len(entry.token_ids)
             self._emit(held, entry)
             if entry.end:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.router.choice import Choice, ChoiceLimits
 from services.router.output_stream import OutputStream
-from services.router.sequence_receiver import SequenceReceiver
+from services.router.sequence_receiver import FirstToken, SequenceReceiver
 from services.router.tokenizer import Tokenizer
 from tests.router.byte_checkpoint import EOS_TOKEN_ID, byte_ids, write_byte_checkpoint
 
@@ -114,9 +114,10 @@ def test_each_token_is_taken_once_whenever_the_first_one_comes(
 ) -> None:
     text = "abcdefghijklmnopqrstuvwxyz"[: 1 + sum(sizes)]
 
-    async def receive() -> None:
+    async def receive(policy: FirstToken) -> None:
         choice = make_choice(tokenizer)
-        receiver = SequenceReceiver(choice)
+        receiver = SequenceReceiver(choice, policy)
+        receiver.on_tokens(decode_pb2.SequenceTokens(steps_begin=True))
         position = 1
         for index, size in enumerate([*sizes, 0]):
             if index == min(first_after, len(sizes)):
@@ -130,7 +131,8 @@ def test_each_token_is_taken_once_whenever_the_first_one_comes(
         assert receiver.ended.done()
         assert finished(choice)[:2] == (byte_ids(text), text)
 
-    asyncio.run(receive())
+    for policy in FirstToken:
+        asyncio.run(receive(policy))
 
 
 async def test_a_finish_that_overtakes_the_first_token_waits_for_it(tokenizer: Tokenizer) -> None:
@@ -149,3 +151,58 @@ async def test_an_output_that_is_complete_is_finished_even_if_its_worker_is_lost
     receiver.on_first_token(prefill_pb2.FirstToken(token_id=byte_ids("a")[0]))
     receiver.on_tokens(entry(1, "bc", decode_pb2.SEQUENCE_END_LOST))
     assert receiver.ended.result().end == decode_pb2.SEQUENCE_END_FINISHED
+
+
+FIRST = prefill_pb2.FirstToken(token_id=byte_ids("a")[0])
+
+
+async def test_a_steady_first_token_is_held_until_the_first_step_begins(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer)
+    receiver = SequenceReceiver(choice, FirstToken.STEADY)
+    receiver.on_first_token(FIRST)
+    assert receiver.has_first_token
+    assert not choice.tokens
+    receiver.on_tokens(decode_pb2.SequenceTokens(steps_begin=True))
+    assert choice.tokens == byte_ids("a")
+    receiver.on_tokens(entry(1, "b"))
+    assert choice.tokens == byte_ids("ab")
+
+
+async def test_a_steady_first_token_that_comes_late_is_not_held(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer)
+    receiver = SequenceReceiver(choice, FirstToken.STEADY)
+    receiver.on_tokens(decode_pb2.SequenceTokens(steps_begin=True, first_position=1, token_ids=byte_ids("b")))
+    assert not choice.tokens
+    receiver.on_first_token(FIRST)
+    assert choice.tokens == byte_ids("ab")
+
+
+async def test_a_steady_first_token_that_ends_the_output_is_not_held(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer)
+    receiver = SequenceReceiver(choice, FirstToken.STEADY)
+    last = prefill_pb2.FirstToken(token_id=byte_ids("a")[0], finish_reason=sampling_pb2.FINISH_REASON_LENGTH)
+    receiver.on_first_token(last)
+    assert choice.tokens == byte_ids("a")
+    assert receiver.ended.done()
+
+
+async def test_a_held_first_token_is_not_in_the_log_when_its_worker_is_lost(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer)
+    receiver = SequenceReceiver(choice, FirstToken.STEADY)
+    receiver.on_first_token(FIRST)
+    receiver.on_lost()
+    assert receiver.ended.result().end == decode_pb2.SEQUENCE_END_LOST
+    assert not choice.tokens
+
+
+async def test_all_tokens_of_a_local_sequence_come_from_decode(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer)
+    told: list[int] = []
+    receiver = SequenceReceiver(choice, on_local_prefill=lambda prefill: told.append(prefill.prefill_ns))
+    first = entry(0, "a")
+    first.local_prefill.prefill_ns = 7
+    receiver.on_tokens(first)
+    assert (choice.tokens, told) == (byte_ids("a"), [7])
+    receiver.on_tokens(entry(1, "bc", decode_pb2.SEQUENCE_END_FINISHED))
+    assert receiver.ended.result().by_worker
+    assert finished(choice)[1] == "abc"
