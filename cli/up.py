@@ -26,6 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decode", type=int, default=1, metavar="D", help="decode workers (1)")
     add("--prefill-tp", type=int, default=1, metavar="N", help="ranks of each prefill worker (1)")
     add("--decode-tp", type=int, default=1, metavar="N", help="ranks of each decode worker (1)")
+    add(
+        "--local-prefill",
+        choices=("never", "when-empty", "always"),
+        default="never",
+        help="when decode workers compute prompts themselves; always needs no prefill worker (never)",
+    )
+    add(
+        "--first-token",
+        choices=("eager", "steady"),
+        default="eager",
+        help="release the first token at once, or when its sequence's first decode step is under way (eager)",
+    )
     add("--router-processes", type=int, default=1, metavar="N", help="router processes behind the port (1)")
     add("--host", default=host, help=f"address to listen on ({host})")
     add("--port", type=int, default=int(port), help=f"port of the router ({port})")
@@ -55,7 +67,7 @@ def spec_from(args: argparse.Namespace) -> DeploymentSpec:
         router_port=args.port,
         prefill_args=tuple(args.prefill_arg),
         decode_args=tuple(args.decode_arg),
-        router_args=tuple(args.router_arg),
+        router_args=("--local-prefill", args.local_prefill, "--first-token", args.first_token, *args.router_arg),
         log_dir=args.log_dir,
     )
 
