@@ -40,6 +40,7 @@ class DeploymentSpec:
     prefill_tp: int = 1
     decode_tp: int = 1
     router_processes: int = 1
+    device: str = "cpu"  # or `cuda`: every rank gets a GPU of its own, prefill workers first
     host: str = "127.0.0.1"
     router_port: int = 0
     prefill_args: tuple[str, ...] = ()
@@ -86,6 +87,7 @@ class Deployment:
         self._monitors: list[asyncio.Task[None]] = []
         ports = free_ports(1 + spec.num_prefill + spec.num_decode, spec.host)
         router_port = spec.router_port or ports[0]
+        self._num_devices = 0  # that workers have been given
         self.prefill = [
             self._worker("prefill", index, ports[1 + index], spec.prefill_tp, spec.prefill_args)
             for index in range(spec.num_prefill)
@@ -159,7 +161,9 @@ class Deployment:
         name = f"{role}-{index}"
         address = f"{self._spec.host}:{port}"
         flags = ["--worker-id", name, "--listen", address, "--model", str(self._spec.model)]
-        argv = ["-m", f"services.{role}", *flags, "--tp-size", str(tp_size), *extra]
+        flags += ["--tp-size", str(tp_size), "--device", self._spec.device, "--first-device", str(self._num_devices)]
+        self._num_devices += tp_size
+        argv = ["-m", f"services.{role}", *flags, *extra]
         return ManagedProcess(name, role, address, argv)
 
     def _router(self, port: int) -> ManagedProcess:

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="release the first token at once, or when its sequence's first decode step is under way (eager)",
     )
     add("--router-processes", type=int, default=1, metavar="N", help="router processes behind the port (1)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where ranks compute; each GPU has one rank (cpu)")
     add("--host", default=host, help=f"address to listen on ({host})")
     add("--port", type=int, default=int(port), help=f"port of the router ({port})")
     add(
@@ -63,6 +64,7 @@ def spec_from(args: argparse.Namespace) -> DeploymentSpec:
         prefill_tp=args.prefill_tp,
         decode_tp=args.decode_tp,
         router_processes=args.router_processes,
+        device=args.device,
         host=args.host,
         router_port=args.port,
         prefill_args=tuple(args.prefill_arg),

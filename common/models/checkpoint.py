@@ -72,6 +72,14 @@ def model_digest(model_dir: Path) -> bytes:
     return digest.digest()
 
 
+def drawn_model_digest(model_dir: Path) -> bytes:
+    """16 bytes for the model of that shape whose weights are drawn (`common.models.random_weights`)."""
+    digest = blake2b(digest_size=MODEL_DIGEST_BYTES)
+    _absorb(digest, (model_dir / "config.json").read_bytes())
+    _absorb(digest, b"random weights")
+    return digest.digest()
+
+
 def _samples(file: Path) -> bytes:
     """Pieces of the file at even distances, its last bytes included; a small file whole."""
     size = file.stat().st_size

@@ -14,6 +14,7 @@ from torch.nn import functional
 from common.kernels.backend import KernelBackend, kernels_for
 from common.kernels.batch import BatchPlan
 from common.models.config import ModelConfig
+from common.models.random_weights import RANDOM_SEED, random_weights
 from common.models.rope import RotaryEmbedding, Rotation
 from common.models.weights import LayerWeights, ModelWeights, load_weights
 from common.parallel.group import TensorParallelGroup
@@ -47,16 +48,19 @@ class Decoder:
     @classmethod
     def load(
         cls,
-        model_dir: Path,
+        model_dir: Path | None,
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
         group: TensorParallelGroup,
     ) -> Decoder:
-        """Read this rank's shard of a Hugging Face directory. Raises `ModelError`."""
+        """Read this rank's shard of a Hugging Face directory, or draw it if there is none. Raises `ModelError`."""
         shard = shard_of(config, group.rank, group.size)
         kernels = kernels_for(device)
-        weights = load_weights(model_dir, config, shard, dtype, device, kernels.layout_weight)
+        if model_dir is None:
+            weights = random_weights(config, shard, dtype, device, RANDOM_SEED, kernels.layout_weight)
+        else:
+            weights = load_weights(model_dir, config, shard, dtype, device, kernels.layout_weight)
         return cls(config, shard, weights, kernels, group)
 
     def forward(

@@ -1,17 +1,26 @@
 """Random weights of any shape, drawn on the device: a model's speed can be measured without a checkpoint.
 
-The scale keeps activations near one through any number of layers, so that logits differ and no number overflows.
+Each tensor depends on the seed and its name alone, and is drawn whole: ranks of any tensor-parallel size hold parts of
+one model (on one kind of device; generators differ between them). The scale keeps activations near one through any
+number of layers, so that logits differ and no number overflows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import blake2b
+from typing import Final
 
 import torch
 
 from common.models.config import ModelConfig
-from common.models.weights import LayerWeights, Linear, ModelWeights
+from common.models.weights import ModelWeights, assemble_weights
 from common.parallel.sharding import Shard
+
+RANDOM_SEED: Final = 0  # of the model that workers draw: all of them must draw the same
+_BIAS_SCALE: Final = 0.1
+_NORM_SCALE: Final = 0.1
+_EMBEDDING: Final = "model.embed_tokens.weight"
 
 
 def random_weights(
@@ -22,52 +31,43 @@ def random_weights(
     seed: int,
     layout_weight: Callable[[torch.Tensor], torch.Tensor],
 ) -> ModelWeights:
-    """A rank's share of a random model. The same seed gives the same weights on the same kind of device."""
-    source = _Source(dtype, device, seed)
-    hidden, dim = config.hidden_size, config.head_dim
-    num_q, num_kv = len(shard.heads) * dim, len(shard.kv_heads) * dim
-
-    def linear(num_in: int, num_out: int, has_bias: bool) -> Linear:
-        weight = layout_weight(source.normal((num_out, num_in), num_in**-0.5))
-        return Linear(weight, source.normal((num_out,), 0.1) if has_bias else None)
-
-    def layer() -> LayerWeights:
-        return LayerWeights(
-            input_norm=source.norm(hidden),
-            qkv=linear(hidden, num_q + 2 * num_kv, config.qkv_bias),
-            q_norm=source.norm(dim) if config.qk_norm else None,
-            k_norm=source.norm(dim) if config.qk_norm else None,
-            o=linear(num_q, hidden, config.o_bias and shard.rank == 0),
-            post_norm=source.norm(hidden),
-            gate_up=linear(hidden, 2 * len(shard.intermediate), config.mlp_bias),
-            down=linear(len(shard.intermediate), hidden, config.mlp_bias and shard.rank == 0),
-        )
-
-    embedding = source.normal((len(shard.vocab), hidden), 1.0)
-    layers = tuple(layer() for _ in range(config.num_layers))
-    if config.tie_word_embeddings:
-        head = torch.cat((embedding, embedding.new_zeros(shard.vocab_stride - len(shard.vocab), hidden)))
-    else:
-        head = source.normal((shard.vocab_stride, hidden), hidden**-0.5)
-    return ModelWeights(
-        embedding, layers, source.norm(hidden), Linear(layout_weight(head), None), source.num_parameters
-    )
+    """A rank's share of a random model. The same seed gives the same model on the same kind of device."""
+    return assemble_weights(_DrawnTensors(dtype, device, seed), config, shard, layout_weight)
 
 
-class _Source:
-    """Seeded numbers; counts what it gave."""
+class _DrawnTensors:
+    """A `TensorSource`."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         self._dtype = dtype
         self._device = device
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._seed = seed
         self.num_parameters = 0
 
-    def normal(self, shape: tuple[int, ...], scale: float) -> torch.Tensor:
-        self.num_parameters += torch.Size(shape).numel()
-        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
-        return tensor.normal_(0.0, scale, generator=self._generator)
+    def whole(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.rows(name, range(shape[0]), shape)
 
-    def norm(self, size: int) -> torch.Tensor:
-        """Near one, as norms are."""
-        return self.normal((size,), 0.1).add_(1.0)
+    def rows(self, name: str, own: range, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._taken(self._draw(name, shape)[own.start : own.stop])
+
+    def columns(self, name: str, own: range, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._taken(self._draw(name, shape)[:, own.start : own.stop])
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        digest = blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        if name.endswith("norm.weight"):
+            return tensor.normal_(1.0, _NORM_SCALE, generator=generator)
+        return tensor.normal_(0.0, _scale_of(name, shape), generator=generator)
+
+    def _taken(self, part: torch.Tensor) -> torch.Tensor:
+        """A copy, unless it is all there is: a part must not keep the whole alive."""
+        self.num_parameters += part.numel()
+        return part if part.numel() * part.itemsize == part.untyped_storage().nbytes() else part.clone()
+
+
+def _scale_of(name: str, shape: tuple[int, ...]) -> float:
+    if len(shape) == 1:
+        return _BIAS_SCALE
+    return 1.0 if name == _EMBEDDING else float(shape[1] ** -0.5)

@@ -1,7 +1,8 @@
-"""Reads one rank's share of a safetensors checkpoint: only the rows and columns of its shard leave the disk.
+"""One rank's share of a model's weights, from wherever its tensors come.
 
-QKV and gate/up are fused here, and every matrix is brought into the layout that the device's kernels want. A missing
-tensor, a wrong shape or an unreadable dtype is a `ModelError` that names it.
+QKV and gate/up are fused here, and every matrix is brought into the layout that the device's kernels want. Of a
+safetensors checkpoint only the rows and columns of the shard leave the disk; a missing tensor, a wrong shape or an
+unreadable dtype is a `ModelError` that names it.
 """
 
 from __future__ import annotations
@@ -64,21 +65,48 @@ def load_weights(
     layout_weight: Callable[[torch.Tensor], torch.Tensor],
 ) -> ModelWeights:
     """Read the shard. `layout_weight` turns [out, in] as stored into [in, out] as the kernels want it."""
-    reader = _Reader(model_dir, dtype, device)
-    loader = _Loader(reader, config, shard, layout_weight)
+    return assemble_weights(_Reader(model_dir, dtype, device), config, shard, layout_weight)
+
+
+class TensorSource(Protocol):
+    """The tensors of a whole model by name, of which a rank takes its part."""
+
+    num_parameters: int  # of the parts that were taken
+
+    def whole(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor of that shape."""
+        ...
+
+    def rows(self, name: str, own: range, shape: tuple[int, ...]) -> torch.Tensor:
+        """Rows `own` of the tensor of that shape."""
+        ...
+
+    def columns(self, name: str, own: range, shape: tuple[int, ...]) -> torch.Tensor:
+        """Columns `own` of the matrix of that shape."""
+        ...
+
+
+def assemble_weights(
+    source: TensorSource,
+    config: ModelConfig,
+    shard: Shard,
+    layout_weight: Callable[[torch.Tensor], torch.Tensor],
+) -> ModelWeights:
+    """The shard's weights as the decoder wants them; see `load_weights`."""
+    loader = _Loader(source, config, shard, layout_weight)
     hidden = config.hidden_size
-    embedding = reader.rows("model.embed_tokens.weight", shard.vocab, (config.vocab_size, hidden))
+    embedding = source.rows("model.embed_tokens.weight", shard.vocab, (config.vocab_size, hidden))
     layers = tuple(loader.layer(index) for index in range(config.num_layers))
-    final_norm = reader.whole("model.norm.weight", (hidden,))
+    final_norm = source.whole("model.norm.weight", (hidden,))
     head = (
         embedding
         if config.tie_word_embeddings
-        else reader.rows("lm_head.weight", shard.vocab, (config.vocab_size, hidden))
+        else source.rows("lm_head.weight", shard.vocab, (config.vocab_size, hidden))
     )
     padding = shard.vocab_stride - head.shape[0]
     if padding:
         head = torch.cat((head, head.new_zeros(padding, hidden)))
-    return ModelWeights(embedding, layers, final_norm, Linear(layout_weight(head), None), reader.num_parameters)
+    return ModelWeights(embedding, layers, final_norm, Linear(layout_weight(head), None), source.num_parameters)
 
 
 class _Loader:
@@ -86,12 +114,12 @@ class _Loader:
 
     def __init__(
         self,
-        reader: _Reader,
+        source: TensorSource,
         config: ModelConfig,
         shard: Shard,
         layout_weight: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        self._reader = reader
+        self._source = source
         self._config = config
         self._layout = layout_weight
         dim = config.head_dim
@@ -105,7 +133,7 @@ class _Loader:
         hidden, dim = config.hidden_size, config.head_dim
         all_q, all_kv = config.num_heads * dim, config.num_kv_heads * dim
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        norm = self._reader.whole
+        norm = self._source.whole
         return LayerWeights(
             input_norm=norm(prefix + "input_layernorm.weight", (hidden,)),
             qkv=self._columns(
@@ -130,15 +158,15 @@ class _Loader:
     def _columns(self, parts: list[tuple[str, range, int]], has_bias: bool) -> Linear:
         """Several column-parallel matrices (name, this rank's outputs, all outputs) side by side."""
         hidden = self._config.hidden_size
-        weights = [self._reader.rows(f"{name}.weight", own, (total, hidden)) for name, own, total in parts]
-        biases = [self._reader.rows(f"{name}.bias", own, (total,)) for name, own, total in parts if has_bias]
+        weights = [self._source.rows(f"{name}.weight", own, (total, hidden)) for name, own, total in parts]
+        biases = [self._source.rows(f"{name}.bias", own, (total,)) for name, own, total in parts if has_bias]
         return Linear(self._layout(torch.cat(weights)), torch.cat(biases) if has_bias else None)
 
     def _rows(self, name: str, own: range, total: int, has_bias: bool) -> Linear:
         """One row-parallel matrix: this rank's inputs, all outputs."""
         hidden = self._config.hidden_size
-        weight = self._reader.columns(f"{name}.weight", own, (hidden, total))
-        bias = self._reader.whole(f"{name}.bias", (hidden,)) if has_bias and self._sums_bias else None
+        weight = self._source.columns(f"{name}.weight", own, (hidden, total))
+        bias = self._source.whole(f"{name}.bias", (hidden,)) if has_bias and self._sums_bias else None
         return Linear(self._layout(weight), bias)
 
 
@@ -149,7 +177,7 @@ class _Slice(Protocol):
 
 
 class _Reader:
-    """Slices of tensors by name, on the device and in the dtype asked for."""
+    """A `TensorSource`: slices of a checkpoint's tensors, on the device and in the dtype asked for."""
 
     def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._entries = tensor_entries(model_dir)
@@ -162,16 +190,13 @@ class _Reader:
         self.num_parameters = 0
 
     def whole(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor of that shape."""
         return self.rows(name, range(shape[0]), shape)
 
     def rows(self, name: str, own: range, shape: tuple[int, ...]) -> torch.Tensor:
-        """Rows `own` of the tensor, which must have that shape."""
         entry = self._checked(name, shape)
         return self._placed(self._slice(entry, name)[own.start : own.stop])
 
     def columns(self, name: str, own: range, shape: tuple[int, ...]) -> torch.Tensor:
-        """Columns `own` of the matrix, which must have that shape."""
         entry = self._checked(name, shape)
         return self._placed(self._slice(entry, name)[:, own.start : own.stop])
 

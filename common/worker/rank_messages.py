@@ -15,7 +15,9 @@ class StartRank(StepMessage, frozen=True, array_like=True, tag=True):
     `dtype`: `auto`, `float32`, `bfloat16` or `float16`. `group_address`: rendezvous of the worker's ranks
     (`host:port`). `num_blocks`: KV blocks of `block_size` tokens. `num_slots` staging slots of `slot_bytes` each.
     `transport_url`: where to listen, or to connect from. `peer_name`: how this rank names itself to peers.
-    `corrupt_every`: fault injection for tests, flips a bit in every n-th leg that is sent (0: never).
+    `corrupt_every`: fault injection for tests, flips a bit in every n-th leg that is sent (0: never). `first_device`:
+    rank i takes the device `first_device` + i. `random_weights`: draw them instead of reading them. `captures_steps`:
+    most steps have one token a row, so a GPU captures those.
     """
 
     rank: int
@@ -34,6 +36,9 @@ class StartRank(StepMessage, frozen=True, array_like=True, tag=True):
     transport_progress: str
     peer_name: str
     corrupt_every: int = 0
+    first_device: int = 0
+    random_weights: bool = False
+    captures_steps: bool = False
 
 
 class RankReady(StepMessage, frozen=True, array_like=True, tag=True):

@@ -42,10 +42,14 @@ def build_runtime(start: StartRank) -> RankRuntime:
     """Meet the other ranks, load this rank's shard, reserve its blocks. Raises `ModelError`, `Unavailable`."""
     torch.set_num_threads(1)  # one thread per rank: see docs/performance.md
     device = _device(start)
-    model = read_worker_model(Path(start.model_dir), start.device, start.dtype, start.block_size, start.tp_size)
+    model_dir = Path(start.model_dir)
+    model = read_worker_model(
+        model_dir, start.device, start.dtype, start.block_size, start.tp_size, start.random_weights
+    )
     group = TensorParallelGroup.open(start.rank, start.tp_size, start.group_address, device, _COLLECTIVE_TIMEOUT_S)
     dtype: torch.dtype = getattr(torch, model.dtype)
-    decoder = Decoder.load(Path(start.model_dir), model.config, dtype, device, group)
+    source = None if start.random_weights else model_dir
+    decoder = Decoder.load(source, model.config, dtype, device, group)
     storage = KVStorage(
         num_layers=model.config.num_layers,
         num_blocks=start.num_blocks,
@@ -65,11 +69,10 @@ def _runner(decoder: Decoder, storage: KVStorage, start: StartRank) -> Runner:
 
 
 def _device_runner(decoder: Decoder, storage: KVStorage, start: StartRank) -> Runner:
-    """Whose steps have at most a token per row decodes: its steps are captured. Others are run once, to compile."""
+    """Steps with one token a row are captured where they are the rule; larger ones are run once, to compile."""
     module = importlib.import_module(_DEVICE_RUNNER)
-    if start.max_step_tokens <= start.max_rows:
-        return cast(Runner, module.DeviceRunner(decoder, storage, start.max_rows))
-    runner = module.DeviceRunner(decoder, storage, start.max_rows, graph_sizes=())
+    graph_sizes = None if start.captures_steps else ()
+    runner = module.DeviceRunner(decoder, storage, start.max_rows, graph_sizes=graph_sizes)
     runner.warm_up(start.max_step_tokens)
     return cast(Runner, runner)
 
@@ -77,6 +80,6 @@ def _device_runner(decoder: Decoder, storage: KVStorage, start: StartRank) -> Ru
 def _device(start: StartRank) -> torch.device:
     if start.device != "cuda":
         return torch.device(start.device)
-    device = torch.device("cuda", start.rank)
+    device = torch.device("cuda", start.first_device + start.rank)
     torch.cuda.set_device(device)
     return device

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from common.config import ServiceConfig
 from common.errors import InvalidArgument
 from common.kvcache.layout import heads_of_rank
-from common.worker.worker_model import WorkerModel
+from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
+from common.worker.worker_model import WorkerModel, read_worker_model
 
 _SLOT_ALIGNMENT_BYTES = 64  # legs start at multiples of the element size
 
@@ -21,7 +22,11 @@ class WorkerConfig(ServiceConfig):
     worker_id: str = Field(pattern=r"^[\x21-\x7e]{1,64}$", description="Name, unique in the deployment.")
     listen: str = Field(description="host:port for those who call this worker.")
     model: Path = Field(description="Checkpoint directory (config.json and safetensors).")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where the ranks compute; rank i takes device i.")
+    random_weights: bool = Field(
+        False, description="Draw the weights instead of reading them: for measurements; config.json is enough."
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where the ranks compute.")
+    first_device: int = Field(0, ge=0, description="On GPUs, rank i takes the device with this number plus i.")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16: weights, activations, KV cache.")
     tp_size: int = Field(1, ge=1, le=64, description="Tensor-parallel ranks.")
 
@@ -32,7 +37,9 @@ class WorkerConfig(ServiceConfig):
     max_rows: int = Field(64, ge=1, description="Sequences that are computed at once.")
 
     transport_url: str = Field("ucx://0.0.0.0:0", description="Where the ranks open their transport endpoints.")
-    transport_progress: Literal["event", "polling"] = Field("event", description="How the transport is driven.")
+    transport_progress: Literal["auto", "event", "polling"] = Field(
+        "auto", description="How the transport is driven; auto is polling on GPUs, whose copies raise no event."
+    )
     num_slots: int = Field(4, ge=1, le=256, description="Staging slots of each rank.")
     slot_bytes: int = Field(8 << 20, ge=4096, description="Size of a staging slot, bytes.")
     connect_timeout_s: float = Field(5.0, gt=0, description="Time for two ranks to connect, seconds.")
@@ -45,6 +52,8 @@ class WorkerConfig(ServiceConfig):
     )
     drain_timeout_s: float = Field(30.0, ge=0, description="Time for what is under way after SIGTERM, seconds.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; 0 is off.")
+    otlp_endpoint: str = Field("", description=OTLP_ENDPOINT_HELP)
+    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description=TRACE_SAMPLE_RATIO_HELP)
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged.")
 
     @model_validator(mode="after")
@@ -52,6 +61,19 @@ class WorkerConfig(ServiceConfig):
         if self.slot_bytes % _SLOT_ALIGNMENT_BYTES:
             raise ValueError(f"slot_bytes must be a multiple of {_SLOT_ALIGNMENT_BYTES}")
         return self
+
+    @property
+    def progress(self) -> str:
+        """`transport_progress`, with `auto` resolved."""
+        if self.transport_progress != "auto":
+            return self.transport_progress
+        return "polling" if self.device == "cuda" else "event"
+
+    def read_model(self) -> WorkerModel:
+        """The model that is served. Raises what `read_worker_model` raises."""
+        return read_worker_model(
+            self.model, self.device, self.dtype, self.block_size, self.tp_size, self.random_weights
+        )
 
     def num_blocks_of(self, model: WorkerModel) -> int:
         """KV blocks of each rank. Raises `InvalidArgument` if `kv_bytes` has no room for one."""

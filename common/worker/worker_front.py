@@ -7,36 +7,39 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 from baton.v1 import worker_pb2
 
 from common.errors import Unavailable
-from common.telemetry.counters import Counters
+from common.telemetry.tracing import Tracing
 from common.worker.free_port import free_ports
 from common.worker.rank_group import RankGroup
 from common.worker.rank_messages import StartRank
 from common.worker.worker_config import WorkerConfig
+from common.worker.worker_metrics import WorkerMetrics
 from common.worker.worker_model import WorkerModel
 
 StartGroup = Callable[[str, Sequence[StartRank], float], Awaitable[RankGroup]]
 ConfigT = TypeVar("ConfigT", bound=WorkerConfig)
+MetricsT = TypeVar("MetricsT", bound=WorkerMetrics)
 
 
-class WorkerFront(ABC, Generic[ConfigT]):
+class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
     """Base of a worker. Use `run` for its life. `on_change` is told whenever the status may have changed;
-    `start_ranks` starts a group of `rank_module` (see `RankGroup.start`)."""
+    `start_ranks` starts a group of `rank_module` (see `RankGroup.start`). `tracing` may be set before anything runs."""
 
     role: worker_pb2.WorkerRole.ValueType
     rank_module: str
+    captures_steps = False  # see StartRank
     corrupt_every = 0  # fault injection for tests; see StartRank
 
     def __init__(
         self,
         config: ConfigT,
         model: WorkerModel,
-        counters: Mapping[str, str],
+        counters: MetricsT,
         on_change: Callable[[], None],
         start_ranks: StartGroup,
     ) -> None:
@@ -44,8 +47,9 @@ class WorkerFront(ABC, Generic[ConfigT]):
         self.model = model
         self.num_blocks = config.num_blocks_of(model)
         self.incarnation = secrets.token_hex(8)
-        self.counters = Counters(counters)
-        self.counters.set_gauges(self._gauges)
+        self.counters = counters
+        self.counters.watch(self.status)
+        self.tracing = Tracing()
         self.draining = False
         self.on_change = on_change
         self._start_ranks = start_ranks
@@ -127,11 +131,6 @@ class WorkerFront(ABC, Generic[ConfigT]):
             return worker_pb2.WORKER_STATE_DRAINING
         return worker_pb2.WORKER_STATE_READY if self.has_ranks else worker_pb2.WORKER_STATE_STARTING
 
-    def _gauges(self) -> dict[str, float]:
-        status = self.status()
-        names = [name for name in worker_pb2.WorkerStatus.DESCRIPTOR.fields_by_name if name.startswith("num_")]
-        return {name: float(getattr(status, name)) for name in names}
-
     def _start_messages(self) -> list[StartRank]:
         config = self.config
         (port,) = free_ports(1)  # where rank 0 waits for the others
@@ -150,9 +149,12 @@ class WorkerFront(ABC, Generic[ConfigT]):
                 num_slots=config.num_slots,
                 slot_bytes=config.slot_bytes,
                 transport_url=config.transport_url,
-                transport_progress=config.transport_progress,
+                transport_progress=config.progress,
                 peer_name=self.peer_name(rank),
                 corrupt_every=self.corrupt_every,
+                first_device=config.first_device,
+                random_weights=config.random_weights,
+                captures_steps=self.captures_steps,
             )
             for rank in range(config.tp_size)
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import InvalidArgument, ModelError
 from common.kvcache.layout import DTYPE_BYTES, KVLayout, heads_of_rank
-from common.models.checkpoint import model_digest
+from common.models.checkpoint import drawn_model_digest, model_digest
 from common.models.config import ModelConfig, read_model_config
 
 PROTOCOL_VERSION = 1  # of hand-off messages and payloads; part of the layout fingerprint
@@ -25,8 +25,11 @@ class WorkerModel:
     fingerprint: str
 
 
-def read_worker_model(model_dir: Path, device: str, dtype: str, block_size: int, tp_size: int) -> WorkerModel:
-    """Read `model_dir` for a worker with `tp_size` ranks. `dtype` may be `auto`.
+def read_worker_model(
+    model_dir: Path, device: str, dtype: str, block_size: int, tp_size: int, random_weights: bool = False
+) -> WorkerModel:
+    """Read `model_dir` for a worker with `tp_size` ranks. `dtype` may be `auto`; for random weights config.json is
+    enough.
 
     Raises `ModelError` for a checkpoint that cannot be served, `InvalidArgument` for a setting that does not fit it.
     """
@@ -38,7 +41,7 @@ def read_worker_model(model_dir: Path, device: str, dtype: str, block_size: int,
     if config.num_heads % tp_size:
         raise InvalidArgument("tp_size", tp_size, f"must divide the model's {config.num_heads} attention heads")
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, resolved)
-    digest = model_digest(model_dir)
+    digest = drawn_model_digest(model_dir) if random_weights else model_digest(model_dir)
     fingerprint = layout.fingerprint(digest, PROTOCOL_VERSION)
     return WorkerModel(model_dir.resolve().name, config, resolved, layout, digest, fingerprint)
 

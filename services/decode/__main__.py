@@ -7,7 +7,6 @@ import sys
 
 from baton.v1 import decode_pb2_grpc
 
-from common.worker.worker_model import read_worker_model
 from common.worker.worker_process import run_worker, serve_worker
 from services.decode.config import DecodeConfig
 from services.decode.server import SERVICE_NAME, DecodeService
@@ -16,7 +15,7 @@ from services.decode.worker import DecodeWorker
 
 async def serve(config: DecodeConfig) -> None:
     """The worker's life. Raises what the ranks could not be started for."""
-    model = read_worker_model(config.model, config.device, config.dtype, config.block_size, config.tp_size)
+    model = config.read_model()
     changed = asyncio.Event()
     worker = DecodeWorker(config, model, changed.set)
     service = DecodeService(worker)

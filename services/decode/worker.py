@@ -12,6 +12,7 @@ from baton.v1 import decode_pb2, kv_pb2, worker_pb2
 
 from common.errors import InvalidArgument, Unavailable
 from common.kvcache.kv_cache_manager import KVCacheManager
+from common.telemetry.tracing import NO_SPAN, Span
 from common.worker.rank_group import RankGroup
 from common.worker.rank_messages import GetTransportStats, TransportStatsReply
 from common.worker.sequence import SequenceLimits, SequenceRequest
@@ -23,6 +24,7 @@ from services.decode.engine import DecodeEngine
 from services.decode.handoff import Handoffs
 from services.decode.handoff_context import HandoffContext, HandoffSetup
 from services.decode.handoff_stream import Write
+from services.decode.metrics import DecodeMetrics
 from services.decode.request import DecodeSequence, End
 from services.decode.scheduler import DecodeScheduler
 from services.decode.sessions import Sessions
@@ -30,44 +32,13 @@ from services.decode.sessions import Sessions
 _log = logging.getLogger(__name__)
 _REFRESH_TIMEOUT_S = 0.25
 
-COUNTERS = {
-    "steps": "Steps planned.",
-    "step_rows": "Rows of all planned steps.",
-    "step_compute_ns": "Time of rank 0 in steps, nanoseconds.",
-    "tokens": "Tokens that sequences took.",
-    "tokens_discarded": "Tokens of sequences that had ended when the step was done.",
-    "sequences_opened": "Sequences that were registered.",
-    "sequences_local": "Those of them whose prompts are computed here.",
-    "local_prompt_tokens": "Prompt tokens to be computed here, without what was cached.",
-    "sequences_finished": "Sequences whose output is complete.",
-    "sequences_lost": "Sequences that ended because a rank died.",
-    "sequences_expired": "Sequences whose deadline passed.",
-    "sequences_failed": "Sequences that failed alone.",
-    "sequences_closed": "Sequences that a router or a broken stream let go.",
-    "preemptions": "Sequences that gave way to others for want of blocks.",
-    "blocks_reused": "Blocks of opened sequences that were in the prefix cache.",
-    "chunks_verified": "Chunks that are in KV blocks.",
-    "chunks_aborted": "Grants that the sender gave back.",
-    "chunks_rejected_digest_mismatch": "Chunks whose digest was wrong.",
-    "chunks_rejected_truncated": "Chunks of the wrong size.",
-    "chunks_rejected_timeout": "Chunks that did not arrive in time, or were given back.",
-    "chunks_rejected_peer_lost": "Chunks whose connection was lost.",
-    "cancelled_legs_not_advertised": "Receives taken back before anybody was told of them.",
-    "cancelled_legs_drained": "Receives taken back, with no byte under way.",
-    "cancelled_legs_peer_lost": "Receives that ended with their connection.",
-    "cancelled_legs_in_doubt": "Receives that could not be taken back in time.",
-    "slots_quarantined": "Staging slots that were in doubt.",
-    "stale_messages": "Messages that matched no posted receive.",
-    "bytes_received": "Bytes that arrived on the transport.",
-    "ranks_lost": "Incarnations of the ranks that died.",
-}
 
-
-class DecodeWorker(WorkerFront[DecodeConfig]):
+class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
     """See `WorkerFront`."""
 
     role = worker_pb2.WORKER_ROLE_DECODE
     rank_module = "services.decode.rank"
+    captures_steps = True
 
     def __init__(
         self,
@@ -76,7 +47,7 @@ class DecodeWorker(WorkerFront[DecodeConfig]):
         on_change: Callable[[], None],
         start_ranks: StartGroup = RankGroup.start,
     ) -> None:
-        super().__init__(config, model, COUNTERS, on_change, start_ranks)
+        super().__init__(config, model, DecodeMetrics(), on_change, start_ranks)
         self.advertise = config.advertise or config.listen
         self.scheduler = DecodeScheduler(
             lambda: KVCacheManager(self.num_blocks, config.block_size, config.prefix_cache),
@@ -140,10 +111,10 @@ class DecodeWorker(WorkerFront[DecodeConfig]):
                 self.scheduler.close_session(session_id)
                 self.engine.settle()
 
-    def open(self, session_id: str, sequence: kv_pb2.Sequence) -> kv_pb2.Ticket:
+    def open(self, session_id: str, sequence: kv_pb2.Sequence, span: Span = NO_SPAN) -> kv_pb2.Ticket:
         """Register a sequence that will be handed off. Raises `InvalidArgument`, `ResourceExhausted`, `Unavailable`,
         `DeadlineExceeded`, or `FailedPrecondition` without a session."""
-        seq = self._register(session_id, sequence, is_local=False)
+        seq = self._register(session_id, sequence, span, is_local=False)
         group = self._group
         assert group is not None
         return kv_pb2.Ticket(
@@ -156,20 +127,19 @@ class DecodeWorker(WorkerFront[DecodeConfig]):
             num_blocks_reused=seq.blocks.num_cached_blocks,
         )
 
-    def open_local(self, session_id: str, sequence: kv_pb2.Sequence) -> None:
+    def open_local(self, session_id: str, sequence: kv_pb2.Sequence, span: Span = NO_SPAN) -> None:
         """Register a sequence whose prompt is computed here. Raises what `open` raises."""
-        seq = self._register(session_id, sequence, is_local=True)
+        seq = self._register(session_id, sequence, span, is_local=True)
         self.counters.inc("sequences_local")
         self.counters.inc("local_prompt_tokens", seq.num_unplanned_tokens)
 
-    def _register(self, session_id: str, sequence: kv_pb2.Sequence, is_local: bool) -> DecodeSequence:
+    def _register(self, session_id: str, sequence: kv_pb2.Sequence, span: Span, is_local: bool) -> DecodeSequence:
         self.require_ready()
         self.sessions.require(session_id)
         now_s = self.engine.clock()
         request = SequenceRequest.from_proto(sequence, now_s, self._limits)
         seq = self.scheduler.open(session_id, request, secrets.randbits(64), is_local=is_local, now_s=now_s)
-        self.counters.inc("sequences_opened")
-        self.counters.inc("blocks_reused", seq.blocks.num_cached_blocks)
+        self.engine.records.opened(seq, self.config.block_size, span)
         self.engine.settle()
         return seq
 
@@ -196,10 +166,12 @@ class DecodeWorker(WorkerFront[DecodeConfig]):
             status.rank_pids.extend(self._group.pids)
         return status
 
-    async def hand_off(self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write) -> None:
+    async def hand_off(
+        self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write, span: Span = NO_SPAN
+    ) -> None:
         """See `Handoffs.serve`."""
         try:
-            await self.handoffs.serve(requests, write)
+            await self.handoffs.serve(requests, write, span)
         finally:
             if not self._is_refreshing:
                 with contextlib.suppress(Unavailable):  # stopping: nobody reads counters any more

@@ -7,7 +7,6 @@ import sys
 
 from baton.v1 import prefill_pb2_grpc
 
-from common.worker.worker_model import read_worker_model
 from common.worker.worker_process import run_worker, serve_worker
 from services.prefill.config import PrefillConfig
 from services.prefill.decode_peers import DecodePeers
@@ -17,7 +16,7 @@ from services.prefill.worker import PrefillWorker
 
 async def serve(config: PrefillConfig) -> None:
     """The worker's life. Raises what the ranks could not be started for."""
-    model = read_worker_model(config.model, config.device, config.dtype, config.block_size, config.tp_size)
+    model = config.read_model()
     changed = asyncio.Event()
     worker = PrefillWorker(config, model, changed.set)
     peers = DecodePeers(config.max_message_bytes, config.max_idle_channels)

@@ -1,4 +1,4 @@
-"""Decode workers that compute prompts themselves give the same tokens as a prefill pool, and stand in for an empty one."""
+"""Decode workers that compute prompts give the same tokens as a prefill pool, and stand in for an empty one."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from common.kernels import reference
 from common.models.config import read_model_config
 from common.models.random_weights import random_weights
-from common.models.weights import LayerWeights, Linear, load_weights
+from common.models.weights import LayerWeights, Linear, ModelWeights, load_weights
 from common.parallel.sharding import shard_of
 from tests.models.tiny_checkpoints import write_tiny_checkpoint
 
@@ -51,3 +51,28 @@ def test_the_seed_decides_the_numbers(tmp_path: Path) -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama_tied"])
+def test_ranks_hold_parts_of_one_model(family: str, tmp_path: Path) -> None:
+    config = read_model_config(write_tiny_checkpoint(family, tmp_path, seed=1))
+
+    def drawn(rank: int, size: int) -> ModelWeights:
+        shard = shard_of(config, rank, size)
+        return random_weights(config, shard, torch.float32, CPU, 5, reference.layout_weight)
+
+    whole, parts = drawn(0, 1), [drawn(rank, 2) for rank in range(2)]
+    assert torch.equal(torch.cat([part.embedding for part in parts]), whole.embedding)
+    for index, layer in enumerate(whole.layers):
+        halves = [part.layers[index] for part in parts]
+        assert torch.equal(torch.cat([half.down.weight for half in halves]), layer.down.weight)
+        assert torch.equal(torch.cat([half.o.weight for half in halves]), layer.o.weight)
+        gates = [half.gate_up.weight.chunk(2, dim=1)[0] for half in halves]
+        assert torch.equal(torch.cat(gates, dim=1), layer.gate_up.weight.chunk(2, dim=1)[0])
+        assert all(torch.equal(half.input_norm, layer.input_norm) for half in halves)
+
+
+def test_a_part_does_not_keep_the_whole_in_memory(tmp_path: Path) -> None:
+    config = read_model_config(write_tiny_checkpoint("llama3", tmp_path, seed=1))
+    half = random_weights(config, shard_of(config, 1, 2), torch.float32, CPU, 5, reference.layout_weight)
+    assert half.embedding.untyped_storage().nbytes() == half.embedding.nbytes
