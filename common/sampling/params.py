@@ -7,14 +7,11 @@ is not here: only the router knows text. This module knows nothing of torch, log
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import TypeAlias, cast
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from common.errors import InvalidArgument
 from common.sampling import limits
-
-Wire: TypeAlias = dict[str, "int | float | bool | list[int] | list[list[int | float]] | None"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,34 +48,6 @@ class SamplingParams:
     def ending_token_ids(self) -> tuple[int, ...]:
         """The tokens that end the sequence: stop tokens, and EOS unless it is ignored."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids + self.eos_token_ids
-
-    def to_wire(self) -> Wire:
-        """Plain lists and numbers for msgpack; fields at their default are left out."""
-        wire: Wire = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.default is MISSING or value != field.default:
-                wire[field.name] = _plain(value)
-        return wire
-
-    @classmethod
-    def from_wire(cls, wire: Mapping[str, object]) -> SamplingParams:
-        """The inverse of `to_wire`. Checks the form; bounds were checked at the edge."""
-        known = {field.name: field for field in fields(cls)}
-        for name in wire:
-            if name not in known:
-                raise InvalidArgument(f"sampling.{name}", wire[name], "unknown field")
-        for name, field in known.items():
-            if field.default is MISSING and name not in wire:
-                raise InvalidArgument(f"sampling.{name}", None, "required")
-        values: dict[str, object] = dict(wire)
-        for name in ("stop_token_ids", "eos_token_ids"):
-            if name in values:
-                values[name] = tuple(cast("list[int]", values[name]))
-        if "logit_bias" in values:
-            pairs = cast("list[tuple[int, float]]", values["logit_bias"])
-            values["logit_bias"] = tuple((token_id, bias) for token_id, bias in pairs)
-        return cls(**values)  # type: ignore[arg-type]
 
 
 def validate(params: SamplingParams, vocab_size: int, max_tokens: int = limits.MAX_TOKENS) -> None:
@@ -137,9 +106,3 @@ def _int_within(field: str, value: int, low: int, high: int) -> None:
         raise InvalidArgument(field, value, "must be an integer")
     if not low <= value <= high:
         raise InvalidArgument(field, value, f"must be in [{low}, {high}]")
-
-
-def _plain(value: object) -> int | float | bool | list[int] | list[list[int | float]] | None:
-    if isinstance(value, tuple):
-        return [list(item) if isinstance(item, tuple) else item for item in value]
-    return cast("int | float | bool | None", value)
