@@ -14,7 +14,6 @@ import random
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -23,6 +22,7 @@ import torch
 from common.errors import DigestMismatch
 from common.kernels.backend import KernelBackend
 from common.kvcache.layout import HEADER_BYTES
+from common.kvcache.slot_copies import SlotCopies
 from common.kvcache.storage import KVStorage
 from common.transport.base import Connection
 from common.transport.registry import open_endpoint
@@ -31,7 +31,7 @@ from common.transport.ucx_worker import Progress
 ON_GPU = torch.cuda.device_count() >= 2
 LAYERS, HEADS, BLOCK_SIZE, HEAD_DIM = (32, 8, 64, 128) if ON_GPU else (2, 2, 16, 32)
 BLOCKS_HELD, BLOCKS_SENT = 192, 128  # 1 GiB of 8B blocks goes over
-CASES = [(8, 2), (4, 4), (8, 3), (8, 4), (32, 2)]  # (blocks of 8 MiB in a slot, slots)
+CASES = [(8, 2), (4, 4), (8, 3), (8, 4), (16, 2), (16, 3), (32, 2), (32, 3)]  # (blocks of 8 MiB in a slot, slots)
 NUM_WARMUP = 2
 GB = 1e9
 
@@ -64,12 +64,12 @@ class Side:
     device: torch.device
     storage: KVStorage
     block_ids: list[int]
-    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    copies: SlotCopies
     slots: dict[int, torch.Tensor] = field(default_factory=dict)  # by case: uint8 [num_slots, slot_bytes]
     copying_s: list[float] = field(default_factory=list)  # gathers or scatters
 
     @classmethod
-    def make(cls, index: int, seed: int) -> Side:
+    def make(cls, index: int, seed: int, in_thread: bool) -> Side:
         device = torch.device("cuda", index) if ON_GPU else torch.device("cpu")
         if ON_GPU:
             torch.cuda.set_device(device)
@@ -78,7 +78,8 @@ class Side:
         ids = random.Random(index + 1).sample(range(BLOCKS_HELD), BLOCKS_SENT)
         storage.kv.normal_(generator=torch.Generator(device).manual_seed(seed))
         _synchronize(device)
-        return cls(device, storage, ids)
+        # What a CPU does in a thread can be had on a GPU, to be compared.
+        return cls(device, storage, ids, SlotCopies(torch.device("cpu") if in_thread else device, "copy"))
 
     def slot(self, leg: Leg) -> torch.Tensor:
         """uint8 [leg_bytes]. Slots of a case are made when it begins, and those of the one before are dropped."""
@@ -90,29 +91,31 @@ class Side:
             _synchronize(self.device)
         return self.slots[leg.case][leg.number % num_slots]
 
-    def gather(self, leg: Leg) -> None:
+    async def gather(self, leg: Leg) -> None:
         start_s = time.perf_counter()
-        self.storage.gather(leg.blocks(self.block_ids), 0, HEADS, self.slot(leg), leg.tag)
+        blocks, slot = leg.blocks(self.block_ids), self.slot(leg)
+        await self.copies.run(lambda: self.storage.start_gather(blocks, 0, HEADS, slot, leg.tag))
         self.copying_s.append(time.perf_counter() - start_s)
 
-    def scatter(self, leg: Leg) -> None:
+    async def scatter(self, leg: Leg) -> None:
         start_s = time.perf_counter()
-        self.storage.scatter(leg.blocks(self.block_ids), 0, HEADS, self.slot(leg), leg.tag)
+        blocks, slot = leg.blocks(self.block_ids), self.slot(leg)
+        await self.copies.run(lambda: self.storage.start_scatter(blocks, 0, HEADS, slot, leg.tag))
         self.copying_s.append(time.perf_counter() - start_s)
 
 
-async def open_connection(scheme: str, index: int, address: str) -> tuple[Connection, Side]:
+async def open_connection(scheme: str, address: str, in_thread: bool) -> tuple[Connection, Side]:
     """The sending end: GPU 0."""
-    side = Side.make(index, seed=7)
+    side = Side.make(0, seed=7, in_thread=in_thread)
     endpoint = await open_endpoint(
         f"{scheme}://127.0.0.1:0", "sender", progress=Progress.POLLING, memory=_memory(side.device)
     )
     return await endpoint.connect(address, 60.0), side
 
 
-async def send_side(scheme: str, address: str) -> None:
+async def send_side(scheme: str, address: str, in_thread: bool) -> None:
     """Sends what is granted: a tag a line on standard input."""
-    connection, side = await open_connection(scheme, 0, address)
+    connection, side = await open_connection(scheme, address, in_thread)
     loop = asyncio.get_running_loop()
     grants = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(grants), sys.stdin)
@@ -123,7 +126,7 @@ async def send_side(scheme: str, address: str) -> None:
     async def send(leg: Leg, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await before
-        await loop.run_in_executor(side.executor, side.gather, leg)
+        await side.gather(leg)
         start_s = time.perf_counter()
         await connection.send(leg.tag, side.slot(leg))
         sending_s.append(time.perf_counter() - start_s)
@@ -142,15 +145,15 @@ async def send_side(scheme: str, address: str) -> None:
     await connection.close()
 
 
-async def receive_side(scheme: str, num_rounds: int) -> None:
-    side = Side.make(1 if ON_GPU else 0, seed=8)
+async def receive_side(scheme: str, num_rounds: int, in_thread: bool) -> None:
+    side = Side.make(1 if ON_GPU else 0, seed=8, in_thread=in_thread)
     endpoint = await open_endpoint(
         f"{scheme}://127.0.0.1:0", "receiver", progress=Progress.POLLING, memory=_memory(side.device)
     )
     pipe = asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.handoff", scheme, "--address", endpoint.address, stdin=pipe, stdout=pipe
-    )
+    flags = ["--in-thread"] if in_thread else []
+    argv = ["-m", "benchmarks.handoff", scheme, "--address", endpoint.address, *flags]
+    child = await asyncio.create_subprocess_exec(sys.executable, *argv, stdin=pipe, stdout=pipe)
     assert child.stdin is not None
     assert child.stdout is not None
     assert await child.stdout.readline() == b"ready\n", "the sending process could not start"
@@ -183,7 +186,6 @@ async def one_round(connection: Connection, side: Side, grants: asyncio.StreamWr
     """Seconds from the first grant to the last block."""
     num_blocks, num_slots = CASES[case]
     num_legs = BLOCKS_SENT // num_blocks
-    loop = asyncio.get_running_loop()
 
     async def fill(slot: int) -> None:
         for number in range(slot, num_legs, num_slots):
@@ -191,7 +193,7 @@ async def one_round(connection: Connection, side: Side, grants: asyncio.StreamWr
             posted = connection.post_receive(leg.tag, side.slot(leg))
             grants.write(f"{leg.tag}\n".encode())
             await posted.wait()
-            await loop.run_in_executor(side.executor, side.scatter, leg)
+            await side.scatter(leg)
 
     side.slot(Leg(case, round_, 0))
     begin = time.perf_counter()
@@ -243,11 +245,12 @@ def main() -> None:
     parser.add_argument("scheme", choices=("ucx", "nccl"))
     parser.add_argument("num_rounds", type=int, nargs="?", default=10)
     parser.add_argument("--address", help="of the receiving end: be the sending end")
+    parser.add_argument("--in-thread", action="store_true", help="launch copies in a thread instead of on the loop")
     arguments = parser.parse_args()
     if arguments.address is None:
-        asyncio.run(receive_side(arguments.scheme, arguments.num_rounds))
+        asyncio.run(receive_side(arguments.scheme, arguments.num_rounds, arguments.in_thread))
     else:
-        asyncio.run(send_side(arguments.scheme, arguments.address))
+        asyncio.run(send_side(arguments.scheme, arguments.address, arguments.in_thread))
 
 
 if __name__ == "__main__":

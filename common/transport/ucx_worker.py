@@ -26,7 +26,7 @@ from ucxx._lib.libucxx import (
     UCXXTagMask,
 )
 
-from common.transport.short_sleep import allow_short_sleeps, pause
+from common.short_sleep import allow_short_sleeps, pause
 
 TURN_BUDGET_S = 0.001  # how long one turn may keep the event loop
 POLL_PAUSE_S = 20e-6  # a copy of 32 MiB over NVLink takes 90 µs

@@ -11,16 +11,14 @@ Obeys the front: which slot, which blocks and when to give up are not decided he
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
-
 from common.errors import BatonError, Cancelled, InternalError
+from common.kvcache.device_queue import DeviceWork
+from common.kvcache.slot_copies import SlotCopies
 from common.transport.base import CancelOutcome, Connection, PostedReceive
 from common.worker.kv_replies import described, transport_stats_reply
 from common.worker.rank_messages import (
@@ -60,10 +58,7 @@ class KVReceiver:
         self._reply = context.reply
         self._operations: dict[int, _Operation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # One thread: scatters run one after the other, beside the event loop and the compute thread.
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scatter")
-        device = context.slots.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = SlotCopies(context.slots.device, "scatter")
 
     def handle(self, message: FrontKVMessage) -> None:
         """Start an operation; its replies follow. Never blocks, never raises."""
@@ -82,7 +77,7 @@ class KVReceiver:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._copies.close()
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -134,20 +129,18 @@ class KVReceiver:
         operation.posted = operation.connection.post_receive(message.tag, buffer)
 
     async def _scatter(self, operation: _Operation) -> None:
-        """Check and scatter on the other thread. Cancelling this leaves a scatter that `_cancel` waits for."""
-        loop = asyncio.get_running_loop()
-        operation.scatter = loop.run_in_executor(self._executor, self._scatter_now, operation)
+        """Check and scatter. Cancelling this leaves a scatter that `_cancel` waits for."""
+        operation.scatter = self._copies.run(lambda: self._start_scatter(operation))
         await asyncio.shield(operation.scatter)
 
-    def _scatter_now(self, operation: _Operation) -> None:
+    def _start_scatter(self, operation: _Operation) -> DeviceWork | None:
         if operation.cancelled:
-            return
+            return None
         message = operation.message
         slot = self._slots[message.slot, message.offset : message.offset + message.num_bytes]
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            self._storage.scatter(message.block_ids, message.first_local_head, message.num_heads, slot, message.tag)
-        if self._stream is not None:
-            self._stream.synchronize()  # the next step, on another stream, reads these blocks
+        return self._storage.start_scatter(
+            message.block_ids, message.first_local_head, message.num_heads, slot, message.tag
+        )
 
     async def _cancel(self, message: CancelReceive) -> None:
         operation = self._operations.pop(message.op_id, None)

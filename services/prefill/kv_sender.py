@@ -10,16 +10,16 @@ Obeys the front: which slot, which blocks and when to try again are not decided 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from common.errors import BatonError, InternalError, PeerLost, TransferTimeout
+from common.kvcache.device_queue import DeviceWork
 from common.kvcache.layout import HEADER_BYTES
+from common.kvcache.slot_copies import SlotCopies
 from common.transport.base import Connection
 from common.worker.kv_replies import described, transport_stats_reply
 from common.worker.rank_messages import (
@@ -50,10 +50,7 @@ class KVSender:
         self._connections: dict[str, Connection] = {}
         self._attempts: dict[str, asyncio.Task[Connection]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # One thread: gathers run one after the other, beside the event loop and the compute thread.
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gather")
-        device = context.slots.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = SlotCopies(context.slots.device, "gather")
 
     def handle(self, message: FrontKVMessage) -> None:
         """Start an operation; its replies follow. Never blocks, never raises."""
@@ -72,7 +69,7 @@ class KVSender:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._copies.close()
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -121,7 +118,8 @@ class KVSender:
             if connection is None or not connection.alive:
                 raise PeerLost(f"there is no connection to {message.address}")
             slot = self._slot(message)
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._gather, message, slot)
+            await asyncio.shield(self._copies.run(lambda: self._gather(message, slot)))
+            self._corrupt(slot)
             gathered_ns = time.monotonic_ns() - start_ns
             if time.monotonic() >= deadline_s:
                 raise TransferTimeout("the time of the grant was over before the leg was gathered")
@@ -148,19 +146,22 @@ class KVSender:
             raise InternalError(f"bytes [{message.offset}, {end}) of slot {message.slot} do not exist")
         return self._slots[message.slot, message.offset : end]
 
-    def _gather(self, message: SendLeg, slot: torch.Tensor) -> None:
-        """Fill slot, uint8 [message.num_bytes]. On the executor's thread."""
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            num_bytes = self._storage.gather(
-                message.block_ids, message.first_local_head, message.num_heads, slot, message.tag
-            )
-            if num_bytes != message.num_bytes:
-                raise InternalError(f"a leg of {num_bytes} bytes was granted {message.num_bytes}")
-            self._num_legs += 1
-            if self._corrupt_every and self._num_legs % self._corrupt_every == 0:
-                slot[HEADER_BYTES + (num_bytes - HEADER_BYTES) // 2] ^= 1
-        if self._stream is not None:
-            self._stream.synchronize()  # the transport knows nothing of streams
+    def _gather(self, message: SendLeg, slot: torch.Tensor) -> DeviceWork:
+        """Fill slot, uint8 [message.num_bytes]."""
+        num_bytes = self._storage.leg_bytes(len(message.block_ids), message.num_heads)
+        if num_bytes != message.num_bytes:
+            raise InternalError(f"a leg of {num_bytes} bytes was granted {message.num_bytes}")
+        return self._storage.start_gather(
+            message.block_ids, message.first_local_head, message.num_heads, slot, message.tag
+        )
+
+    def _corrupt(self, slot: torch.Tensor) -> None:
+        """Fault injection for tests: flip a bit of every n-th leg, uint8 [message.num_bytes], behind its digest."""
+        self._num_legs += 1
+        if self._corrupt_every and self._num_legs % self._corrupt_every == 0:
+            slot[HEADER_BYTES + (slot.numel() - HEADER_BYTES) // 2] ^= 1
+            if slot.is_cuda:
+                torch.cuda.synchronize(slot.device)  # the transport knows nothing of streams
 
 
 async def _carry(connection: Connection, tag: int, slot: torch.Tensor, timeout_s: float) -> BatonError | None:

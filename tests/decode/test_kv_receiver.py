@@ -205,7 +205,7 @@ async def test_a_cancel_waits_for_a_scatter_under_way_and_keeps_back_the_next(mo
             asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(5.0)
             scattered.append(block_ids)
 
-        monkeypatch.setattr(rank.storage, "scatter", slow_scatter)
+        monkeypatch.setattr(rank.storage, "start_scatter", slow_scatter)
         connection = await rank.connect()
         rank.post(op_id=1)
         await rank.reply(ReceivePosted)
