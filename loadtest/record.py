@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import msgspec
 
+OK = "ok"
+# Outcomes that the generator makes itself; all others are names of error types.
+INTERRUPTED = "Interrupted"  # the run was stopped while the request was under way
+GENERATOR_OVERLOADED = "GeneratorOverloaded"  # not sent: the generator's own bound on requests in flight was reached
 
-class Arrival(msgspec.Struct, frozen=True):
+
+class Arrival(msgspec.Struct, frozen=True, gc=False):
     """One message that brought tokens."""
 
     at_s: float
@@ -35,7 +40,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_ok(self) -> bool:
-        return self.outcome == "ok"
+        return self.outcome == OK
 
     @property
     def num_output_tokens(self) -> int:

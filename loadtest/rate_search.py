@@ -1,0 +1,134 @@
+"""The highest request rate at which enough requests meet their limits: grow until it fails, then bisect.
+
+Each rate is measured once, so noise can move the answer; it is bounded, not removed. Every rate tried lies between the
+highest that met and the lowest that missed, so the search always ends, with a rate whose own run met and below every
+rate that missed. An unlucky run makes it too low, a lucky one too high; `Probe.is_close_call` marks those that another
+run of the same length could well turn over. Knows nothing of how a run is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from common.errors import InvalidArgument
+from loadtest.goodput import Goodput, Limits, goodput
+from loadtest.measured import measured_part
+from loadtest.record import Run
+
+_GROWTH = 2.0
+_MIN_RESOLUTION = 1e-3
+
+
+class Ending(StrEnum):
+    """Why a search stopped."""
+
+    RESOLVED = "the answer is known to the resolution"
+    HIGH_RATE_MET = "the highest rate allowed still meets the limits"
+    LOW_RATE_MISSED = "even the lowest rate misses the limits"
+    MAX_RUNS = "the number of runs is used up"
+    INTERRUPTED = "a run was interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Where to search and when to stop. `resolution` is relative: 0.05 stops when the bracket is 5 % wide."""
+
+    low_rate: float
+    high_rate: float
+    resolution: float
+    max_runs: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low_rate) and self.low_rate > 0):
+            raise InvalidArgument("low_rate", self.low_rate, "a number of requests/s above 0")
+        if not (math.isfinite(self.high_rate) and self.high_rate >= self.low_rate):
+            raise InvalidArgument("high_rate", self.high_rate, f"at least low_rate, {self.low_rate} requests/s")
+        if not (math.isfinite(self.resolution) and self.resolution >= _MIN_RESOLUTION):
+            raise InvalidArgument("resolution", self.resolution, f"at least {_MIN_RESOLUTION}")
+        if self.max_runs < 1:
+            raise InvalidArgument("max_runs", self.max_runs, "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One rate that was tried."""
+
+    rate: float  # requests/s that were asked for
+    run: Run
+    goodput: Goodput
+    is_met: bool
+    is_close_call: bool  # within two standard errors of the share asked for
+
+
+@dataclass(frozen=True, slots=True)
+class RateSearch:
+    """A finished search: the curve of goodput against rate, in the order it was measured, and the answer."""
+
+    itl_s: float
+    share: float
+    probes: tuple[Probe, ...]
+    answer: float | None  # requests/s; None: no run met
+    ending: Ending
+
+
+def next_rate(met: Sequence[float], missed: Sequence[float], bounds: Bounds) -> float | Ending:
+    """The rate to try after these, or why to stop. Does not count runs."""
+    if missed and not met:
+        return Ending.LOW_RATE_MISSED
+    if not met:
+        return bounds.low_rate
+    best = max(met)
+    if not missed:
+        return Ending.HIGH_RATE_MET if best >= bounds.high_rate else min(best * _GROWTH, bounds.high_rate)
+    worst = min(missed)
+    if worst <= best * (1 + bounds.resolution):
+        return Ending.RESOLVED
+    return math.sqrt(best * worst)  # the resolution is relative, so the middle is too
+
+
+async def find_rate(
+    measure: Callable[[float], Awaitable[Run]],
+    limits: Limits,
+    itl_s: float,
+    share: float,
+    low_rate: float,
+    high_rate: float,
+    resolution: float = 0.05,
+    max_runs: int = 12,
+) -> RateSearch:
+    """Highest rate, in requests/s, at which `share` of the requests meet `limits.ttft_s` with every gap within `itl_s`.
+
+    Awaits one run at a time. An interrupted run ends the search and decides nothing. Cancelling loses what was found.
+    """
+    bounds = Bounds(low_rate, high_rate, resolution, max_runs)
+    _check(itl_s, share)
+    probes: list[Probe] = []
+    while True:
+        met = [probe.rate for probe in probes if probe.is_met]
+        step = next_rate(met, [probe.rate for probe in probes if not probe.is_met], bounds)
+        if isinstance(step, float) and len(probes) == max_runs:
+            step = Ending.MAX_RUNS
+        if isinstance(step, Ending):
+            return RateSearch(itl_s, share, tuple(probes), max(met, default=None), step)
+        probe = _judge(step, await measure(step), limits.ttft_s, itl_s, share)
+        probes.append(probe)
+        if probe.run.info.was_interrupted:
+            return RateSearch(itl_s, share, tuple(probes), max(met, default=None), Ending.INTERRUPTED)
+
+
+def _judge(rate: float, run: Run, ttft_s: float | None, itl_s: float, share: float) -> Probe:
+    result = goodput(measured_part(run), ttft_s, itl_s)
+    if result.share is None:
+        return Probe(rate, run, result, is_met=False, is_close_call=False)
+    two_errors = 2 * math.sqrt(share * (1 - share) / result.num_counted)
+    is_met = result.share >= share
+    return Probe(rate, run, result, is_met=is_met, is_close_call=abs(result.share - share) <= two_errors)
+
+
+def _check(itl_s: float, share: float) -> None:
+    Limits(ttft_s=None, itl_s=(itl_s,))
+    if not 0 < share <= 1:
+        raise InvalidArgument("share", share, "above 0, at most 1")
