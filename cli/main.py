@@ -5,10 +5,10 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from cli import chat, demo, generate, up
+from cli import bench, chat, demo, generate, top, up
 from common.errors import BatonError
 
-COMMANDS = {"up": up, "generate": generate, "chat": chat, "demo": demo}
+COMMANDS = {"up": up, "generate": generate, "chat": chat, "demo": demo, "bench": bench, "top": top}
 
 
 def build_parser() -> argparse.ArgumentParser:

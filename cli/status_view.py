@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 
-import grpc
-from baton.v1 import worker_pb2, worker_pb2_grpc
+from baton.v1 import worker_pb2
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from cli.deployment import ManagedProcess
-from common.rpc.client import open_channel
+from cli.worker_cells import blocks_of, slots_of, state_of
+from cli.worker_watch import follow_status
 
-_MAX_STATUS_BYTES = 4 << 20
 _NUM_EVENTS = 5
-_RETRY_S = 0.5
 
 
 class StatusView:
@@ -33,17 +30,12 @@ class StatusView:
 
     async def watch(self, worker: ManagedProcess) -> None:
         """Follow one worker's status, also across its restarts, until cancelled."""
-        async with open_channel(worker.address, _MAX_STATUS_BYTES) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
-            while True:
-                self._restarts[worker.name] = worker.num_restarts
-                try:
-                    async for status in stub.WatchStatus(worker_pb2.WatchStatusRequest(min_interval_ms=250)):
-                        self._statuses[worker.name] = status
-                        self._restarts[worker.name] = worker.num_restarts
-                except grpc.aio.AioRpcError:
-                    self._statuses[worker.name] = None
-                await asyncio.sleep(_RETRY_S)
+
+        def on_status(status: worker_pb2.WorkerStatus | None) -> None:
+            self._statuses[worker.name] = status
+            self._restarts[worker.name] = worker.num_restarts
+
+        await follow_status(worker.address, on_status)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._table()
@@ -60,17 +52,14 @@ class StatusView:
             if status is None:
                 table.add_row(name, "unreachable", "", "", "", "", "", restarts)
                 continue
-            state = worker_pb2.WorkerState.Name(status.state).removeprefix("WORKER_STATE_").lower()
-            blocks = f"{status.num_blocks_free}/{status.num_blocks_cached}/{status.num_blocks_held}"
-            slots = f"{status.num_slots_free}/{status.num_slots_in_use}/{status.num_slots_quarantined}"
             table.add_row(
                 name,
-                state,
+                state_of(status),
                 str(status.tp_size),
                 str(status.num_waiting),
                 str(status.num_running),
-                blocks,
-                slots,
+                blocks_of(status),
+                slots_of(status),
                 restarts,
             )
         return table

@@ -91,6 +91,9 @@ async def run(args: argparse.Namespace) -> int:
             if ready.done():
                 ready.result()
                 console.print(f"ready: baton generate --address {deployment.router_address} 'def main('")
+                pools = {"prefill": deployment.prefill, "decode": deployment.decode}
+                flags = (f"--{role} {','.join(worker.address for worker in pool)}" for role, pool in pools.items())
+                console.print("watch: baton top", *flags, soft_wrap=True)
                 await _show(view, deployment, stopped, console)
         finally:
             ready.cancel()

@@ -1,33 +1,44 @@
-"""Counters of one process: named once with a description, counted by anybody, read by status and by Prometheus.
+"""Counters of one process: declared once with how Prometheus sees them, counted by anybody, read by status and scrapes.
 
-A name that was not declared is an error, so that a counter cannot be lost to a typo. Knows no service.
+Plain integers: counting is one addition. A name that was not declared is an error, so that a counter cannot be lost to
+a typo. Knows no service and no exposition format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-
-PREFIX = "baton_"
+SECONDS_PER_NS = 1e-9
 
 
-class Counters(Collector):
-    """Monotonic counters, and gauges that are read when somebody scrapes.
+@dataclass(frozen=True, slots=True)
+class CounterSpec:
+    """How Prometheus sees a counter: one series of a family, in its base unit (what is counted, times `scale`)."""
 
-    In Prometheus the counter `steps` is `baton_steps_total`, the gauge `num_running` is `baton_num_running`.
-    """
+    family: str  # without prefix and without `_total`
+    help: str
+    labels: tuple[tuple[str, str], ...] = ()
+    scale: float = 1.0
 
-    def __init__(self, descriptions: Mapping[str, str]) -> None:
-        self._descriptions = dict(descriptions)
-        self._values = dict.fromkeys(descriptions, 0)
-        self._read_gauges: Callable[[], Mapping[str, float]] = dict
-        self.registry = CollectorRegistry()
-        self.registry.register(self)
+
+def by_label(family: str, text: str, label: str, names: Mapping[str, str]) -> dict[str, CounterSpec]:
+    """Counters that are one family: `names` says for each value of the label which counter it is."""
+    return {name: CounterSpec(family, text, ((label, value),)) for value, name in names.items()}
+
+
+class Counters:
+    """Monotonic counters by name. `specs` is what they were declared with; read it, never change it."""
+
+    def __init__(self, specs: Mapping[str, CounterSpec]) -> None:
+        self.specs = dict(specs)
+        self._values = dict.fromkeys(specs, 0)
+
+    def declare(self, name: str, spec: CounterSpec) -> None:
+        """One more counter: of a label whose values are not all known in advance. No effect if it is there."""
+        # The spec first: a scrape may come in between, on its own thread.
+        self.specs.setdefault(name, spec)
+        self._values.setdefault(name, 0)
 
     def inc(self, name: str, n: int = 1) -> None:
         """Add to a declared counter."""
@@ -35,35 +46,5 @@ class Counters(Collector):
         self._values[name] += n
 
     def snapshot(self) -> dict[str, int]:
-        """Every counter by name, zeros included."""
+        """Every counter by name, zeros included. May be called on any thread."""
         return dict(self._values)
-
-    def set_gauges(self, read: Callable[[], Mapping[str, float]]) -> None:
-        """Export what `read` returns. It is called on the scraping thread: it must only look."""
-        self._read_gauges = read
-
-    def collect(self) -> Iterator[Metric]:
-        for name, value in self.snapshot().items():
-            yield CounterMetricFamily(PREFIX + name, self._descriptions[name], value=value)
-        for name, level in self._read_gauges().items():
-            yield GaugeMetricFamily(PREFIX + name, name.replace("_", " "), value=level)
-
-
-class MetricsServer:
-    """Serves `/metrics` over HTTP on a thread of its own until `stop`."""
-
-    def __init__(self, counters: Counters, port: int, host: str = "0.0.0.0") -> None:
-        self._server: WSGIServer
-        self._thread: Thread
-        self._server, self._thread = start_http_server(port, addr=host, registry=counters.registry)
-
-    @property
-    def port(self) -> int:
-        """The port in use (the kernel's choice if 0 was asked for)."""
-        return self._server.server_port
-
-    def stop(self) -> None:
-        """Close the port and join the thread."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

@@ -19,7 +19,8 @@ from baton.v1 import worker_pb2_grpc
 from common.config import load_config_or_exit
 from common.errors import BatonError
 from common.rpc.server import RpcServer
-from common.telemetry.counters import MetricsServer
+from common.telemetry.metrics import MetricsServer
+from common.telemetry.tracing import open_tracing
 from common.worker import status_service
 from common.worker.status_service import StatusService
 from common.worker.worker_config import WorkerConfig
@@ -27,6 +28,7 @@ from common.worker.worker_front import WorkerFront
 
 _log = logging.getLogger(__name__)
 _STOP_GRACE_S = 1.0  # for calls that drain left over, to end with a status
+_TRACING_GRACE_S = 2.0  # for the last spans
 
 _Config = TypeVar("_Config", bound=WorkerConfig)
 _Servicer = TypeVar("_Servicer")
@@ -49,7 +51,7 @@ def run_worker(config_class: type[_Config], serve: Callable[[_Config], Coroutine
 
 
 async def serve_worker(
-    worker: WorkerFront[Any],
+    worker: WorkerFront[Any, Any],
     changed: asyncio.Event,
     add_service: Callable[[_Servicer, grpc.aio.Server], None],
     servicer: _Servicer,
@@ -65,6 +67,7 @@ async def serve_worker(
     server.add(add_service, servicer, service_name)
     server.add(worker_pb2_grpc.add_WorkerServicer_to_server, status, status_service.SERVICE_NAME)
     metrics = MetricsServer(worker.counters, config.metrics_port) if config.metrics_port else None
+    worker.tracing = open_tracing(config.otlp_endpoint, config.trace_sample_ratio, config.service, config.worker_id)
     try:
         port = await server.start()
         worker.listens_on(port)
@@ -85,9 +88,12 @@ async def serve_worker(
         await server.stop(0.0)
         if metrics is not None:
             metrics.stop()
+        worker.tracing.close(_TRACING_GRACE_S)
 
 
-async def _report(changed: asyncio.Event, worker: WorkerFront[Any], server: RpcServer, status: StatusService) -> None:
+async def _report(
+    changed: asyncio.Event, worker: WorkerFront[Any, Any], server: RpcServer, status: StatusService
+) -> None:
     """Pass changes on to whoever watches: status streams and health checks."""
     was_ready = False
     while True:

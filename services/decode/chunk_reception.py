@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -29,9 +30,11 @@ from common.errors import (
 )
 from common.kvcache.grant import SlotHandle
 from common.kvcache.layout import Leg
+from common.telemetry.tracing import Span
 from common.worker.rank_group import Operation
 from common.worker.staging_slots import StagingSlots
-from services.decode.chunk_transfer import IN_DOUBT, PEER_LOST, ChunkTransfer
+from common.worker.worker_metrics import reject_reason
+from services.decode.chunk_transfer import IN_DOUBT, PEER_LOST, ChunkTransfer, TransferTimes
 from services.decode.handoff_context import HandoffContext
 from services.decode.request import DecodeSequence, SequenceState, blocks_of
 
@@ -53,6 +56,7 @@ class ChunkOwner(Protocol):
     legs: Sequence[Leg]
     peer_names: Sequence[str]
     over: bool
+    span: Span  # of the sender
 
     def send(self, response: kv_pb2.HandoffResponse) -> None:
         """Queue an answer."""
@@ -74,6 +78,7 @@ class ChunkReception:
         self._context = context
         self._stream = stream
         self._chunk = chunk
+        self._offered_ns = time.monotonic_ns()
         self._connection_lost = False
 
     async def run(self) -> None:
@@ -127,15 +132,24 @@ class ChunkReception:
             legs=transfer.leg_grants(),
             timeout_ns=round(limits.grant_timeout_s * 1e9),
         )
+        granted_ns = time.monotonic_ns()
+        self._context.counters.granted(granted_ns - self._offered_ns)
         self._stream.send(kv_pb2.HandoffResponse(grant=grant))
         times = await transfer.arrive(limits.grant_timeout_s)
-        self._context.counters.inc("chunks_verified")
+        self._context.counters.verified(transfer.num_bytes, times.transfer_ns, times.verify_ns)
+        self._trace(granted_ns, times)
         self._context.engine.scheduler.verify(self._stream.seq, self._chunk.first_block, self._chunk.num_blocks)
         self._stream.chunk_verified(self._chunk)
         verified = kv_pb2.ChunkVerified(
             chunk_index=self._chunk.chunk_index, transfer_ns=times.transfer_ns, verify_ns=times.verify_ns
         )
         self._stream.send(kv_pb2.HandoffResponse(chunk_verified=verified))
+
+    def _trace(self, granted_ns: int, times: TransferTimes) -> None:
+        span, now_ns, index = self._stream.span, time.monotonic_ns(), self._chunk.chunk_index
+        arrived_ns = max(granted_ns, now_ns - times.verify_ns)
+        span.child("receive", granted_ns, arrived_ns, chunk=index, num_blocks=self._chunk.num_blocks)
+        span.child("verify", arrived_ns, now_ns, chunk=index)
 
     async def _settle(self, transfer: ChunkTransfer, slots: StagingSlots, handle: SlotHandle) -> None:
         """Take back what did not arrive; then slot and blocks are free, but for a slot in doubt."""
@@ -167,8 +181,7 @@ class ChunkReception:
     def _reject(self, reason: kv_pb2.ChunkRejectReason.ValueType, detail: str) -> None:
         if self._stream.over:
             return
-        name = kv_pb2.ChunkRejectReason.Name(reason).removeprefix("CHUNK_REJECT_REASON_").lower()
-        self._context.counters.inc(f"chunks_rejected_{name}")
+        self._context.counters.inc(f"chunks_rejected_{reject_reason(reason)}")
         self._stream.chunk_rejected(self._chunk, reason, detail)
 
 

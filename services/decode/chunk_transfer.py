@@ -57,6 +57,11 @@ class ChunkTransfer:
         self._receives: list[_Receive] = []
         self.advertised = False  # whether the tags were told to the sender
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all legs, headers included."""
+        return sum(receive.num_bytes for receive in self._receives)
+
     async def post(self, legs: Sequence[Leg], peer_names: Sequence[str], connect_timeout_s: float) -> None:
         """Post the receives on every rank. Raises the first error that a rank reports (a `TransferError`)."""
         decode_tp = len(self._group.pids)

@@ -13,23 +13,17 @@ import time
 from collections.abc import Callable
 
 from common.errors import Unavailable
-from common.telemetry.counters import Counters
+from common.telemetry.step_clock import StepClock
 from common.worker.rank_group import RankGroup
+from common.worker.step_plan import StepPlan
 from common.worker.step_watchdog import StepWatchdog
+from services.decode.metrics import END_COUNTERS, DecodeMetrics
 from services.decode.request import BlocksReserved, End, SequenceEnded, TokenSampled
 from services.decode.scheduler import DecodeScheduler
+from services.decode.sequence_records import SequenceRecords
 from services.decode.sessions import Sessions
 
 _log = logging.getLogger(__name__)
-
-END_COUNTERS = {
-    End.FINISHED: "sequences_finished",
-    End.PREEMPTED: "preemptions",
-    End.LOST: "sequences_lost",
-    End.DEADLINE: "sequences_expired",
-    End.FAILED: "sequences_failed",
-    End.CLOSED: "sequences_closed",
-}
 
 
 class DecodeEngine:
@@ -43,7 +37,7 @@ class DecodeEngine:
         self,
         scheduler: DecodeScheduler,
         sessions: Sessions,
-        counters: Counters,
+        counters: DecodeMetrics,
         step_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -51,8 +45,10 @@ class DecodeEngine:
         self.on_ticket: Callable[[BlocksReserved | SequenceEnded], None] = _ignore
         self.on_change: Callable[[], None] = _do_nothing
         self.clock = clock
+        self.records = SequenceRecords(counters)
         self._sessions = sessions
         self._counters = counters
+        self._steps_clock = StepClock(lambda idle_ns: counters.inc("idle_ns", idle_ns), counters.step_gap)
         self._step_timeout_s = step_timeout_s
         self._group: RankGroup | None = None
         self._group_changed = asyncio.Event()
@@ -75,23 +71,29 @@ class DecodeEngine:
 
     def settle(self) -> None:
         """Pass on what the scheduler reports, and let the loop look for work. Call after every change to it."""
+        num_tokens = 0
         for event in self.scheduler.take_events():
             if isinstance(event, TokenSampled):
-                self._counters.inc("tokens")
+                num_tokens += 1
                 self._sessions.publish(event)
             elif isinstance(event, SequenceEnded):
                 self._counters.inc(END_COUNTERS[event.end])
                 if event.end is End.FAILED:
                     _log.warning("sequence %d failed: %s", event.key[1], event.error)
+                self.records.ended(event)
                 self._sessions.publish(event)
                 self.on_ticket(event)
             elif isinstance(event, BlocksReserved):
                 self.on_ticket(event)
             else:
+                self.records.began(event)
                 self._sessions.publish(event)
+        self._counters.inc("tokens", num_tokens)
         self._sessions.flush()
         self._work.set()
         self._deadlines_changed.set()
+        if self.scheduler.num_running == 0:
+            self._steps_clock.rest()
         if self.scheduler.num_open == 0:
             self._idle.set()
         else:
@@ -141,8 +143,10 @@ class DecodeEngine:
             if plan.step is not None:
                 group.submit(plan.step)
                 watchdog.submitted()
+                self._steps_clock.submitted()
                 self._counters.inc("steps")
-                self._counters.inc("step_rows", len(plan.step.segments))
+                self._counters.step_rows.observe(len(plan.step.segments))
+                self._counters.step_tokens.observe(_num_tokens(plan.step))
                 self._work.set()  # there may be room for one more
             self.settle_quietly()
             await self._work.wait()
@@ -160,7 +164,8 @@ class DecodeEngine:
             if self._group is not group:
                 return
             self._counters.inc("tokens_discarded", self.scheduler.complete(result, self.clock()))
-            self._counters.inc("step_compute_ns", result.compute_ns)
+            self._counters.step_duration.observe(result.compute_ns * 1e-9)
+            self._steps_clock.answered(self.scheduler.num_plans_in_flight, self.scheduler.num_running > 0)
             self.settle()
 
     async def _expire(self) -> None:
@@ -174,6 +179,16 @@ class DecodeEngine:
             except TimeoutError:
                 self.scheduler.expire(self.clock())
                 self.settle()
+
+
+def _num_tokens(step: StepPlan) -> int:
+    """Input tokens: one of each decoding row, and those of the chunks, which come last."""
+    num_tokens = len(step.segments)
+    for segment in reversed(step.segments):
+        if segment.token_ids is None:
+            break
+        num_tokens += len(segment.token_ids) - 1
+    return num_tokens
 
 
 def _ignore(event: BlocksReserved | SequenceEnded) -> None:

@@ -20,6 +20,7 @@ from common.errors import (
     Preempted,
     Unavailable,
 )
+from common.telemetry.tracing import NO_SPAN, Span
 from services.decode.handoff_context import HandoffContext
 from services.decode.handoff_stream import HandoffStream, Write
 from services.decode.request import BlocksReserved, DecodeSequence, End, SequenceEnded
@@ -37,15 +38,15 @@ class Handoffs:
     def num_streams(self) -> int:
         return len(self._streams)
 
-    async def serve(self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write) -> None:
-        """One stream, from Begin to Joined. Raises one error of the tree. Cancelling it ends the sequence; what is
-        under way on the ranks is taken back by tasks of `HandoffContext.run`."""
+    async def serve(self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write, span: Span = NO_SPAN) -> None:
+        """One stream, from Begin to Joined; `span` is the sender's. Raises one error of the tree. Cancelling it ends
+        the sequence; what is under way on the ranks is taken back by tasks of `HandoffContext.run`."""
         request = await anext(requests, None)
         if request is None or request.WhichOneof("message") != "begin":
             raise InvalidArgument("message", None, "a hand-off starts with begin")
         begin = request.begin
         seq = self._check(begin)
-        stream = self._streams[begin.ticket_id] = HandoffStream(self._context, seq, begin)
+        stream = self._streams[begin.ticket_id] = HandoffStream(self._context, seq, begin, span)
         try:
             await stream.run(requests, write)
         finally:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from common.errors import Unavailable
 from common.kvcache.layout import KVLayout
-from common.telemetry.counters import Counters
 from common.worker.rank_group import RankGroup
 from common.worker.staging_slots import StagingSlots
 from services.decode.engine import DecodeEngine
+from services.decode.metrics import DecodeMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class HandoffSetup:
 class HandoffContext:
     """`group` and `slots` are None while no ranks are ready."""
 
-    def __init__(self, engine: DecodeEngine, setup: HandoffSetup, counters: Counters) -> None:
+    def __init__(self, engine: DecodeEngine, setup: HandoffSetup, counters: DecodeMetrics) -> None:
         self.engine = engine
         self.setup = setup
         self.counters = counters

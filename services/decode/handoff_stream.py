@@ -18,6 +18,7 @@ from baton.v1 import kv_pb2
 from common.errors import BatonError, Cancelled, FailedPrecondition, InvalidArgument, TransferError
 from common.kvcache.grant import MAX_LEGS
 from common.kvcache.layout import Leg, plan_legs
+from common.telemetry.tracing import Span
 from services.decode.chunk_reception import ChunkReception
 from services.decode.handoff_context import HandoffContext, HandoffSetup
 from services.decode.request import DecodeSequence
@@ -29,9 +30,10 @@ Write = Callable[[kv_pb2.HandoffResponse], Awaitable[object]]
 class HandoffStream:
     """One Handoff stream. Created when its ticket is claimed."""
 
-    def __init__(self, context: HandoffContext, seq: DecodeSequence, begin: kv_pb2.HandoffBegin) -> None:
+    def __init__(self, context: HandoffContext, seq: DecodeSequence, begin: kv_pb2.HandoffBegin, span: Span) -> None:
         setup = context.setup
         self.seq = seq
+        self.span = span
         self.reserved = asyncio.Event()
         self.peer_names: Sequence[str] = list(begin.rank_peer_names)
         legs = plan_legs(setup.layout.num_kv_heads, begin.prefill_tp_size, setup.tp_size)

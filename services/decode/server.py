@@ -33,10 +33,11 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         request: decode_pb2.OpenRequest,
         context: grpc.aio.ServicerContext[decode_pb2.OpenRequest, decode_pb2.OpenResponse],
     ) -> decode_pb2.OpenResponse:
+        span = self._worker.tracing.parent(context)
         if request.compute_locally:
-            self._worker.open_local(request.session_id, request.sequence)
+            self._worker.open_local(request.session_id, request.sequence, span)
             return decode_pb2.OpenResponse()
-        return decode_pb2.OpenResponse(ticket=self._worker.open(request.session_id, request.sequence))
+        return decode_pb2.OpenResponse(ticket=self._worker.open(request.session_id, request.sequence, span))
 
     async def Close(  # noqa: N802
         self,
@@ -50,4 +51,4 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         request_iterator: AsyncIterator[kv_pb2.HandoffRequest],
         context: grpc.aio.ServicerContext[kv_pb2.HandoffRequest, kv_pb2.HandoffResponse],
     ) -> None:
-        await self._worker.hand_off(request_iterator, context.write)
+        await self._worker.hand_off(request_iterator, context.write, self._worker.tracing.parent(context))

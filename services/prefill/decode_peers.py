@@ -15,6 +15,7 @@ from baton.v1 import decode_pb2_grpc, kv_pb2
 from common.errors import Unavailable
 from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
+from common.telemetry.tracing import Metadata
 
 _FINISH_TIMEOUT_S = 1.0
 _Call = grpc.aio.StreamStreamCall[kv_pb2.HandoffRequest, kv_pb2.HandoffResponse]
@@ -84,12 +85,13 @@ class DecodePeers:
         return len(self._channels)
 
     @contextlib.asynccontextmanager
-    async def open(self, address: str) -> AsyncIterator[HandoffStream]:
-        """A stream to the decode worker; leaving the context breaks it, unless both ends were done."""
+    async def open(self, address: str, metadata: Metadata | None = None) -> AsyncIterator[HandoffStream]:
+        """A stream to the decode worker. `metadata` goes with the call. Leaving the context breaks the stream, unless
+        both ends were done."""
         channel = self._channels.pop(address, None) or open_channel(address, self._max_message_bytes)
         self._channels[address] = channel
         self._num_streams[address] = self._num_streams.get(address, 0) + 1
-        call = decode_pb2_grpc.DecodeStub(channel).Handoff()
+        call = decode_pb2_grpc.DecodeStub(channel).Handoff(metadata=metadata)
         try:
             yield HandoffStream(call)
         finally:

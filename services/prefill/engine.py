@@ -9,18 +9,30 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn
 
 from common import errors
-from common.telemetry.counters import Counters
+from common.telemetry.step_clock import StepClock
 from common.worker.rank_group import RankGroup
 from common.worker.sequence import SequenceRequest
 from common.worker.step_plan import SampledToken, StepPlan
 from common.worker.step_watchdog import StepWatchdog
+from services.prefill.metrics import PrefillMetrics
 from services.prefill.request import BlocksReady, Event, FirstTokenSampled, Prompt, PromptFailed, Scheduled
 from services.prefill.scheduler import Scheduler
 
 MAX_PLANS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedChunk:
+    """When a chunk of a prompt was computed, and which of its blocks are ready since."""
+
+    start_ns: int
+    end_ns: int
+    first_block: int
+    end_block: int
 
 
 class PrefillJob:
@@ -30,6 +42,7 @@ class PrefillJob:
         self.prompt = prompt
         self.received_ns = received_ns
         self.scheduled_ns = 0
+        self.chunks: list[ComputedChunk] = []
         self.sampled_ns = 0
         self.num_cached_tokens = 0
         self._num_ready_blocks = 0
@@ -69,13 +82,15 @@ class PrefillJob:
         self._error = self._error or error
         self._wake()
 
-    def take(self, event: Event, now_ns: int) -> None:
-        """Note what the scheduler reported."""
+    def take(self, event: Event, now_ns: int, compute_ns: int = 0) -> None:
+        """Note what the scheduler reported, when `compute_ns` of computing were just over."""
         if isinstance(event, Scheduled):
             self.scheduled_ns = now_ns
             self.num_cached_tokens = event.num_cached_tokens
         elif isinstance(event, BlocksReady):
             self._num_ready_blocks = event.end_block
+            if event.first_block or not self.num_cached_tokens:  # else: it was in the cache
+                self.chunks.append(ComputedChunk(now_ns - compute_ns, now_ns, event.first_block, event.end_block))
         elif isinstance(event, FirstTokenSampled):
             self.sampled_ns = now_ns
             self._token = event.token
@@ -102,7 +117,7 @@ class PrefillEngine:
         ranks: RankGroup,
         watchdog: StepWatchdog,
         scheduler: Scheduler,
-        counters: Counters,
+        counters: PrefillMetrics,
         on_change: Callable[[], None],
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -115,6 +130,7 @@ class PrefillEngine:
         self._jobs: dict[Prompt, PrefillJob] = {}
         self._error: errors.BatonError | None = None
         self._pump_is_due = False
+        self._clock = StepClock(lambda idle_ns: counters.inc("idle_ns", idle_ns), now_ns=now_ns)
 
     @property
     def num_jobs(self) -> int:
@@ -153,8 +169,9 @@ class PrefillEngine:
                 self._watchdog.answered()
                 self.scheduler.complete(result)
                 self._counters.inc("steps")
-                self._counters.inc("compute_ns", result.compute_ns)
-                self._pump()
+                self._counters.step_duration.observe(result.compute_ns * 1e-9)
+                self._clock.answered(self.scheduler.num_in_flight, self.scheduler.num_waiting_tokens > 0)
+                self._pump(result.compute_ns)
         except errors.BatonError as error:
             self.fail_all(error)
             raise
@@ -175,8 +192,8 @@ class PrefillEngine:
             self._pump_is_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
-    def _pump(self) -> None:
-        """Plan as far ahead as is allowed, and send it."""
+    def _pump(self, compute_ns: int = 0) -> None:
+        """Plan as far ahead as is allowed, and send it. `compute_ns`: of the step whose result just came."""
         self._pump_is_due = False
         if self._error is not None:
             return
@@ -186,10 +203,23 @@ class PrefillEngine:
             self._ranks.submit(message)
             if isinstance(message, StepPlan):
                 self._watchdog.submitted()
+                self._clock.submitted()
+                self._counters.step_rows.observe(len(message.segments))
+                self._counters.step_tokens.observe(sum(segment.num_tokens for segment in message.segments))
+        if not self.scheduler.num_in_flight and not self.scheduler.num_waiting_tokens:
+            self._clock.rest()
         now_ns = self._now_ns()
         for event in self.scheduler.take_events():
-            if isinstance(event, Scheduled):
-                self._counters.inc("prompt_tokens", event.prompt.num_tokens)
-                self._counters.inc("cached_tokens", event.num_cached_tokens)
-            self._jobs[event.prompt].take(event, now_ns)
+            job = self._jobs[event.prompt]
+            job.take(event, now_ns, compute_ns)
+            self._count(event, job)
         self._on_change()
+
+    def _count(self, event: Event, job: PrefillJob) -> None:
+        if isinstance(event, Scheduled):
+            self._counters.inc("prompt_tokens", event.prompt.num_tokens)
+            self._counters.inc("lookup_tokens", len(event.prompt.block_hashes) * self.scheduler.kv.block_size)
+            self._counters.inc("cached_tokens", event.num_cached_tokens)
+            self._counters.queue_wait.observe((job.scheduled_ns - job.received_ns) * 1e-9)
+        elif isinstance(event, FirstTokenSampled):
+            self._counters.inc("output_tokens")

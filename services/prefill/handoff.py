@@ -23,7 +23,9 @@ from common import errors
 from common.kvcache.layout import KVLayout
 from services.prefill.decode_peers import HandoffStream
 from services.prefill.engine import PrefillEngine, PrefillJob
+from services.prefill.handoff_stats import HandoffStats, Shipment
 from services.prefill.legs import ChunkLegs
+from services.prefill.metrics import PrefillMetrics
 from services.prefill.sends import Sends
 
 # How long decode may take, after the grant's time, to say what became of a chunk.
@@ -54,20 +56,6 @@ class HandoffSetup:
     @property
     def tp_size(self) -> int:
         return len(self.rank_peer_names)
-
-
-@dataclass(slots=True)
-class HandoffStats:
-    """What was measured; see `PrefillCompleted`."""
-
-    grant_ns: int = 0
-    transfer_ns: int = 0
-    verify_ns: int = 0
-    num_blocks_shipped: int = 0
-    bytes_shipped: int = 0
-    num_blocks_reused: int = 0
-    num_chunks_resent: int = 0
-    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +91,7 @@ class Handoff:
         job: PrefillJob,
         ticket: kv_pb2.Ticket,
         stream: HandoffStream,
+        metrics: PrefillMetrics,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.stats = HandoffStats()
@@ -112,6 +101,7 @@ class Handoff:
         self._job = job
         self._ticket = ticket
         self._stream = stream
+        self._metrics = metrics
         self._now_ns = now_ns
         self._legs = ChunkLegs(setup.layout, setup.tp_size, tuple(ticket.rank_addresses))
         loop = asyncio.get_running_loop()
@@ -207,15 +197,23 @@ class Handoff:
         """Offer the chunk once, fill the grant, and wait for the verdict. None: decode has it."""
         offer = kv_pb2.ChunkReady(chunk_index=chunk.index, first_block=chunk.first_block, num_blocks=chunk.num_blocks)
         offered_ns = self._now_ns()
-        await self._stream.send(kv_pb2.HandoffRequest(chunk_ready=offer))
-        answer = await self._answer(chunk)
+        self._metrics.num_offered += 1
+        try:
+            await self._stream.send(kv_pb2.HandoffRequest(chunk_ready=offer))
+            answer = await self._answer(chunk)
+        finally:
+            self._metrics.num_offered -= 1
+        granted_ns, num_bytes = 0, 0
         self.stats.grant_ns += self._now_ns() - offered_ns
         if isinstance(answer, kv_pb2.ChunkGrant):
             granted_ns = self._now_ns()
+            num_bytes = sum(leg.num_bytes for leg in answer.legs)
+            self._metrics.granted(granted_ns - offered_ns)
             deadline_s = asyncio.get_running_loop().time() + answer.timeout_ns / 1e9
             await self._fill(chunk, answer, deadline_s)
             answer = await self._verdict(chunk, deadline_s)
             self.stats.transfer_ns += self._now_ns() - granted_ns
+        self._note(chunk, answer, offered_ns, granted_ns, num_bytes)
         if isinstance(answer, kv_pb2.ChunkRejected):
             return _ERROR_BY_REASON.get(answer.reason, errors.TransferError)(answer.detail)
         if not isinstance(answer, kv_pb2.ChunkVerified):
@@ -223,6 +221,18 @@ class Handoff:
         self.stats.transfer_ns -= answer.verify_ns  # that part of the time is reported as its own
         self.stats.verify_ns += answer.verify_ns
         return None
+
+    def _note(self, chunk: _Chunk, answer: _Answer, offered_ns: int, granted_ns: int, num_bytes: int) -> None:
+        """An attempt is over."""
+        now_ns = self._now_ns()
+        verified = isinstance(answer, kv_pb2.ChunkVerified)
+        self.stats.shipments.append(
+            Shipment(chunk.index, offered_ns, granted_ns, now_ns, chunk.num_blocks, num_bytes, verified)
+        )
+        if isinstance(answer, kv_pb2.ChunkVerified):
+            self._metrics.verified(num_bytes, max(1, now_ns - granted_ns - answer.verify_ns), self.stats.transport)
+        elif isinstance(answer, kv_pb2.ChunkRejected):
+            self._metrics.rejected(answer.reason)
 
     async def _answer(self, chunk: _Chunk) -> _Answer:
         """The next message of decode about the chunk; a failure of our own send is passed on as ChunkAborted."""
@@ -252,7 +262,9 @@ class Handoff:
             await self._abort(chunk, "no send slot was free in time")
             return
         attempt = chunk.attempt
-        self.stats.bytes_shipped += sum(leg.num_bytes for leg in legs)
+        num_bytes = sum(leg.num_bytes for leg in legs)
+        self.stats.bytes_shipped += num_bytes
+        self._metrics.inc("bytes_shipped", num_bytes)
         self._engine.begin_read(self._job)
         self._sends.start(
             handle,

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 
 from common import errors
 from common.kvcache.grant import SlotHandle
-from common.telemetry.counters import Counters
 from common.worker.rank_group import Operation, RankGroup, error_of
 from common.worker.rank_messages import ConnectDone, ConnectPeer, RankKVMessage, SendDone, SendLeg
 from common.worker.staging_slots import StagingSlots
 from services.prefill.legs import RankLeg
+from services.prefill.metrics import PrefillMetrics
 
 _MAX_WAITERS = 1 << 16  # each is a chunk in flight of an admitted prompt, which the scheduler bounds
 
@@ -29,7 +29,9 @@ _MAX_WAITERS = 1 << 16  # each is a chunk in flight of an admitted prompt, which
 class Sends:
     """The slots of one `RankGroup`, in lock-step on all ranks. Sends run as tasks of `run`."""
 
-    def __init__(self, ranks: RankGroup, num_slots: int, counters: Counters, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, ranks: RankGroup, num_slots: int, counters: PrefillMetrics, on_change: Callable[[], None]
+    ) -> None:
         self._ranks = ranks
         self._counters = counters
         self.slots = StagingSlots(num_slots, num_ranks=1, max_waiters=_MAX_WAITERS, on_change=on_change)

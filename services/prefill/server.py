@@ -9,21 +9,21 @@ Everything that a call holds is held by `_serve`'s frame: the job (queue entry, 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 
 import grpc
 from baton.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, sampling_pb2
 
 from common import errors
-from common.worker.sequence import SequenceLimits, SequenceRequest
+from common.worker.sequence import MAX_REQUEST_ID_CHARS, SequenceLimits, SequenceRequest
 from common.worker.step_plan import SampledToken
 from services.prefill.decode_peers import DecodePeers
 from services.prefill.engine import PrefillJob
-from services.prefill.handoff import Handoff, HandoffStats, first_error
+from services.prefill.handoff import Handoff, first_error
+from services.prefill.handoff_stats import HandoffStats
+from services.prefill.request_record import PrefillRecord
 from services.prefill.worker import PrefillWorker, Session
 
-_log = logging.getLogger(__name__)
 _WRITE_GRACE_S = 1.0
 SERVICE_NAME = "baton.v1.Prefill"
 
@@ -41,35 +41,36 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: _Context) -> None:  # type: ignore[override] # noqa: N802
         """Writes a FirstToken, then a PrefillCompleted."""
-        counters = self._worker.counters
+        worker, received_ns = self._worker, time.monotonic_ns()
+        span = worker.tracing.begin("prefill", context, received_ns, worker_id=worker.config.worker_id)
+        record = PrefillRecord(worker.counters, request.sequence.request_id[:MAX_REQUEST_ID_CHARS], received_ns, span)
         try:
-            await self._serve(request, context)
-        except errors.BatonError as error:
-            refused = isinstance(error, errors.ResourceExhausted | errors.InvalidArgument | errors.FailedPrecondition)
-            counters.inc("requests_refused" if refused else "requests_failed")
-            _log.info("%.128r: %s: %s", request.sequence.request_id, type(error).__name__, error)
+            await self._serve(request, context, record)
+        except BaseException as error:
+            record.finish(error)
             raise
-        except asyncio.CancelledError:
-            counters.inc("requests_cancelled")
-            raise
-        counters.inc("requests_completed")
+        record.finish(None)
 
-    async def _serve(self, request: prefill_pb2.PrefillRequest, context: _Context) -> None:
+    async def _serve(self, request: prefill_pb2.PrefillRequest, context: _Context, record: PrefillRecord) -> None:
         session = self._worker.session
         sequence = SequenceRequest.from_proto(request.sequence, time.monotonic(), self._limits)
         _check_ticket(request.ticket, session)
-        job = session.engine.submit(sequence)
+        job = record.job = session.engine.submit(sequence)
         try:
             async with asyncio.timeout_at(sequence.deadline_s):
-                await self._run(session, job, request.ticket, context)
+                await self._run(session, job, request.ticket, context, record)
         except TimeoutError as error:
             raise errors.DeadlineExceeded("the deadline passed during prefill") from error
         finally:
             session.engine.release(job)
 
-    async def _run(self, session: Session, job: PrefillJob, ticket: kv_pb2.Ticket, context: _Context) -> None:
-        async with self._peers.open(ticket.handoff_address) as stream:
-            handoff = Handoff(session.setup, session.engine, session.sends, job, ticket, stream)
+    async def _run(
+        self, session: Session, job: PrefillJob, ticket: kv_pb2.Ticket, context: _Context, record: PrefillRecord
+    ) -> None:
+        async with self._peers.open(ticket.handoff_address, record.metadata) as stream:
+            handoff = Handoff(session.setup, session.engine, session.sends, job, ticket, stream, self._worker.counters)
+            record.stats = handoff.stats
+            finish_reason = sampling_pb2.FINISH_REASON_UNSPECIFIED
             try:
                 async with asyncio.TaskGroup() as tasks:
                     handing_off = tasks.create_task(handoff.run())
@@ -81,16 +82,18 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
                     if finish_reason:
                         handing_off.cancel()
             except* errors.BatonError as group:
-                raise first_error(group) from None
+                # A hand-off that was cancelled because the output ended may say that its stream broke.
+                if not finish_reason:
+                    raise first_error(group) from None
             finally:
                 self._count(handoff.stats)
+        record.completed_ns = time.monotonic_ns()
         await _write(context, _completed(job, handoff.stats))
 
     def _count(self, stats: HandoffStats) -> None:
         counters = self._worker.counters
         counters.inc("blocks_shipped", stats.num_blocks_shipped)
         counters.inc("blocks_reused", stats.num_blocks_reused)
-        counters.inc("bytes_shipped", stats.bytes_shipped)
         counters.inc("chunks_resent", stats.num_chunks_resent)
 
 

@@ -22,27 +22,11 @@ from common.worker.worker_model import WorkerModel
 from services.prefill.config import PrefillConfig
 from services.prefill.engine import PrefillEngine
 from services.prefill.handoff import HandoffSetup
+from services.prefill.metrics import PrefillMetrics
 from services.prefill.scheduler import Scheduler
 from services.prefill.sends import Sends
 
 _log = logging.getLogger(__name__)
-
-COUNTERS = {
-    "steps": "Steps computed.",
-    "compute_ns": "Time of the ranks in steps, nanoseconds.",
-    "prompt_tokens": "Tokens of admitted prompts.",
-    "cached_tokens": "Tokens of admitted prompts that were in the prefix cache.",
-    "requests_completed": "Prefill calls that ended well.",
-    "requests_failed": "Prefill calls that ended with an error.",
-    "requests_cancelled": "Prefill calls whose caller went away.",
-    "requests_refused": "Prefill calls that were turned away before anything was computed.",
-    "blocks_shipped": "Blocks that decode workers verified.",
-    "blocks_reused": "Blocks that decode workers held already.",
-    "bytes_shipped": "Bytes sent to decode workers, headers and repetitions included.",
-    "chunks_resent": "Chunks that were offered again.",
-    "slots_quarantined": "Send slots whose last send was in doubt.",
-    "ranks_lost": "Incarnations of the ranks that died.",
-}
 
 
 @dataclass(slots=True)
@@ -55,7 +39,7 @@ class Session:
     setup: HandoffSetup
 
 
-class PrefillWorker(WorkerFront[PrefillConfig]):
+class PrefillWorker(WorkerFront[PrefillConfig, PrefillMetrics]):
     """See `WorkerFront`. `session` is what requests run on."""
 
     role = worker_pb2.WORKER_ROLE_PREFILL
@@ -68,7 +52,7 @@ class PrefillWorker(WorkerFront[PrefillConfig]):
         on_change: Callable[[], None],
         start_ranks: StartGroup = RankGroup.start,
     ) -> None:
-        super().__init__(config, model, COUNTERS, self._wake, start_ranks)
+        super().__init__(config, model, PrefillMetrics(), self._wake, start_ranks)
         self.corrupt_every = config.corrupt_every
         self._tell_change = on_change
         self._changed = asyncio.Event()
@@ -125,6 +109,7 @@ class PrefillWorker(WorkerFront[PrefillConfig]):
         status.num_slots_free = session.sends.slots.num_free
         status.num_slots_in_use = session.sends.slots.num_in_use
         status.num_slots_quarantined = session.sends.slots.num_quarantined
+        status.num_grants_waiting = self.counters.num_offered
         status.rank_pids.extend(session.ranks.pids)
         return status
 

@@ -176,13 +176,18 @@ class Attempts:
             session_id=self._session_id, sequence=sequence, compute_locally=pair.prefill is None
         )
         remaining_s = plan.remaining_s()
+        start_ns = time.monotonic_ns()
         try:
-            return await decode.decode_stub.Open(request, timeout=min(remaining_s, OPEN_TIMEOUT_S))
+            opened: decode_pb2.OpenResponse = await decode.decode_stub.Open(
+                request, timeout=min(remaining_s, OPEN_TIMEOUT_S), metadata=plan.record.metadata
+            )
         except grpc.aio.AioRpcError as rpc_error:
             error = error_from_rpc(rpc_error)
             if isinstance(error, DeadlineExceeded) and remaining_s > OPEN_TIMEOUT_S:
                 error = Unavailable(f"{decode.name} did not answer Open within {OPEN_TIMEOUT_S} s")
             raise _leg_failure(error, decode) from rpc_error
+        plan.record.opened(sequence.choice, start_ns, decode.name)
+        return opened
 
     async def _prefill(
         self,
@@ -195,7 +200,7 @@ class Attempts:
         on_prefilled: Callable[[], None],
     ) -> None:
         request = prefill_pb2.PrefillRequest(sequence=sequence, ticket=ticket)
-        call = prefill.prefill_stub.Prefill(request, timeout=plan.remaining_s())
+        call = prefill.prefill_stub.Prefill(request, timeout=plan.remaining_s(), metadata=plan.record.metadata)
         try:
             async for response in call:
                 if response.HasField("first_token"):

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from common.config import ServiceConfig
+from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
 from services.router.placement import LocalPrefill
 from services.router.sequence_receiver import FirstToken
 
@@ -42,6 +43,8 @@ class RouterConfig(ServiceConfig):
         description="Release of the first token: eager (at once), steady (when the first decode step is under way).",
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; the i-th process adds i. 0 is off.")
+    otlp_endpoint: str = Field("", description=OTLP_ENDPOINT_HELP)
+    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description=TRACE_SAMPLE_RATIO_HELP)
     processes: int = Field(1, ge=1, le=64, description="Processes that share the port (SO_REUSEPORT).")
     reuse_port: bool = Field(False, description="Share the port with other processes; implied by --processes.")
     drain_timeout_s: float = Field(30.0, ge=0, description="Time for requests under way after SIGTERM, seconds.")

@@ -62,6 +62,13 @@ class Dispatcher:
             for choice in choices[1:]:
                 runs.create_task(_ChoiceRun(self, plan, choice).run(leader.pair))
 
+    @property
+    def has_place(self) -> bool:
+        """Whether a new request would find workers now."""
+        if self.limits.local_prefill is LocalPrefill.NEVER:
+            return self._registry.has_pair
+        return bool(self._registry.candidates(Role.DECODE))
+
     async def aclose(self) -> None:
         """Wait for the Close calls that are still under way."""
         await self.attempts.aclose()
@@ -112,7 +119,9 @@ class _ChoiceRun:
                 preferred = None
                 if pair is None:
                     pinned = self.pair.layout_fingerprint if self.pair is not None else None
+                    start_ns = time.monotonic_ns()
                     pair = await self._dispatcher.place(self._plan, choice, avoid, pinned)
+                    self._plan.record.placed(choice.index, start_ns, pair.first.name, pair.decode.name)
                 self.pair = pair
                 num_tokens = len(choice.tokens)
                 try:

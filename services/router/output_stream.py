@@ -10,13 +10,22 @@ from collections.abc import Awaitable, Callable
 
 from baton.v1 import inference_pb2
 
+from common.telemetry.histogram import Histogram
 from services.router.choice import Choice
 
 
 class OutputStream:
-    """The messages of one call. `choices` is filled by the caller before `write_to`."""
+    """The messages of one call. `choices` is filled by the caller before `write_to`; `gaps` hears of the seconds
+    between messages of a choice that bring tokens."""
 
-    def __init__(self, request_id: str, seed: int, num_prompt_tokens: int, clock_ns: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        seed: int,
+        num_prompt_tokens: int,
+        clock_ns: Callable[[], int],
+        gaps: Histogram | None = None,
+    ) -> None:
         self.choices: list[Choice] = []
         self.first_token_ns: int | None = None  # when the first message of the stream was written
         self.num_messages = 0
@@ -24,7 +33,9 @@ class OutputStream:
         self._seed = seed
         self._num_prompt_tokens = num_prompt_tokens
         self._clock_ns = clock_ns
+        self._gaps = gaps
         self._first_sent_ns: dict[int, int] = {}
+        self._last_sent_ns: dict[int, int] = {}  # with tokens
         self._changed: dict[Choice, None] = {}  # an ordered set
         self._num_open = 0
         self._is_cut_off = False
@@ -57,16 +68,22 @@ class OutputStream:
         self._wake.set()
 
     def _finish_message(self, choice: Choice, response: inference_pb2.GenerateResponse, received_ns: int) -> None:
+        now_ns = self._clock_ns()
         if choice.index not in self._first_sent_ns:
-            self._first_sent_ns[choice.index] = now_ns = self._clock_ns()
+            self._first_sent_ns[choice.index] = now_ns
             if self.first_token_ns is None:
                 self.first_token_ns = now_ns
                 response.request_id = self._request_id
                 response.seed = self._seed
         self.num_messages += 1
+        if response.token_ids:
+            last_ns = self._last_sent_ns.get(choice.index)
+            self._last_sent_ns[choice.index] = now_ns
+            if last_ns is not None and self._gaps is not None:
+                self._gaps.observe((now_ns - last_ns) * 1e-9)
         if choice.is_complete:
             choice.lifetime.time_to_first_token_ns = self._first_sent_ns[choice.index] - received_ns
-            choice.lifetime.total_ns = self._clock_ns() - received_ns
+            choice.lifetime.total_ns = now_ns - received_ns
             response.lifetime.CopyFrom(choice.lifetime)
             self._num_open -= 1
             if not self._num_open:

@@ -6,19 +6,22 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import random
 import secrets
 import signal
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Mapping
 
 from baton.v1 import inference_pb2_grpc
 
 from common.rpc.server import RpcServer
+from common.telemetry.metrics import Level, MetricsServer
+from common.telemetry.tracing import Tracing, open_tracing
 from services.router.admission import Admission, AdmissionQueue
 from services.router.config import RouterConfig
 from services.router.dispatcher import Dispatcher, DispatchLimits
 from services.router.metrics import RouterMetrics
-from services.router.placement import LocalPrefill
 from services.router.served_model import ServedModel, load_served_model
 from services.router.server import InferenceServicer
 from services.router.workers import Role, WorkerRegistry
@@ -26,12 +29,15 @@ from services.router.workers import Role, WorkerRegistry
 _logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "baton.v1.Inference"
+TRACING_GRACE_S = 2.0  # for the last spans
 
 
 class RouterProcess:
     """`async with` starts it and stops it; `drain` is what comes before a stop that clients should not notice."""
 
-    def __init__(self, config: RouterConfig, model: ServedModel, rng: random.Random) -> None:
+    def __init__(
+        self, config: RouterConfig, model: ServedModel, rng: random.Random, tracing: Tracing | None = None
+    ) -> None:
         self.port = 0
         self.metrics = RouterMetrics()
         self.admission = Admission(AdmissionQueue(config.max_in_flight, config.max_waiting))
@@ -50,24 +56,30 @@ class RouterProcess:
             local_prefill=config.local_prefill,
             first_token=config.first_token,
         )
-        self._needs_prefill = config.local_prefill is LocalPrefill.NEVER
         self._dispatcher = Dispatcher(self.registry, rng, limits)
         # Twice the limit: what is a little too large is refused by us, naming value and limit; the rest by gRPC.
         self._server = RpcServer(
             config.listen, max_message_bytes=2 * config.max_message_bytes, so_reuseport=config.reuse_port
         )
         self.servicer = InferenceServicer(
-            model, self.admission, self._dispatcher, self.registry, self.metrics, config.max_timeout_s
+            model,
+            self.admission,
+            self._dispatcher,
+            self.registry,
+            self.metrics,
+            config.max_timeout_s,
+            tracing or Tracing(),
         )
         self._server.add(inference_pb2_grpc.add_InferenceServicer_to_server, self.servicer, SERVICE_NAME)
-        self._watch_gauges()
+        self.metrics.watch(self._levels)
 
-    def _watch_gauges(self) -> None:
-        queue, registry, watch = self.admission.queue, self.registry, self.metrics.watch
-        watch("in_flight", "Sequences under way.", lambda: queue.num_in_flight)
-        watch("waiting", "Requests waiting to be admitted.", lambda: queue.num_waiting)
-        watch("prefill_workers", "Prefill workers ready.", lambda: len(registry.candidates(Role.PREFILL)))
-        watch("decode_workers", "Decode workers ready.", lambda: len(registry.candidates(Role.DECODE)))
+    def _levels(self) -> Mapping[str, Level]:
+        queue, registry = self.admission.queue, self.registry
+        return {
+            "sequences_in_flight": queue.num_in_flight,
+            "requests_waiting": queue.num_waiting,
+            "workers_ready": {role.name.lower(): len(registry.candidates(role)) for role in Role},
+        }
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -93,12 +105,17 @@ class RouterProcess:
     async def _report_health(self) -> None:
         was_serving: bool | None = None
         while True:
-            serving = self.registry.has_pair if self._needs_prefill else bool(self.registry.candidates(Role.DECODE))
+            serving = self._dispatcher.has_place
             if serving is not was_serving:
                 await self._server.set_serving(serving)
                 _logger.info("serving" if serving else "not serving: no ready workers")
                 was_serving = serving
             await self.registry.wait_changed()
+
+
+def _instance() -> str:
+    """Processes behind one port are told apart by their ids."""
+    return f"{socket.gethostname()}/{os.getpid()}"
 
 
 async def run_router(config: RouterConfig) -> None:
@@ -108,14 +125,19 @@ async def run_router(config: RouterConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    router = RouterProcess(config, model, random.Random(secrets.randbits(64)))
-    if config.metrics_port:
-        router.metrics.serve(config.metrics_port)
+    tracing = open_tracing(config.otlp_endpoint, config.trace_sample_ratio, config.service, _instance())
+    router = RouterProcess(config, model, random.Random(secrets.randbits(64)), tracing)
+    metrics = MetricsServer(router.metrics, config.metrics_port) if config.metrics_port else None
     # What is loaded by now stays: the collector need not look at it again while requests wait.
     gc.collect()
     gc.freeze()
-    async with router.running():
-        _logger.info("%s on port %d", model.limits.name, router.port)
-        await stopping.wait()
-        _logger.info("draining for at most %g s", config.drain_timeout_s)
-        await router.drain(config.drain_timeout_s)
+    try:
+        async with router.running():
+            _logger.info("%s on port %d", model.limits.name, router.port)
+            await stopping.wait()
+            _logger.info("draining for at most %g s", config.drain_timeout_s)
+            await router.drain(config.drain_timeout_s)
+    finally:
+        if metrics is not None:
+            metrics.stop()
+        tracing.close(TRACING_GRACE_S)

@@ -8,44 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
 from common.errors import Cancelled, DeadlineExceeded
-from common.rpc.status import find_baton_error
+from common.telemetry.tracing import Tracing
 from services.router.admission import Admission
 from services.router.attempt import RequestPlan
 from services.router.choice import Choice, ChoiceLimits
 from services.router.dispatcher import Dispatcher
 from services.router.metrics import RouterMetrics
 from services.router.output_stream import OutputStream
+from services.router.request_record import RequestRecord
 from services.router.served_model import ServedModel
 from services.router.validation import ValidatedRequest, resolve_sampling, validate
 from services.router.workers import Role, WorkerRegistry
 
-_request_log = logging.getLogger("baton.router.request")
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 LONG_TEXT_CHARS = 4096  # above this, tokenising takes long enough to be worth a thread
 WRITE_GRACE_S = 0.5  # for a message under way when the request fails; a client that does not read gets no status
-
-
-@dataclass(slots=True)
-class _Record:
-    """What is known of a call when it ends, for the log and the counters."""
-
-    received_ns: int = field(default_factory=time.monotonic_ns)
-    request_id: str = ""
-    num_prompt_tokens: int = 0
-    output: OutputStream | None = None
-    outcome: str = "ok"
 
 
 async def _write(output: OutputStream, context: _Context, received_ns: int) -> None:
@@ -66,6 +52,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         registry: WorkerRegistry,
         metrics: RouterMetrics,
         max_timeout_s: float,
+        tracing: Tracing,
     ) -> None:
         self._model = model
         self._admission = admission
@@ -73,6 +60,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._registry = registry
         self._metrics = metrics
         self._max_timeout_s = max_timeout_s
+        self._tracing = tracing
 
     async def GetModelInfo(  # noqa: N802
         self, request: inference_pb2.GetModelInfoRequest, context: _Context
@@ -87,12 +75,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             block_size=self._registry.block_size,
             num_prefill_workers=len(self._registry.candidates(Role.PREFILL)),
             num_decode_workers=len(self._registry.candidates(Role.DECODE)),
+            is_serving=self._dispatcher.has_place,
         )
 
     async def Generate(  # type: ignore[override]  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> None:
-        with self._recorded() as record:
+        with self._recorded(context) as record:
             validated = validate(request, self._model.limits)
             record.request_id = validated.request_id
             remaining_s = context.time_remaining()
@@ -106,10 +95,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             except TimeoutError as error:
                 raise DeadlineExceeded(f"not done within {timeout_s:.3f} s") from error
 
-    async def _generate(self, request: ValidatedRequest, context: _Context, record: _Record, deadline_s: float) -> None:
+    async def _generate(
+        self, request: ValidatedRequest, context: _Context, record: RequestRecord, deadline_s: float
+    ) -> None:
         admitted_ns = time.monotonic_ns()
+        record.admitted(admitted_ns)
         prompt_ids = await self._prompt_ids(request)
-        record.num_prompt_tokens = len(prompt_ids)
+        record.tokenized(admitted_ns, time.monotonic_ns(), len(prompt_ids))
         sampling = resolve_sampling(request, len(prompt_ids), self._model.limits)
         plan = RequestPlan(
             request_id=request.request_id,
@@ -118,8 +110,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             tenant=request.tenant,
             eos_token_ids=() if sampling.ignore_eos else self._model.limits.eos_token_ids,
             deadline_s=deadline_s,
+            record=record,
         )
-        output = OutputStream(request.request_id, request.seed, len(prompt_ids), time.monotonic_ns)
+        gaps = self._metrics.inter_token
+        output = OutputStream(request.request_id, request.seed, len(prompt_ids), time.monotonic_ns, gaps)
         output.choices = self._choices(request, sampling, output)
         for choice in output.choices:
             choice.lifetime.queue_ns = admitted_ns - record.received_ns
@@ -156,41 +150,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return [Choice(index, limits, tokenizer, output.on_change) for index in range(request.n)]
 
     @contextlib.contextmanager
-    def _recorded(self) -> Iterator[_Record]:
-        record = _Record()
+    def _recorded(self, context: _Context) -> Iterator[RequestRecord]:
+        received_ns = time.monotonic_ns()
+        record = RequestRecord(self._metrics, received_ns, self._tracing.begin("request", context, received_ns))
         try:
             yield record
         except BaseException as error:
-            known = find_baton_error(error)
-            record.outcome = type(known or error).__name__
+            record.finish(error)
             raise
-        finally:
-            self._count(record)
-
-    def _count(self, record: _Record) -> None:
-        metrics, output = self._metrics, record.output
-        choices = output.choices if output is not None else []
-        num_output_tokens = sum(len(choice.tokens) for choice in choices)
-        num_migrations = sum(choice.lifetime.num_migrations for choice in choices)
-        metrics.requests.labels(record.outcome).inc()
-        metrics.prompt_tokens.inc(record.num_prompt_tokens)
-        metrics.output_tokens.inc(num_output_tokens)
-        metrics.migrations.inc(num_migrations)
-        first_token_ns = None
-        if output is not None:
-            metrics.messages.inc(output.num_messages)
-            if output.first_token_ns is not None:
-                first_token_ns = output.first_token_ns - record.received_ns
-                metrics.first_token.observe(first_token_ns / 1e9)
-        if _request_log.isEnabledFor(logging.INFO):
-            line = {
-                "request_id": record.request_id,
-                "outcome": record.outcome,
-                "choices": len(choices),
-                "prompt_tokens": record.num_prompt_tokens,
-                "output_tokens": num_output_tokens,
-                "migrations": num_migrations,
-                "first_token_ms": None if first_token_ns is None else round(first_token_ns / 1e6, 3),
-                "total_ms": round((time.monotonic_ns() - record.received_ns) / 1e6, 3),
-            }
-            _request_log.info("%s", json.dumps(line))
+        record.finish(None)

@@ -11,6 +11,7 @@ from baton.v1 import decode_pb2, kv_pb2, sampling_pb2
 
 from common.kvcache.layout import KVLayout
 from common.models.config import ModelConfig, RopeConfig
+from common.telemetry.tracing import NO_SPAN, Span
 from common.worker.rank_group import RankGroup
 from common.worker.rank_messages import PostReceive
 from common.worker.worker_front import StartGroup
@@ -117,6 +118,7 @@ class Router:
         self.session_id = session_id
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}
+        self._first_position = 1  # the first token comes from prefill
         self._arrived = asyncio.Event()
         self._stands = asyncio.Event()
         self._reader = asyncio.create_task(self._read())
@@ -128,7 +130,9 @@ class Router:
                 for entry in batch.sequences:
                     known = self.tokens.setdefault(entry.sequence_id, [])
                     if entry.token_ids:
-                        assert entry.first_position == 1 + len(known), "a token is missing or came twice"
+                        assert entry.first_position == self._first_position + len(known), (
+                            "a token is missing or came twice"
+                        )
                     known.extend(entry.token_ids)
                     if entry.end:
                         assert entry.sequence_id not in self.ends
@@ -149,9 +153,26 @@ class Router:
         return self.ends[sequence_id]
 
     def open(
-        self, sequence_id: int, num_tokens: int = 10, max_tokens: int = 4, seed: int = 1, timeout_s: float = 60.0
+        self,
+        sequence_id: int,
+        num_tokens: int = 10,
+        max_tokens: int = 4,
+        seed: int = 1,
+        timeout_s: float = 60.0,
+        span: Span = NO_SPAN,
     ) -> kv_pb2.Ticket:
-        sequence = kv_pb2.Sequence(
+        sequence = self._sequence(sequence_id, num_tokens, max_tokens, seed, timeout_s)
+        return self._front.worker.open(self.session_id, sequence, span)
+
+    def open_local(self, sequence_id: int, span: Span = NO_SPAN) -> None:
+        """A sequence whose prompt is computed by the worker itself: all of its tokens come over the stream."""
+        self._first_position = 0
+        self._front.worker.open_local(self.session_id, self._sequence(sequence_id), span)
+
+    def _sequence(
+        self, sequence_id: int, num_tokens: int = 10, max_tokens: int = 4, seed: int = 1, timeout_s: float = 60.0
+    ) -> kv_pb2.Sequence:
+        return kv_pb2.Sequence(
             request_id="request",
             sequence_id=sequence_id,
             token_ids=[1 + (sequence_id + index) % (VOCAB_SIZE - 1) for index in range(num_tokens)],
@@ -159,7 +180,6 @@ class Router:
             sampling=sampling_pb2.SamplingParams(max_tokens=max_tokens, seed=seed),
             timeout_ns=round(timeout_s * 1e9),
         )
-        return self._front.worker.open(self.session_id, sequence)
 
     async def leave(self) -> None:
         """The stream breaks."""
@@ -170,10 +190,17 @@ class Router:
 class Prefill:
     """A prefill worker's end of one hand-off, in memory."""
 
-    def __init__(self, front: Front, ticket: kv_pb2.Ticket, tp_size: int = 1, fingerprint: str = "layout") -> None:
+    def __init__(
+        self,
+        front: Front,
+        ticket: kv_pb2.Ticket,
+        tp_size: int = 1,
+        fingerprint: str = "layout",
+        span: Span = NO_SPAN,
+    ) -> None:
         self._requests: asyncio.Queue[kv_pb2.HandoffRequest | None] = asyncio.Queue()
         self._responses: asyncio.Queue[kv_pb2.HandoffResponse] = asyncio.Queue()
-        self.call = asyncio.create_task(front.worker.hand_off(self._read(), self._responses.put))
+        self.call = asyncio.create_task(front.worker.hand_off(self._read(), self._responses.put, span))
         self.send(
             begin=kv_pb2.HandoffBegin(
                 ticket_id=ticket.ticket_id,

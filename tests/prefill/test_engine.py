@@ -9,18 +9,17 @@ from contextlib import asynccontextmanager
 import pytest
 
 from common.errors import InternalError, Unavailable
-from common.telemetry.counters import Counters
 from common.worker.step_plan import StepResult
 from common.worker.step_watchdog import StepWatchdog
 from services.prefill.engine import PrefillEngine
-from services.prefill.worker import COUNTERS
+from services.prefill.metrics import PrefillMetrics
 from tests.prefill.builders import make_request, make_scheduler
 from tests.prefill.fakes import FIRST_TOKEN, FakeRanks, Wire
 
 
 def make_engine(ranks: FakeRanks, step_timeout_s: float = 60.0) -> PrefillEngine:
     watchdog = StepWatchdog(ranks, step_timeout_s)
-    return PrefillEngine(ranks, watchdog, make_scheduler(), Counters(COUNTERS), lambda: None)
+    return PrefillEngine(ranks, watchdog, make_scheduler(), PrefillMetrics(), lambda: None)
 
 
 @asynccontextmanager

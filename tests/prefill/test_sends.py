@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from common import errors
-from common.telemetry.counters import Counters
 from services.prefill.legs import RankLeg
+from services.prefill.metrics import PrefillMetrics
 from services.prefill.sends import Sends
-from services.prefill.worker import COUNTERS
 from tests.prefill.fakes import FakeRanks, Wire
 
 LEGS = [RankLeg(rank, f"decode-{rank}", 0, 128, rank, 0, 1) for rank in range(2)]
@@ -22,7 +21,7 @@ LEGS = [RankLeg(rank, f"decode-{rank}", 0, 128, rank, 0, 1) for rank in range(2)
 async def running(num_slots: int = 1) -> AsyncIterator[tuple[Sends, FakeRanks]]:
     ranks = FakeRanks(Wire(), [1, 2])
     ranks.holds_sends = True
-    sends = Sends(ranks, num_slots, Counters(COUNTERS), lambda: None)
+    sends = Sends(ranks, num_slots, PrefillMetrics(), lambda: None)
     task = asyncio.create_task(sends.run())
     await asyncio.sleep(0)
     try:

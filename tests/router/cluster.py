@@ -13,6 +13,7 @@ import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc
 
 from common.rpc.client import open_channel
+from common.telemetry.tracing import Tracing
 from services.router.config import RouterConfig
 from services.router.process import RouterProcess
 from services.router.served_model import load_served_model
@@ -99,7 +100,7 @@ def collect(outputs: dict[int, Output], response: inference_pb2.GenerateResponse
 
 @contextlib.asynccontextmanager
 async def running_cluster(
-    directory: Path, *, num_prefills: int = 1, num_decodes: int = 1, **settings: object
+    directory: Path, *, num_prefills: int = 1, num_decodes: int = 1, tracing: Tracing | None = None, **settings: object
 ) -> AsyncIterator[Cluster]:
     """Fakes, a router that knows them, and a client; all of it is gone afterwards."""
     script = Script()
@@ -117,7 +118,7 @@ async def running_cluster(
     }
     config = RouterConfig.model_validate(values | settings)
     model = load_served_model(config.served_model_name, config.model, config.max_message_bytes)
-    router = RouterProcess(config, model, random.Random(7))
+    router = RouterProcess(config, model, random.Random(7), tracing)
     try:
         async with router.running():
             channel = open_channel(f"127.0.0.1:{router.port}", 4 * MAX_MESSAGE_BYTES)

@@ -252,8 +252,11 @@ async def test_outcomes_and_tokens_are_counted(cluster: Cluster) -> None:
     assert read("baton_router_requests_total", {"outcome": "ok"}) == 1
     assert read("baton_router_requests_total", {"outcome": "InvalidArgument"}) == 1
     assert read("baton_router_output_tokens_total") == 10
-    assert read("baton_router_in_flight") == 0
-    assert read("baton_router_decode_workers") == 1
+    assert read("baton_router_sequences_in_flight") == 0
+    assert read("baton_router_workers_ready", {"role": "decode"}) == 1
+    assert read("baton_router_time_to_first_token_seconds_count") == 1
+    assert read("baton_router_inter_token_seconds_count") == 10 - 2
+    assert read("baton_router_request_duration_seconds_count") == 2
 
 
 async def test_a_full_router_refuses_with_a_hint(tmp_path: Path) -> None:
@@ -297,6 +300,7 @@ async def test_model_info_counts_ready_workers(cluster: Cluster) -> None:
     info = await cluster.stub.GetModelInfo(inference_pb2.GetModelInfoRequest())
     assert (info.model, info.context_length, info.vocab_size) == ("bytes", 512, 300)
     assert (info.num_prefill_workers, info.num_decode_workers, info.block_size) == (1, 1, 64)
+    assert info.is_serving
     assert info.has_chat_template
     assert list(info.eos_token_ids) == [EOS_TOKEN_ID]
 

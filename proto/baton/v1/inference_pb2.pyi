@@ -416,6 +416,7 @@ class GetModelInfoResponse(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     NUM_PREFILL_WORKERS_FIELD_NUMBER: _builtins.int
     NUM_DECODE_WORKERS_FIELD_NUMBER: _builtins.int
+    IS_SERVING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name that requests may give in `model`."""
     context_length: _builtins.int
@@ -430,6 +431,8 @@ class GetModelInfoResponse(_message.Message):
     """Prefill workers that are ready now."""
     num_decode_workers: _builtins.int
     """Decode workers that are ready now."""
+    is_serving: _builtins.bool
+    """Whether there is a worker, or a pair of workers, for a request now."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end an output unless ignore_eos is set."""
@@ -445,10 +448,11 @@ class GetModelInfoResponse(_message.Message):
         block_size: _builtins.int = ...,
         num_prefill_workers: _builtins.int = ...,
         num_decode_workers: _builtins.int = ...,
+        is_serving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "context_length", b"context_length", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "model", b"model", "num_decode_workers", b"num_decode_workers", "num_prefill_workers", b"num_prefill_workers", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "context_length", b"context_length", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "is_serving", b"is_serving", "model", b"model", "num_decode_workers", b"num_decode_workers", "num_prefill_workers", b"num_prefill_workers", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

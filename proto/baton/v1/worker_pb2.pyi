@@ -227,10 +227,10 @@ class WorkerStatus(_message.Message):
     num_slots_quarantined: _builtins.int
     """Staging slots whose last transfer is in doubt."""
     num_grants_waiting: _builtins.int
-    """Chunks waiting for a slot (decode workers)."""
+    """Chunks waiting for a grant (decode: that it has to give; prefill: that it has asked for)."""
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Counters since the start by name, as exported to Prometheus without the `baton_` prefix."""
+        """Counters since the start by name; Prometheus has the same numbers, as `services/*/metrics` says."""
 
     @_builtins.property
     def rank_pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

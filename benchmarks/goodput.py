@@ -1,0 +1,195 @@
+"""Goodput of prefill and decode apart, against both on every worker, on the same devices and under the same load.
+
+    python -m benchmarks.goodput --lengths-from azure_2023_conversation.csv [--device cuda --shape llama-3.1-8b]
+
+Two devices each time: one prefill and one decode worker, then two workers that compute prompts in chunks beside their
+decode steps. First tokens are released `steady`. Each rate is one run of Poisson arrivals with the trace's lengths; of
+the chunk budgets the best at the lowest rate goes on to the others. Without GPUs it runs the shipped checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tokenizers
+from rich.console import Console
+from rich.table import Table
+
+from cli.deployment import Deployment, DeploymentSpec
+from common.models.config import read_model_config
+from loadtest.arrivals import Arrivals
+from loadtest.generator import LoadTest, Observed, describe_target, run_load_test
+from loadtest.goodput import Limits, goodput
+from loadtest.measured import measured_part
+from loadtest.record import Run
+from loadtest.report import html_report, json_report
+from loadtest.sizes import TraceSizes
+from loadtest.targets.base import TargetSpec
+from loadtest.traces import read_trace
+from loadtest.workload import Workload
+
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "pystdlib-7m"
+SHAPES = Path(__file__).parent / "shapes"
+GPU_ARGS = ("--random-weights", "--slot-bytes", str(64 << 20), "--num-slots", "4")
+STEADY = ("--first-token", "steady", "--max-in-flight", "2048")
+READY_TIMEOUT_S = 180.0
+CLIENT_PROCESSES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way to use two devices."""
+
+    name: str
+    spec: DeploymentSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured, in which order."""
+
+    rates: tuple[float, ...]  # requests/s, lowest first
+    num_requests: int  # of each run
+    limits: Limits
+    sizes: TraceSizes
+    seed: int
+
+
+def cases(args: argparse.Namespace, model: Path) -> tuple[Case, list[Case]]:
+    """The disaggregated case, and a colocated one for each chunk budget."""
+    on_gpu = args.device == "cuda"
+    common = GPU_ARGS if on_gpu else ()
+    prefill_args = (*common, *(("--kv-bytes", str(args.prefill_kv_bytes)) if on_gpu else ()))
+    decode_args = (
+        *common,
+        *(("--kv-bytes", str(args.decode_kv_bytes)) if on_gpu else ()),
+        "--max-rows",
+        str(args.rows),
+    )
+    apart = DeploymentSpec(
+        model=model, device=args.device, prefill_args=prefill_args, decode_args=decode_args, router_args=STEADY
+    )
+    together = [
+        Case(
+            f"both on every worker, chunks of {chunk}",
+            DeploymentSpec(
+                model=model,
+                num_prefill=0,
+                num_decode=2,
+                device=args.device,
+                decode_args=(*decode_args, "--chunk-tokens", str(chunk)),
+                router_args=(*STEADY, "--local-prefill", "always"),
+            ),
+        )
+        for chunk in args.chunks
+    ]
+    return Case("prefill and decode apart", apart), together
+
+
+@asynccontextmanager
+async def deployed(case: Case, log_dir: Path) -> AsyncIterator[str]:
+    """The address of the case's router, once all its workers are ready."""
+    spec = replace(case.spec, log_dir=log_dir)
+    async with Deployment(spec, on_event=lambda event: print(event, file=sys.stderr)) as deployment:
+        await deployment.ready(READY_TIMEOUT_S)
+        yield deployment.router_address
+
+
+async def measure(address: str, plan: Plan, rate: float, command: str) -> Run:
+    """One run."""
+    target = TargetSpec("baton", address)
+    model = await describe_target(target)
+    workload = Workload(Arrivals(rate), plan.sizes, plan.seed, plan.num_requests, clip_tokens=model.context_length)
+    test = LoadTest(target, model, workload, num_warmup=8, num_processes=CLIENT_PROCESSES, command=command)
+    return await run_load_test(test, asyncio.Event(), Observed())
+
+
+def shares(run: Run, limits: Limits) -> list[float]:
+    """Of each limit on gaps: the share of requests that met it, and the limit on TTFT."""
+    measured = measured_part(run)
+    return [goodput(measured, limits.ttft_s, itl_s).share or 0.0 for itl_s in limits.itl_s]
+
+
+async def compare(apart: Case, together: list[Case], plan: Plan, out: Path, console: Console) -> None:
+    """Measure and print everything."""
+    command = " ".join(["python -m benchmarks.goodput", *sys.argv[1:]])
+    table = Table("case", "requests/s", *(f"≤ {itl_s * 1e3:g} ms" for itl_s in plan.limits.itl_s), "TTFT p50, ms")
+    kept: list[Run] = []
+
+    async def run_one(address: str, name: str, rate: float) -> float:
+        run = await measure(address, plan, rate, command)
+        kept.append(run)
+        json_report.write(run, plan.limits, out / f"run-{len(kept)}.json")
+        waits = sorted(r.time_to_first_token_s or 0.0 for r in run.records if r.is_ok and not r.is_warmup)
+        met = shares(run, plan.limits)
+        p50_ms = f"{waits[len(waits) // 2] * 1e3:.0f}" if waits else "-"
+        table.add_row(name, f"{rate:g}", *(f"{share:.0%}" for share in met), p50_ms)
+        console.print(f"{name}, {rate:g} requests/s: {', '.join(f'{share:.1%}' for share in met)}, TTFT {p50_ms} ms")
+        return sum(met)
+
+    async with deployed(apart, out) as address:
+        for rate in plan.rates:
+            await run_one(address, apart.name, rate)
+    scores: dict[str, float] = {}
+    for case in together:
+        async with deployed(case, out) as address:
+            scores[case.name] = await run_one(address, case.name, plan.rates[0])
+    best = max(together, key=lambda case: scores[case.name])
+    async with deployed(best, out) as address:
+        for rate in plan.rates[1:]:
+            await run_one(address, best.name, rate)
+    console.print(table)
+    html_report.write(kept, plan.limits, out / "goodput.html")
+
+
+def write_model(shape: str, directory: Path) -> Path:
+    """A directory for random weights: the shape's config.json, and a tokenizer that has a word for every id."""
+    shutil.copy(SHAPES / f"{shape}.json", directory / "config.json")
+    vocab_size = read_model_config(directory).vocab_size
+    words = tokenizers.models.WordLevel({f"w{index}": index for index in range(vocab_size)}, unk_token="w0")
+    tokenizers.Tokenizer(words).save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--lengths-from", type=Path, required=True, help="trace whose lengths are drawn")
+    add("--length-scale", type=float, default=1.0, help="factor on the trace's lengths (1)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where ranks compute (cpu)")
+    add("--shape", default="llama-3.1-8b", help="of the random weights, on GPUs (llama-3.1-8b)")
+    add("--rates", type=float, nargs="+", default=[8.0, 12.0, 16.0, 20.0], help="requests/s over both devices")
+    add("--requests", type=int, default=500, help="requests of each run (500)")
+    add("--chunks", type=int, nargs="+", default=[64, 128, 256, 512], help="chunk budgets, tokens")
+    add("--ttft-limit", type=float, default=0.5, help="seconds (0.5)")
+    add("--itl-limits", type=float, nargs="+", default=[0.008, 0.010, 0.012, 0.015, 0.025], help="seconds")
+    add("--rows", type=int, default=128, help="sequences that a worker decodes at once (128)")
+    add("--prefill-kv-bytes", type=int, default=20 << 30, help="KV memory of a prefill worker on a GPU (20 GiB)")
+    add("--decode-kv-bytes", type=int, default=48 << 30, help="KV memory of a decode worker on a GPU (48 GiB)")
+    add("--seed", type=int, default=1, help="of arrivals and prompts (1)")
+    add("--out", type=Path, default=Path("goodput"), help="directory of the reports (goodput)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    limits = Limits(args.ttft_limit, tuple(args.itl_limits))
+    sizes = TraceSizes(read_trace(args.lengths_from, None), args.length_scale)
+    plan = Plan(tuple(sorted(args.rates)), args.requests, limits, sizes, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        model = write_model(args.shape, Path(directory)) if args.device == "cuda" else SHIPPED
+        apart, together = cases(args, model)
+        asyncio.run(compare(apart, together, plan, args.out, Console(width=140)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The kinds of servers that a load test can be run against."""
