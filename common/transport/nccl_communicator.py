@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 
 from common.errors import PeerLost, TransferTimeout
-from common.transport.nccl_library import NcclError, NcclLibrary, nccl_library
 from common.short_sleep import allow_short_sleeps, pause
+from common.transport.nccl_library import NcclError, NcclLibrary, nccl_library
 
 _INIT_PAUSE_S = 0.001  # between looks at a communicator that is being opened
 _CALL_PAUSE_S = 5e-6  # between looks at a call, which takes some ten microseconds
