@@ -68,19 +68,32 @@ class InstantWorkers(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServi
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:  # noqa: N802
         return worker_pb2.DrainResponse()
 
-    async def Subscribe(  # noqa: N802
-        self, request: decode_pb2.SubscribeRequest, context: Any
-    ) -> AsyncIterator[decode_pb2.TokenBatch]:
-        yield decode_pb2.TokenBatch()
+    async def Session(  # type: ignore[override]  # noqa: N802
+        self, request_iterator: AsyncIterator[decode_pb2.SessionRequest], context: Any
+    ) -> None:
+        await anext(request_iterator)
+        await context.write(decode_pb2.SessionResponse())
+        async with asyncio.TaskGroup() as tasks:
+            writing = asyncio.Lock()  # a stream takes one message at a time
+            tasks.create_task(self._send_steps(context, writing))
+            async for request in request_iterator:
+                if request.HasField("open"):
+                    async with writing:
+                        await context.write(decode_pb2.SessionResponse(opened=[self._open(request.open)]))
+                else:
+                    self._running.pop(request.close.sequence_id, None)
+
+    async def _send_steps(self, context: Any, writing: asyncio.Lock) -> None:
         next_step_s = time.monotonic()
         while True:
             next_step_s = max(next_step_s + self._step_s, time.monotonic())
             await asyncio.sleep(next_step_s - time.monotonic())
             if self._running:
-                yield self._step()
+                async with writing:
+                    await context.write(self._step())
 
-    def _step(self) -> decode_pb2.TokenBatch:
-        batch = decode_pb2.TokenBatch()
+    def _step(self) -> decode_pb2.SessionResponse:
+        batch = decode_pb2.SessionResponse()
         for sequence_id, state in list(self._running.items()):
             entry = batch.sequences.add(sequence_id=sequence_id, first_position=state[0], token_ids=(LETTER,))
             state[0] += 1
@@ -90,14 +103,11 @@ class InstantWorkers(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServi
                 del self._running[sequence_id]
         return batch
 
-    async def Open(self, request: decode_pb2.OpenRequest, context: Any) -> decode_pb2.OpenResponse:  # noqa: N802
-        if request.sequence.sampling.max_tokens > 1:
-            self._running[request.sequence.sequence_id] = [1, request.sequence.sampling.max_tokens]
-        return decode_pb2.OpenResponse(ticket=kv_pb2.Ticket(ticket_id=1))
-
-    async def Close(self, request: decode_pb2.CloseRequest, context: Any) -> decode_pb2.CloseResponse:  # noqa: N802
-        self._running.pop(request.sequence_id, None)
-        return decode_pb2.CloseResponse()
+    def _open(self, request: decode_pb2.OpenRequest) -> decode_pb2.OpenResponse:
+        sequence = request.sequence
+        if sequence.sampling.max_tokens > 1:
+            self._running[sequence.sequence_id] = [1, sequence.sampling.max_tokens]
+        return decode_pb2.OpenResponse(sequence_id=sequence.sequence_id, ticket=kv_pb2.Ticket(ticket_id=1))
 
     def Handoff(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError

@@ -106,13 +106,18 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> BatonError:
     message = rpc_error.details() or rpc_error.code().name
     for key, value in rpc_error.trailing_metadata() or ():
         if key == DETAILS_METADATA_KEY:
-            restored = _error_from_status(message, Status.FromString(value))
+            restored = _restored(message, Status.FromString(value))
             if restored is not None:
                 return restored
     code = rpc_error.code()
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidArgument("", "", message)
     return _CLASS_BY_CODE.get(code, BatonError)(message)
+
+
+def error_from_status(status: Status) -> BatonError:
+    """The error that `to_status` was given, in its class."""
+    return _restored(status.message, status) or BatonError(status.message)
 
 
 def find_baton_error(error: BaseException) -> BatonError | None:
@@ -129,7 +134,7 @@ def _known_class(error: BatonError) -> type[BatonError]:
     return next(cls for cls in type(error).__mro__ if cls in CODE_BY_CLASS)
 
 
-def _error_from_status(message: str, status: Status) -> BatonError | None:
+def _restored(message: str, status: Status) -> BatonError | None:
     info, retry = ErrorInfo(), RetryInfo()
     retry_after_s = 1.0
     for detail in status.details:

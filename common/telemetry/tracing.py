@@ -7,12 +7,14 @@ is loaded only where an endpoint is set (`otel`). Times are of `time.monotonic_n
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 # Of the settings that every service has.
 OTLP_ENDPOINT_HELP = "Where spans go, an OTLP/gRPC endpoint such as http://host:4317; tracing is off if empty."
 TRACE_SAMPLE_RATIO_HELP = "Share of the traces beginning here that is recorded, 0 to 1; a caller's decision stands."
 
+TRACEPARENT = "traceparent"
 Metadata = Sequence[tuple[str, str]]
 Attribute = str | int | float | bool
 
@@ -24,6 +26,16 @@ class Caller(Protocol):
         """The metadata that came with the call."""
 
 
+@dataclass(frozen=True, slots=True)
+class Traceparent:
+    """A `Caller` who wrote its trace context into a message: the value of a W3C traceparent, or nothing."""
+
+    value: str
+
+    def invocation_metadata(self) -> Metadata:
+        return ((TRACEPARENT, self.value),) if self.value else ()
+
+
 class Span:
     """A span that others may hang under. Of this class: one that nobody records."""
 
@@ -33,6 +45,11 @@ class Span:
     def metadata(self) -> Metadata | None:
         """What goes with a gRPC call, so that this is the parent of what is done there; None if nothing need go."""
         return None
+
+    @property
+    def traceparent(self) -> str:
+        """`metadata`'s traceparent, for a message instead of a call; empty if there is none."""
+        return next((value for key, value in self.metadata or () if key == TRACEPARENT), "")
 
     def child(self, name: str, start_ns: int, end_ns: int, **attributes: Attribute) -> None:
         """Add something that is over. No effect if `start_ns` is 0: it never began."""

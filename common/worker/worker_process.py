@@ -27,6 +27,8 @@ from common.worker.worker_config import WorkerConfig
 from common.worker.worker_front import WorkerFront
 
 _log = logging.getLogger(__name__)
+_TOKEN_BYTES = 5  # of a token id in a message, at most
+_SEQUENCE_BYTES = 1 << 18  # of all else about a sequence, at most: see common.sampling.limits
 _STOP_GRACE_S = 1.0  # for calls that drain left over, to end with a status
 _TRACING_GRACE_S = 2.0  # for the last spans
 
@@ -63,7 +65,9 @@ async def serve_worker(
     """
     config = worker.config
     status = StatusService(worker.status, worker.drain, worker.refresh)
-    server = RpcServer(config.listen, max_message_bytes=config.max_message_bytes)
+    # A router's session carries the sequences of all its clients: no prompt that the model can take may break it.
+    longest_bytes = worker.model.config.context_length * _TOKEN_BYTES + _SEQUENCE_BYTES
+    server = RpcServer(config.listen, max_message_bytes=max(config.max_message_bytes, longest_bytes))
     server.add(add_service, servicer, service_name)
     server.add(worker_pb2_grpc.add_WorkerServicer_to_server, status, status_service.SERVICE_NAME)
     metrics = MetricsServer(worker.counters, config.metrics_port) if config.metrics_port else None

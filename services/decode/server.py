@@ -1,15 +1,23 @@
-"""The Decode service: gRPC calls, passed on to the worker. Decides nothing."""
+"""The Decode service: gRPC streams, passed on to the worker. Decides nothing."""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import logging
 from collections.abc import AsyncIterator
+from typing import TypeAlias
 
 import grpc
 from baton.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
+from common.errors import BatonError, Cancelled, InternalError, InvalidArgument
+from common.rpc.status import to_status
+from common.telemetry.tracing import Traceparent
+from services.decode import sessions
 from services.decode.worker import DecodeWorker
 
+_log = logging.getLogger(__name__)
+_Requests: TypeAlias = AsyncIterator[decode_pb2.SessionRequest]
 SERVICE_NAME = "baton.v1.Decode"
 
 
@@ -19,32 +27,22 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
     def __init__(self, worker: DecodeWorker) -> None:
         self._worker = worker
 
-    async def Subscribe(  # noqa: N802 - the name in the proto
+    async def Session(  # noqa: N802 - the name in the proto
         self,
-        request: decode_pb2.SubscribeRequest,
-        context: grpc.aio.ServicerContext[decode_pb2.SubscribeRequest, decode_pb2.TokenBatch],
-    ) -> AsyncIterator[decode_pb2.TokenBatch]:
-        async with contextlib.aclosing(self._worker.subscribe(request.session_id)) as batches:
-            async for batch in batches:
-                yield batch
-
-    async def Open(  # noqa: N802
-        self,
-        request: decode_pb2.OpenRequest,
-        context: grpc.aio.ServicerContext[decode_pb2.OpenRequest, decode_pb2.OpenResponse],
-    ) -> decode_pb2.OpenResponse:
-        span = self._worker.tracing.parent(context)
-        if request.compute_locally:
-            self._worker.open_local(request.session_id, request.sequence, span)
-            return decode_pb2.OpenResponse()
-        return decode_pb2.OpenResponse(ticket=self._worker.open(request.session_id, request.sequence, span))
-
-    async def Close(  # noqa: N802
-        self,
-        request: decode_pb2.CloseRequest,
-        context: grpc.aio.ServicerContext[decode_pb2.CloseRequest, decode_pb2.CloseResponse],
-    ) -> decode_pb2.CloseResponse:
-        return decode_pb2.CloseResponse(was_open=self._worker.close(request.session_id, request.sequence_id))
+        request_iterator: _Requests,
+        context: grpc.aio.ServicerContext[decode_pb2.SessionRequest, decode_pb2.SessionResponse],
+    ) -> AsyncIterator[decode_pb2.SessionResponse]:
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("message") != "begin":
+            raise InvalidArgument("message", None, "a session starts with begin")
+        with self._worker.session(first.begin.session_id) as session:
+            reading = asyncio.create_task(self._read(session, request_iterator))
+            try:
+                async for response in session.responses():
+                    yield response
+            finally:
+                reading.cancel()
+                await asyncio.wait({reading})
 
     async def Handoff(  # type: ignore[override] # noqa: N802 - a coroutine that writes, not a generator
         self,
@@ -52,3 +50,39 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         context: grpc.aio.ServicerContext[kv_pb2.HandoffRequest, kv_pb2.HandoffResponse],
     ) -> None:
         await self._worker.hand_off(request_iterator, context.write, self._worker.tracing.parent(context))
+
+    async def _read(self, session: sessions.Session, requests: _Requests) -> None:
+        """Do what the router says until the session is over. What is wrong with the stream itself ends it."""
+        try:
+            async for request in requests:
+                if session.is_over:
+                    return
+                kind = request.WhichOneof("message")
+                if kind == "open":
+                    session.answer(self._open(session, request.open))
+                elif kind == "close":
+                    self._worker.close(session.session_id, request.close.sequence_id)
+                else:
+                    raise InvalidArgument("message", kind, "expected open or close")
+            session.end(Cancelled("the router ended its session"))
+        except BatonError as error:
+            session.end(error)
+        except Exception as error:  # of gRPC, when the call breaks
+            _log.debug("a session's stream broke", exc_info=True)
+            session.end(Cancelled(f"the session's stream broke: {error!r}"))
+
+    def _open(self, session: sessions.Session, request: decode_pb2.OpenRequest) -> decode_pb2.OpenResponse:
+        """Register a sequence, or say why not: a sequence that is refused is no reason to end the others."""
+        response = decode_pb2.OpenResponse(sequence_id=request.sequence.sequence_id)
+        worker, span = self._worker, self._worker.tracing.parent(Traceparent(request.traceparent))
+        try:
+            if request.compute_locally:
+                worker.open_local(session.session_id, request.sequence, span)
+            else:
+                response.ticket.CopyFrom(worker.open(session.session_id, request.sequence, span))
+        except BatonError as error:
+            response.error.CopyFrom(to_status(error))
+        except Exception:
+            _log.exception("a sequence could not be opened")
+            response.error.CopyFrom(to_status(InternalError("internal error; see the worker's log")))
+        return response

@@ -1,5 +1,5 @@
-"""The token streams of the router processes: what is pending is merged per sequence, so a slow router costs memory
-for its sequences, not for its steps.
+"""The sessions of the router processes: what is pending is merged per sequence, so a slow router costs memory for its
+sequences, not for its steps.
 
 Knows neither blocks nor ranks.
 """
@@ -11,7 +11,14 @@ from collections.abc import AsyncIterator, Sequence
 
 from baton.v1 import decode_pb2, sampling_pb2
 
-from common.errors import BatonError, Cancelled, FailedPrecondition, ResourceExhausted, Unavailable
+from common.errors import (
+    BatonError,
+    Cancelled,
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
 from services.decode.request import End, PromptComputed, RouterEvent, SequenceEnded, StepsBegin, TokenSampled
 
 _PROTO_END = {
@@ -30,19 +37,32 @@ class Session:
         self.session_id = session_id
         self._max_pending = max_pending
         self._pending: dict[int, decode_pb2.SequenceTokens] = {}
+        self._answers: list[decode_pb2.OpenResponse] = []
         self._flushed = asyncio.Event()
         self._error: BatonError | None = None
 
-    async def batches(self) -> AsyncIterator[decode_pb2.TokenBatch]:
-        """An empty batch, then what is new after each `flush`. Raises what ended the session."""
-        yield decode_pb2.TokenBatch()
+    @property
+    def is_over(self) -> bool:
+        """Whether it was ended, by its router, by another stream, or by the worker."""
+        return self._error is not None
+
+    async def responses(self) -> AsyncIterator[decode_pb2.SessionResponse]:
+        """An empty one, then what is new after each `flush` and `answer`. Raises what ended the session."""
+        yield decode_pb2.SessionResponse()
         while True:
             await self._flushed.wait()
             self._flushed.clear()
             if self._error is not None:
                 raise self._error
             pending, self._pending = self._pending, {}
-            yield decode_pb2.TokenBatch(sequences=pending.values())
+            answers, self._answers = self._answers, []
+            yield decode_pb2.SessionResponse(sequences=pending.values(), opened=answers)
+
+    def answer(self, response: decode_pb2.OpenResponse) -> None:
+        """Say what became of an Open."""
+        self._answers.append(response)
+        self._flushed.set()
+        self._end_unless_read(len(self._answers))
 
     def add_token(self, event: TokenSampled) -> None:
         """Append a token to what is pending of its sequence."""
@@ -74,15 +94,18 @@ class Session:
 
     def flush(self) -> None:
         """Let the stream have what is pending; end it if that is more than a router may owe us."""
-        if len(self._pending) > self._max_pending:
-            self.end(ResourceExhausted(f"{len(self._pending)} sequences wait for a router that does not read"))
-        elif self._pending:
+        if self._pending:
             self._flushed.set()
+        self._end_unless_read(len(self._pending))
 
     def end(self, error: BatonError) -> None:
-        """The stream raises this next."""
-        self._error = error
+        """The stream raises this next, unless it was ended before."""
+        self._error = self._error or error
         self._flushed.set()
+
+    def _end_unless_read(self, num_pending: int) -> None:
+        if num_pending > self._max_pending:
+            self.end(ResourceExhausted(f"{num_pending} messages wait for a router that does not read"))
 
     def _entry(self, sequence_id: int) -> decode_pb2.SequenceTokens:
         entry = self._pending.get(sequence_id)
@@ -101,6 +124,8 @@ class Sessions:
 
     def begin(self, session_id: str) -> Session:
         """Open a session; one of the same name ends with `Cancelled`."""
+        if not session_id:
+            raise InvalidArgument("begin.session_id", session_id, "must not be empty")
         previous = self._sessions.pop(session_id, None)
         if previous is not None:
             previous.end(Cancelled("another stream of this session replaced this one"))
@@ -124,7 +149,7 @@ class Sessions:
     def require(self, session_id: str) -> None:
         """Raises `FailedPrecondition` unless the session's stream stands."""
         if session_id not in self._sessions:
-            raise FailedPrecondition("the session has no Subscribe stream")
+            raise FailedPrecondition("the session has no stream")
 
     def publish(self, event: RouterEvent) -> None:
         """Queue an event for its router, if that is still there. Call `flush` after a step's events."""

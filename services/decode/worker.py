@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
-from baton.v1 import decode_pb2, kv_pb2, worker_pb2
+from baton.v1 import kv_pb2, worker_pb2
 
-from common.errors import InvalidArgument, Unavailable
+from common.errors import Unavailable
 from common.kvcache.kv_cache_manager import KVCacheManager
 from common.telemetry.tracing import NO_SPAN, Span
 from common.worker.rank_group import RankGroup
@@ -27,7 +27,7 @@ from services.decode.handoff_stream import Write
 from services.decode.metrics import DecodeMetrics
 from services.decode.request import DecodeSequence, End
 from services.decode.scheduler import DecodeScheduler
-from services.decode.sessions import Sessions
+from services.decode.sessions import Session, Sessions
 
 _log = logging.getLogger(__name__)
 _REFRESH_TIMEOUT_S = 0.25
@@ -95,17 +95,15 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
     def end_streams(self) -> None:
         self.sessions.end_all()
 
-    async def subscribe(self, session_id: str) -> AsyncGenerator[decode_pb2.TokenBatch, None]:
-        """A router's tokens. Whichever way this ends, the sequences that were opened under it are closed."""
-        if not session_id:
-            raise InvalidArgument("session_id", session_id, "must not be empty")
+    @contextlib.contextmanager
+    def session(self, session_id: str) -> Iterator[Session]:
+        """A router's stream. Whichever way this ends, the sequences that were opened under it are closed."""
         session = self.sessions.begin(session_id)
         # Of a stream that this one replaces: nobody knows which of their tokens were read.
         self.scheduler.close_session(session_id, End.LOST)
         self.engine.settle()
         try:
-            async for batch in session.batches():
-                yield batch
+            yield session
         finally:
             if self.sessions.finish(session):
                 self.scheduler.close_session(session_id)

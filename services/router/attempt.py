@@ -37,7 +37,6 @@ from services.router.workers import Worker
 _logger = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 5.0  # registering is book-keeping: a worker that takes longer hangs
-CLOSE_TIMEOUT_S = 2.0
 COMPLETION_TIMEOUT_S = 1.0  # for PrefillCompleted, once the output has ended
 
 
@@ -86,18 +85,11 @@ class Moved(Exception):
 
 
 class Attempts:
-    """Makes attempts, and owns the Close calls that outlive them."""
+    """Makes attempts."""
 
-    def __init__(self, session_id: str, first_token: FirstToken = FirstToken.EAGER) -> None:
-        self._session_id = session_id
+    def __init__(self, first_token: FirstToken = FirstToken.EAGER) -> None:
         self._first_token = first_token
         self._sequence_ids = itertools.count(1)
-        self._closing: set[asyncio.Task[None]] = set()
-
-    async def aclose(self) -> None:
-        """Wait for the last Close calls; each has a deadline of its own."""
-        if self._closing:
-            await asyncio.wait(self._closing)
 
     async def attempt(self, plan: RequestPlan, choice: Choice, pair: Pair, on_prefilled: Callable[[], None]) -> Ending:
         """Send the sequence to the pair and wait for its end. Raises `Moved` or a final error.
@@ -113,7 +105,7 @@ class Attempts:
         ending: Ending | None = None
         was_opened = False
         try:
-            pair.decode.tokens.add(sequence_id, receiver)
+            pair.decode.session.add(sequence_id, receiver)
             was_opened = True
             async with asyncio.TaskGroup() as legs:
                 opened = await self._open(plan, pair, sequence)
@@ -126,7 +118,7 @@ class Attempts:
                 ending = await receiver.ended
                 _raise_unless_finished(ending, pair.decode)
                 if not ending.by_worker:
-                    self._close_later(pair.decode, sequence_id)
+                    pair.decode.session.close(sequence_id)
                 if prefilling is not None:
                     if not receiver.is_cut_short and not prefilling.done():
                         # PrefillCompleted may come after the last token.
@@ -138,9 +130,9 @@ class Attempts:
         except BaseExceptionGroup as group:
             raise _outcome(group) from group
         finally:
-            pair.decode.tokens.remove(sequence_id)
+            pair.decode.session.remove(sequence_id)
             if was_opened and ending is None:
-                self._close_later(pair.decode, sequence_id)
+                pair.decode.session.close(sequence_id)
             if pair.prefill is not None:
                 pair.prefill.release()
             pair.decode.release()
@@ -173,19 +165,20 @@ class Attempts:
     async def _open(self, plan: RequestPlan, pair: Pair, sequence: kv_pb2.Sequence) -> decode_pb2.OpenResponse:
         decode = pair.decode
         request = decode_pb2.OpenRequest(
-            session_id=self._session_id, sequence=sequence, compute_locally=pair.prefill is None
+            sequence=sequence, compute_locally=pair.prefill is None, traceparent=plan.record.traceparent
         )
         remaining_s = plan.remaining_s()
         start_ns = time.monotonic_ns()
         try:
-            opened: decode_pb2.OpenResponse = await decode.decode_stub.Open(
-                request, timeout=min(remaining_s, OPEN_TIMEOUT_S), metadata=plan.record.metadata
-            )
-        except grpc.aio.AioRpcError as rpc_error:
-            error = error_from_rpc(rpc_error)
-            if isinstance(error, DeadlineExceeded) and remaining_s > OPEN_TIMEOUT_S:
-                error = Unavailable(f"{decode.name} did not answer Open within {OPEN_TIMEOUT_S} s")
-            raise _leg_failure(error, decode) from rpc_error
+            async with asyncio.timeout(min(remaining_s, OPEN_TIMEOUT_S)):
+                opened = await decode.session.open(request)
+        except TimeoutError as error:
+            if remaining_s <= OPEN_TIMEOUT_S:
+                raise DeadlineExceeded("the request's deadline has passed") from error
+            late = Unavailable(f"{decode.name} did not answer Open within {OPEN_TIMEOUT_S} s")
+            raise _leg_failure(late, decode) from error
+        except BatonError as error:
+            raise _leg_failure(error, decode) from error
         plan.record.opened(sequence.choice, start_ns, decode.name)
         return opened
 
@@ -221,23 +214,6 @@ class Attempts:
             call.cancel()
         if not receiver.has_first_token:
             raise _leg_failure(InternalError(f"{prefill.name} sent no first token"), prefill)
-
-    def _close_later(self, decode: Worker, sequence_id: int) -> None:
-        """Close without holding up whoever is being cancelled; `aclose` waits for it."""
-        decode.acquire(0)
-        task = asyncio.get_running_loop().create_task(self._close(decode, sequence_id))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-
-    async def _close(self, decode: Worker, sequence_id: int) -> None:
-        request = decode_pb2.CloseRequest(session_id=self._session_id, sequence_id=sequence_id)
-        try:
-            await decode.decode_stub.Close(request, timeout=CLOSE_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            # The worker is gone, and the sequence with it; or its end of our token stream will release it.
-            _logger.info("%s: Close of sequence %d failed: %s", decode.name, sequence_id, error_from_rpc(error))
-        finally:
-            decode.release()
 
 
 def _leg_failure(error: BatonError, *blamed: Worker) -> Exception:

@@ -48,7 +48,7 @@ class Dispatcher:
         self._registry = registry
         self._rng = rng
         self.limits = limits
-        self.attempts = Attempts(registry.session_id, limits.first_token)
+        self.attempts = Attempts(limits.first_token)
 
     async def run(self, plan: RequestPlan, choices: Sequence[Choice]) -> None:
         """Complete all choices. The first leads: the others start on its pair once its prompt is cached there."""
@@ -68,10 +68,6 @@ class Dispatcher:
         if self.limits.local_prefill is LocalPrefill.NEVER:
             return self._registry.has_pair
         return bool(self._registry.candidates(Role.DECODE))
-
-    async def aclose(self) -> None:
-        """Wait for the Close calls that are still under way."""
-        await self.attempts.aclose()
 
     async def place(self, plan: RequestPlan, choice: Choice, avoid: set[str], pinned: str | None) -> Pair:
         """The next pair, waiting for one to become ready if there is none. Raises `Unavailable`."""

@@ -94,7 +94,6 @@ class RouterProcess:
                 yield
             finally:
                 await self._server.stop(0)
-                await self._dispatcher.aclose()
                 for task in tasks:
                     task.cancel()
 

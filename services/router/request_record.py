@@ -28,6 +28,11 @@ class RequestRecord:
         self._span = span
 
     @property
+    def traceparent(self) -> str:
+        """Of messages to workers on behalf of the request."""
+        return self._span.traceparent
+
+    @property
     def metadata(self) -> Metadata | None:
         """Of calls to workers on behalf of the request."""
         return self._span.metadata

@@ -1,7 +1,7 @@
 """The workers that the router knows: who is there, who is ready, and how loaded each is.
 
 Addresses come from the settings and from a file that is read again when it changes. A worker is a candidate only
-while its status stream stands and says READY; a decode worker also needs its token stream. What this router has
+while its status stream stands and says READY; a decode worker also needs its session. What this router has
 dispatched since the last status is counted on top of it. Knows nothing of requests.
 """
 
@@ -19,8 +19,8 @@ from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_g
 
 from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
+from services.router.decode_session import FIRST_RETRY_S, LAST_RETRY_S, DecodeSession
 from services.router.placement import Candidate
-from services.router.token_streams import FIRST_RETRY_S, LAST_RETRY_S, TokenStream
 
 _logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class Worker:
         self.channel = open_channel(address, registry.max_message_bytes)
         self._status_stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self.channel)
         self.prefill_stub: prefill_pb2_grpc.PrefillAsyncStub = prefill_pb2_grpc.PrefillStub(self.channel)
-        self.decode_stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(self.channel)
-        self.tokens = TokenStream(address, self.decode_stub, session_id, registry.notify)
+        decode_stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(self.channel)
+        self.session = DecodeSession(address, decode_stub, session_id, registry.max_message_bytes, registry.notify)
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ class Worker:
             return None
         if self.role is Role.PREFILL:
             load = status.num_waiting_tokens
-        elif self.tokens.stands:
+        elif self.session.stands:
             load = status.num_waiting + status.num_running
         else:
             return None
@@ -103,7 +103,7 @@ class Worker:
             async with asyncio.TaskGroup() as streams:
                 streams.create_task(self._watch_status())
                 if self.role is Role.DECODE:
-                    streams.create_task(self.tokens.run())
+                    streams.create_task(self.session.run())
         finally:
             self.status = None
             self._registry.notify()

@@ -65,6 +65,7 @@ class FakeGroup(RankGroup):
             tokens = [
                 SampledToken(segment.row, token_of(self._seeds[segment.row], segment.output_index))
                 for segment in message.segments
+                if segment.sample
             ]
             self._results.put_nowait(StepResult(message.step_id, tokens, 1))
 

@@ -124,10 +124,10 @@ class Router:
         self._reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        async with contextlib.aclosing(self._front.worker.subscribe(self.session_id)) as batches:
-            async for batch in batches:
+        with self._front.worker.session(self.session_id) as session:
+            async for response in session.responses():
                 self._stands.set()
-                for entry in batch.sequences:
+                for entry in response.sequences:
                     known = self.tokens.setdefault(entry.sequence_id, [])
                     if entry.token_ids:
                         assert entry.first_position == self._first_position + len(known), (

@@ -10,10 +10,10 @@ import grpc
 import pytest
 from baton.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, sampling_pb2
 
-from common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from common.errors import InvalidArgument, NotFound, Unavailable
 from common.rpc.client import open_channel
 from common.rpc.server import RpcServer
-from common.rpc.status import error_from_rpc
+from common.rpc.status import error_from_rpc, error_from_status
 from services.decode.server import SERVICE_NAME, DecodeService
 from tests.decode.front import Front, next_post, running_front
 from tests.decode.requests import token_of
@@ -25,6 +25,39 @@ class Service:
 
     front: Front
     stub: decode_pb2_grpc.DecodeAsyncStub
+
+    async def session(self) -> RouterSession:
+        """A router's stream that stands."""
+        call = self.stub.Session()
+        await call.write(decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id="router")))
+        session = RouterSession(call)
+        assert await session.read() == decode_pb2.SessionResponse()
+        return session
+
+
+@dataclass(slots=True)
+class RouterSession:
+    """The router's end of a session."""
+
+    call: grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse]
+
+    async def read(self) -> decode_pb2.SessionResponse:
+        response = await self.call.read()
+        assert isinstance(response, decode_pb2.SessionResponse)
+        return response
+
+    async def open(self, request: decode_pb2.OpenRequest) -> kv_pb2.Ticket:
+        """Open and wait for the answer. Raises what the sequence was refused for."""
+        await self.call.write(decode_pb2.SessionRequest(open=request))
+        (answer,) = (await self.read()).opened
+        assert answer.sequence_id == request.sequence.sequence_id
+        if answer.HasField("error"):
+            raise error_from_status(answer.error)
+        return answer.ticket
+
+    async def close(self, sequence_id: int) -> None:
+        request = decode_pb2.CloseRequest(sequence_id=sequence_id)
+        await self.call.write(decode_pb2.SessionRequest(close=request))
 
 
 @contextlib.asynccontextmanager
@@ -51,7 +84,7 @@ def open_request(sequence_id: int = 1, **sampling: int) -> decode_pb2.OpenReques
         sampling=sampling_pb2.SamplingParams(**values),  # type: ignore[arg-type]
         timeout_ns=60_000_000_000,
     )
-    return decode_pb2.OpenRequest(session_id="router", sequence=sequence)
+    return decode_pb2.OpenRequest(sequence=sequence)
 
 
 def begin(ticket: kv_pb2.Ticket) -> kv_pb2.HandoffRequest:
@@ -63,9 +96,8 @@ def begin(ticket: kv_pb2.Ticket) -> kv_pb2.HandoffRequest:
 
 async def test_a_sequence_from_open_to_its_last_token() -> None:
     async with serving() as service:
-        stream = service.stub.Subscribe(decode_pb2.SubscribeRequest(session_id="router"))
-        assert await stream.read() == decode_pb2.TokenBatch()
-        ticket = (await service.stub.Open(open_request())).ticket
+        session = await service.session()
+        ticket = await session.open(open_request())
         assert list(ticket.rank_addresses) == ["inproc://0"]
         call = service.stub.Handoff()
         await call.write(begin(ticket))
@@ -83,36 +115,32 @@ async def test_a_sequence_from_open_to_its_last_token() -> None:
         tokens: list[int] = []
         end = decode_pb2.SEQUENCE_END_UNSPECIFIED
         while not end:
-            batch = await stream.read()
-            assert isinstance(batch, decode_pb2.TokenBatch)
-            (entry,) = batch.sequences
+            (entry,) = (await session.read()).sequences
             tokens.extend(entry.token_ids)
             end = entry.end
         assert end == decode_pb2.SEQUENCE_END_FINISHED
         assert tokens == [token_of(1, index) for index in (1, 2, 3)]
-        stream.cancel()
+        session.call.cancel()
         await service.front.until_free()
 
 
 async def test_a_router_whose_connection_breaks_has_nothing_open_any_more() -> None:
     async with serving() as service:
-        stream = service.stub.Subscribe(decode_pb2.SubscribeRequest(session_id="router"))
-        await stream.read()
-        ticket = (await service.stub.Open(open_request())).ticket
+        session = await service.session()
+        ticket = await session.open(open_request())
         call = service.stub.Handoff()
         await call.write(begin(ticket))
         await call.read()
         await call.write(kv_pb2.HandoffRequest(chunk_ready=kv_pb2.ChunkReady(num_blocks=2)))
         await call.read()
-        stream.cancel()
+        session.call.cancel()
         await service.front.until_free()
 
 
 async def test_a_prefill_worker_whose_connection_breaks_leaves_nothing() -> None:
     async with serving() as service:
-        stream = service.stub.Subscribe(decode_pb2.SubscribeRequest(session_id="router"))
-        await stream.read()
-        ticket = (await service.stub.Open(open_request())).ticket
+        session = await service.session()
+        ticket = await session.open(open_request())
         call = service.stub.Handoff()
         await call.write(begin(ticket))
         await call.read()
@@ -120,30 +148,88 @@ async def test_a_prefill_worker_whose_connection_breaks_leaves_nothing() -> None
         await call.read()
         call.cancel()
         await service.front.until_free()
-        assert not (await service.stub.Close(decode_pb2.CloseRequest(session_id="router", sequence_id=1))).was_open
-        stream.cancel()
+        await session.close(1)  # of what is gone: no error
+        assert await session.open(open_request(sequence_id=2))
+        session.call.cancel()
 
 
-async def test_errors_arrive_in_their_classes() -> None:
+async def test_a_sequence_that_is_closed_leaves_nothing_and_the_session_stands() -> None:
+    async with serving() as service:
+        session = await service.session()
+        await session.open(open_request(sequence_id=1))
+        await session.close(1)
+        await service.front.until_free()
+        assert await session.open(open_request(sequence_id=1))
+        session.call.cancel()
+        await service.front.until_free()
+
+
+async def test_a_refused_sequence_is_told_why_and_the_session_stands() -> None:
     async with serving(num_blocks=4) as service:
+        session = await service.session()
+        with pytest.raises(InvalidArgument) as caught:
+            await session.open(open_request(max_tokens=13))
+        assert (caught.value.field, caught.value.limit) == (
+            "sampling.max_tokens",
+            "at most 12: the KV cache holds no more",
+        )
+        assert await session.open(open_request())
+        service.front.worker.drain()
+        with pytest.raises(Unavailable, match="draining"):
+            await session.open(open_request(sequence_id=2))
+        session.call.cancel()
+        await service.front.until_free()
+
+
+async def test_a_prompt_that_is_computed_here_has_no_ticket_and_all_its_tokens_come() -> None:
+    async with serving() as service:
+        session = await service.session()
+        request = open_request()
+        request.compute_locally = True
+        assert await session.open(request) == kv_pb2.Ticket()
+        tokens: list[int] = []
+        while len(tokens) < 4:
+            (entry,) = (await session.read()).sequences
+            assert entry.HasField("local_prefill") == (not tokens)
+            tokens.extend(entry.token_ids)
+        assert tokens == [token_of(1, index) for index in range(4)]
+        session.call.cancel()
+        await service.front.until_free()
+
+
+async def read_to_end(
+    call: grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse],
+) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [decode_pb2.SessionRequest(close=decode_pb2.CloseRequest(sequence_id=1))],
+        [decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin())],
+        [decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id="router"))] * 2,
+    ],
+    ids=["nothing", "no begin", "no name", "begin twice"],
+)
+async def test_a_session_that_breaks_the_protocol_ends(messages: list[decode_pb2.SessionRequest]) -> None:
+    async with serving() as service:
+        call = service.stub.Session()
+        for message in messages:
+            await call.write(message)
+        await call.done_writing()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await service.stub.Open(open_request())
-        assert isinstance(error_from_rpc(caught.value), FailedPrecondition)
-        stream = service.stub.Subscribe(decode_pb2.SubscribeRequest(session_id="router"))
-        await stream.read()
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await service.stub.Open(open_request(max_tokens=13))
-        error = error_from_rpc(caught.value)
-        assert isinstance(error, InvalidArgument)
-        assert (error.field, error.limit) == ("sampling.max_tokens", "at most 12: the KV cache holds no more")
+            await read_to_end(call)
+        assert isinstance(error_from_rpc(caught.value), InvalidArgument)
+        await service.front.until_free()
+
+
+async def test_errors_of_a_hand_off_arrive_in_their_classes() -> None:
+    async with serving() as service:
         call = service.stub.Handoff()
         await call.write(begin(kv_pb2.Ticket(ticket_id=5)))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert isinstance(error_from_rpc(caught.value), NotFound)
-        service.front.worker.drain()
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await service.stub.Open(open_request())
-        assert isinstance(error_from_rpc(caught.value), Unavailable)
-        stream.cancel()
-        await service.front.until_free()

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from baton.v1 import decode_pb2
 
-from common.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from services.decode.request import End, SequenceEnded, TokenSampled
 from services.decode.sessions import Sessions
 from tests.decode.front import Prefill, Router, running_front, ship
@@ -23,43 +23,43 @@ def end(sequence_id: int, how: End) -> SequenceEnded:
 
 async def test_the_first_batch_is_empty_and_each_step_makes_one() -> None:
     sessions = Sessions(max_pending=8)
-    batches = sessions.begin("router").batches()
-    assert await anext(batches) == decode_pb2.TokenBatch()
+    responses = sessions.begin("router").responses()
+    assert await anext(responses) == decode_pb2.SessionResponse()
     for sequence_id in (1, 2):
         sessions.publish(token(sequence_id, 1, 5))
     sessions.flush()
-    batch = await anext(batches)
-    assert [(entry.sequence_id, list(entry.token_ids)) for entry in batch.sequences] == [(1, [5]), (2, [5])]
+    response = await anext(responses)
+    assert [(entry.sequence_id, list(entry.token_ids)) for entry in response.sequences] == [(1, [5]), (2, [5])]
 
 
 async def test_what_a_slow_router_missed_is_merged_by_sequence() -> None:
     sessions = Sessions(max_pending=8)
-    batches = sessions.begin("router").batches()
-    await anext(batches)
+    responses = sessions.begin("router").responses()
+    await anext(responses)
     for position in (4, 5, 6):
         sessions.publish(token(1, position, position * 10))
         sessions.flush()
     sessions.publish(end(1, End.FINISHED))
     sessions.flush()
-    (entry,) = (await anext(batches)).sequences
+    (entry,) = (await anext(responses)).sequences
     assert (entry.first_position, list(entry.token_ids)) == (4, [40, 50, 60])
     assert (entry.end, entry.decode_queue_ns, entry.decode_ns) == (decode_pb2.SEQUENCE_END_FINISHED, 11, 22)
 
 
 async def test_logprobs_come_one_for_each_token() -> None:
     sessions = Sessions(max_pending=8)
-    batches = sessions.begin("router").batches()
-    await anext(batches)
+    responses = sessions.begin("router").responses()
+    await anext(responses)
     sessions.publish(TokenSampled(("router", 1), 1, 5, -0.5, [(5, -0.5), (6, -1.5)]))
     sessions.flush()
-    (entry,) = (await anext(batches)).sequences
+    (entry,) = (await anext(responses)).sequences
     assert (entry.logprobs[0].chosen.token_id, entry.logprobs[0].chosen.logprob) == (5, -0.5)
     assert [top.token_id for top in entry.logprobs[0].top] == [5, 6]
 
 
 async def test_tokens_go_to_their_own_router_only() -> None:
     sessions = Sessions(max_pending=8)
-    mine, other = (sessions.begin(name).batches() for name in ("router", "other"))
+    mine, other = (sessions.begin(name).responses() for name in ("router", "other"))
     await anext(mine)
     await anext(other)
     sessions.publish(token(1, 1, 5, session_id="other"))
@@ -71,23 +71,42 @@ async def test_tokens_go_to_their_own_router_only() -> None:
 
 async def test_whoever_closed_a_sequence_is_not_told() -> None:
     sessions = Sessions(max_pending=8)
-    batches = sessions.begin("router").batches()
-    await anext(batches)
+    responses = sessions.begin("router").responses()
+    await anext(responses)
     sessions.publish(end(1, End.CLOSED))
     sessions.publish(end(2, End.LOST))
     sessions.flush()
-    assert [entry.sequence_id for entry in (await anext(batches)).sequences] == [2]
+    assert [entry.sequence_id for entry in (await anext(responses)).sequences] == [2]
 
 
 async def test_a_router_that_does_not_read_loses_its_stream() -> None:
     sessions = Sessions(max_pending=2)
-    batches = sessions.begin("router").batches()
-    await anext(batches)
+    responses = sessions.begin("router").responses()
+    await anext(responses)
     for sequence_id in range(3):
         sessions.publish(token(sequence_id, 1, 5))
     sessions.flush()
     with pytest.raises(ResourceExhausted):
-        await anext(batches)
+        await anext(responses)
+
+
+async def test_answers_that_nobody_reads_end_the_stream_too() -> None:
+    sessions = Sessions(max_pending=2)
+    session = sessions.begin("router")
+    responses = session.responses()
+    await anext(responses)
+    for sequence_id in (1, 2):
+        session.answer(decode_pb2.OpenResponse(sequence_id=sequence_id))
+    assert [answer.sequence_id for answer in (await anext(responses)).opened] == [1, 2]
+    for sequence_id in (3, 4, 5):
+        session.answer(decode_pb2.OpenResponse(sequence_id=sequence_id))
+    with pytest.raises(ResourceExhausted):
+        await anext(responses)
+
+
+async def test_a_session_needs_a_name() -> None:
+    with pytest.raises(InvalidArgument, match="session_id"):
+        Sessions(max_pending=2).begin("")
 
 
 async def test_a_second_stream_replaces_the_first_whose_sequences_are_lost() -> None:

@@ -167,13 +167,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServicer):
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     stream_over: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def Subscribe(self, request: object, context: object) -> None:  # type: ignore[override] # noqa: N802
-        raise NotImplementedError
-
-    async def Open(self, request: object, context: object) -> None:  # type: ignore[override] # noqa: N802
-        raise NotImplementedError
-
-    async def Close(self, request: object, context: object) -> None:  # type: ignore[override] # noqa: N802
+    def Session(self, request_iterator: object, context: object) -> None:  # type: ignore[override] # noqa: N802
         raise NotImplementedError
 
     async def Handoff(  # type: ignore[override] # noqa: N802

@@ -24,8 +24,9 @@ from baton.v1 import (
     worker_pb2_grpc,
 )
 
-from common.errors import BatonError, NotFound, Unavailable
+from common.errors import BatonError, Unavailable
 from common.rpc.server import RpcServer
+from common.rpc.status import to_status
 from tests.router.byte_checkpoint import byte_ids
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -58,6 +59,7 @@ class Script:
     prefill_errors_before_token: list[BatonError] = field(default_factory=list)
     prefill_errors_after_token: list[BatonError] = field(default_factory=list)
     open_errors: list[BatonError] = field(default_factory=list)
+    num_opens_ignored: int = 0  # how many more are not answered
     failed_end: str = "it failed"
 
 
@@ -140,7 +142,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
     def __init__(self, name: str, script: Script, tickets: dict[int, tuple[FakeDecode, int]]) -> None:
         super().__init__(worker_pb2.WORKER_ROLE_DECODE, name, script)
         self._tickets = tickets
-        self._streams: dict[str, asyncio.Queue[decode_pb2.SequenceTokens | None]] = {}
+        self._streams: dict[str, asyncio.Queue[decode_pb2.SessionResponse | None]] = {}
         self._ticket_ids = itertools.count(1)
         self.open: dict[int, OpenSequence] = {}
         self.opened: list[kv_pb2.Sequence] = []
@@ -152,43 +154,58 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
     def _add_service(self, server: RpcServer) -> None:
         server.add(decode_pb2_grpc.add_DecodeServicer_to_server, self, "baton.v1.Decode")
 
-    async def Subscribe(  # noqa: N802
-        self, request: decode_pb2.SubscribeRequest, context: Any
-    ) -> AsyncIterator[decode_pb2.TokenBatch]:
-        queue = self._streams[request.session_id] = asyncio.Queue()
+    async def Session(  # noqa: N802
+        self, request_iterator: AsyncIterator[decode_pb2.SessionRequest], context: Any
+    ) -> AsyncIterator[decode_pb2.SessionResponse]:
+        session_id = (await anext(request_iterator)).begin.session_id
+        queue = self._streams[session_id] = asyncio.Queue()
+        reading = asyncio.create_task(self._read(session_id, request_iterator))
         try:
-            yield decode_pb2.TokenBatch()
-            while (entry := await queue.get()) is not None:
-                yield decode_pb2.TokenBatch(sequences=[entry])
+            yield decode_pb2.SessionResponse()
+            while (response := await queue.get()) is not None:
+                yield response
             raise Unavailable("the stream breaks")
         finally:
-            if self._streams.get(request.session_id) is queue:
-                del self._streams[request.session_id]
+            reading.cancel()
+            if self._streams.get(session_id) is queue:
+                del self._streams[session_id]
             for sequence_id, held in list(self.open.items()):
-                if held.session_id == request.session_id:
+                if held.session_id == session_id:
                     self._release(sequence_id)
 
-    async def Open(self, request: decode_pb2.OpenRequest, context: Any) -> decode_pb2.OpenResponse:  # noqa: N802
+    async def _read(self, session_id: str, requests: AsyncIterator[decode_pb2.SessionRequest]) -> None:
+        async for request in requests:
+            if request.HasField("open"):
+                sequence_id = request.open.sequence.sequence_id
+                answer = decode_pb2.OpenResponse(sequence_id=sequence_id)
+                try:
+                    ticket = self._open(session_id, request.open)
+                    if ticket is not None:
+                        answer.ticket.CopyFrom(ticket)
+                except BatonError as error:
+                    answer.error.CopyFrom(to_status(error))
+                if self.script.num_opens_ignored:
+                    self.script.num_opens_ignored -= 1
+                    continue
+                self._streams[session_id].put_nowait(decode_pb2.SessionResponse(opened=[answer]))
+            else:
+                self.closed.append(request.close.sequence_id)
+                self._release(request.close.sequence_id)
+                self.close_seen.set()
+
+    def _open(self, session_id: str, request: decode_pb2.OpenRequest) -> kv_pb2.Ticket | None:
         self.opened.append(request.sequence)
         self.open_seen.set()
         if self.script.open_errors:
             raise self.script.open_errors.pop(0)
-        if request.session_id not in self._streams:
-            raise NotFound("no such session")
         sequence_id = request.sequence.sequence_id
-        held = self.open[sequence_id] = OpenSequence(request.session_id, request.sequence, request.compute_locally)
+        held = self.open[sequence_id] = OpenSequence(session_id, request.sequence, request.compute_locally)
         if held.is_local:
             self.join(sequence_id)
-            return decode_pb2.OpenResponse()
+            return None
         ticket_id = hash((self.status.worker_id, next(self._ticket_ids))) & 0xFFFFFFFF
         self._tickets[ticket_id] = (self, sequence_id)
-        return decode_pb2.OpenResponse(ticket=kv_pb2.Ticket(ticket_id=ticket_id))
-
-    async def Close(self, request: decode_pb2.CloseRequest, context: Any) -> decode_pb2.CloseResponse:  # noqa: N802
-        self.closed.append(request.sequence_id)
-        was_open = self._release(request.sequence_id)
-        self.close_seen.set()
-        return decode_pb2.CloseResponse(was_open=was_open)
+        return kv_pb2.Ticket(ticket_id=ticket_id)
 
     def Handoff(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError
@@ -199,7 +216,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         held.task = asyncio.get_running_loop().create_task(self._decode(held))
 
     def break_streams(self) -> None:
-        """Every Subscribe stream breaks; the server stays."""
+        """Every session breaks; the server stays."""
         for queue in self._streams.values():
             queue.put_nowait(None)
 
@@ -265,7 +282,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
             self._release(entry.sequence_id)
         queue = self._streams.get(held.session_id)
         if queue is not None:
-            queue.put_nowait(entry)
+            queue.put_nowait(decode_pb2.SessionResponse(sequences=[entry]))
 
 
 class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):

@@ -255,7 +255,8 @@ async def test_outcomes_and_tokens_are_counted(cluster: Cluster) -> None:
     assert read("baton_router_sequences_in_flight") == 0
     assert read("baton_router_workers_ready", {"role": "decode"}) == 1
     assert read("baton_router_time_to_first_token_seconds_count") == 1
-    assert read("baton_router_inter_token_seconds_count") == 10 - 2
+    # Gaps between messages: what waits for a client is merged, so there may be fewer than gaps between tokens.
+    assert 1 <= (read("baton_router_inter_token_seconds_count") or 0) <= 10 - 2
     assert read("baton_router_request_duration_seconds_count") == 2
 
 

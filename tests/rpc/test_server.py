@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from baton.v1 import decode_pb2, decode_pb2_grpc
+from baton.v1 import worker_pb2, worker_pb2_grpc
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -30,23 +30,25 @@ from common.rpc.status import error_from_rpc
 MAX_MESSAGE_BYTES = 1 << 20
 
 
-class FailingDecode(decode_pb2_grpc.DecodeServicer):
-    """Raises what it is told to, from a unary handler, an async generator, and a writing coroutine."""
+class FailingWorker(worker_pb2_grpc.WorkerServicer):
+    """Raises what it is told to, from a unary handler and an async generator."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
         self.cancelled = asyncio.Event()
         self.entered = asyncio.Event()
 
-    async def Open(self, request: decode_pb2.OpenRequest, context: Any) -> decode_pb2.OpenResponse:  # noqa: N802
+    async def GetStatus(  # noqa: N802
+        self, request: worker_pb2.GetStatusRequest, context: Any
+    ) -> worker_pb2.WorkerStatus:
         if self.error:
             raise self.error
-        return decode_pb2.OpenResponse()
+        return worker_pb2.WorkerStatus()
 
-    async def Subscribe(  # noqa: N802
-        self, request: decode_pb2.SubscribeRequest, context: Any
-    ) -> AsyncIterator[decode_pb2.TokenBatch]:
-        yield decode_pb2.TokenBatch()
+    async def WatchStatus(  # noqa: N802
+        self, request: worker_pb2.WatchStatusRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.WorkerStatus]:
+        yield worker_pb2.WorkerStatus()
         if self.error:
             raise self.error
         self.entered.set()
@@ -55,7 +57,7 @@ class FailingDecode(decode_pb2_grpc.DecodeServicer):
         finally:
             self.cancelled.set()
 
-    async def Close(self, request: decode_pb2.CloseRequest, context: Any) -> decode_pb2.CloseResponse:  # noqa: N802
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:  # noqa: N802
         self.entered.set()
         try:
             await asyncio.Event().wait()
@@ -63,22 +65,19 @@ class FailingDecode(decode_pb2_grpc.DecodeServicer):
             self.cancelled.set()
         raise AssertionError
 
-    def Handoff(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
-        raise NotImplementedError
-
 
 class Served:
-    """A server with one `FailingDecode` and a stub to it."""
+    """A server with one `FailingWorker` and a stub to it."""
 
     def __init__(self, error: BaseException | None = None) -> None:
-        self.servicer = FailingDecode(error)
+        self.servicer = FailingWorker(error)
         self.server = RpcServer("127.0.0.1:0", max_message_bytes=MAX_MESSAGE_BYTES)
-        self.server.add(decode_pb2_grpc.add_DecodeServicer_to_server, self.servicer, "baton.v1.Decode")
+        self.server.add(worker_pb2_grpc.add_WorkerServicer_to_server, self.servicer, "baton.v1.Worker")
 
     async def __aenter__(self) -> Served:
         self.port = await self.server.start()
         self.channel = open_channel(f"127.0.0.1:{self.port}", MAX_MESSAGE_BYTES)
-        self.stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(self.channel)
+        self.stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self.channel)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -89,7 +88,7 @@ class Served:
 async def open_error(error: BaseException) -> tuple[grpc.aio.AioRpcError, BatonError]:
     async with Served(error) as served:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await served.stub.Open(decode_pb2.OpenRequest())
+            await served.stub.GetStatus(worker_pb2.GetStatusRequest())
     return caught.value, error_from_rpc(caught.value)
 
 
@@ -139,8 +138,8 @@ async def test_an_error_inside_an_exception_group_is_found() -> None:
 
 async def test_a_stream_ends_with_the_error_after_its_messages() -> None:
     async with Served(Unavailable("rank died")) as served:
-        call = served.stub.Subscribe(decode_pb2.SubscribeRequest())
-        assert await call.read() == decode_pb2.TokenBatch()
+        call = served.stub.WatchStatus(worker_pb2.WatchStatusRequest())
+        assert await call.read() == worker_pb2.WorkerStatus()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
     assert isinstance(error_from_rpc(caught.value), Unavailable)
@@ -148,7 +147,7 @@ async def test_a_stream_ends_with_the_error_after_its_messages() -> None:
 
 async def test_a_cancelled_stream_closes_its_generator() -> None:
     async with Served() as served:
-        call = served.stub.Subscribe(decode_pb2.SubscribeRequest())
+        call = served.stub.WatchStatus(worker_pb2.WatchStatusRequest())
         await call.read()
         await served.servicer.entered.wait()
         call.cancel()
@@ -157,7 +156,7 @@ async def test_a_cancelled_stream_closes_its_generator() -> None:
 
 async def test_a_cancelled_unary_call_cancels_its_handler(caplog: pytest.LogCaptureFixture) -> None:
     async with Served() as served:
-        call = served.stub.Close(decode_pb2.CloseRequest())
+        call = served.stub.Drain(worker_pb2.DrainRequest())
         await served.servicer.entered.wait()
         call.cancel()
         await asyncio.wait_for(served.servicer.cancelled.wait(), 5)
@@ -168,9 +167,9 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
     async with Served() as served:
         port = served.port
     channel = open_channel(f"127.0.0.1:{port}", MAX_MESSAGE_BYTES)
-    stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(channel)
+    stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.Open(decode_pb2.OpenRequest())
+        await stub.GetStatus(worker_pb2.GetStatusRequest())
     assert isinstance(error_from_rpc(caught.value), Unavailable)
     await channel.close()
 
@@ -178,22 +177,21 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
 async def test_health_follows_set_serving_for_every_name() -> None:
     async with Served() as served:
         health: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(served.channel)
-        for name in ("", "baton.v1.Decode"):
+        for name in ("", "baton.v1.Worker"):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
         await served.server.set_serving(True)
-        for name in ("", "baton.v1.Decode"):
+        for name in ("", "baton.v1.Worker"):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_a_message_above_the_limit_is_refused() -> None:
     async with Served() as served:
-        request = decode_pb2.OpenRequest(session_id="x" * (MAX_MESSAGE_BYTES + 1))
         channel = open_channel(f"127.0.0.1:{served.port}", 4 * MAX_MESSAGE_BYTES)
-        stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(channel)
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/baton.v1.Worker/GetStatus")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Open(request)
+            await call(bytes(MAX_MESSAGE_BYTES + 1))
         await channel.close()
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 

@@ -10,6 +10,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -58,8 +59,46 @@ SEQUENCE_END_FAILED: SequenceEnd.ValueType  # 5
 Global___SequenceEnd: _TypeAlias = SequenceEnd  # noqa: Y015
 
 @_typing.final
-class SubscribeRequest(_message.Message):
-    """Opens a router's token stream."""
+class SessionRequest(_message.Message):
+    """What a router says in its session: begin, once; then open and close."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def begin(self) -> Global___SessionBegin:
+        """The first message."""
+
+    @_builtins.property
+    def open(self) -> Global___OpenRequest:
+        """Registers a sequence; answered by an OpenResponse."""
+
+    @_builtins.property
+    def close(self) -> Global___CloseRequest:
+        """Releases a sequence; not answered."""
+
+    def __init__(
+        self,
+        *,
+        begin: Global___SessionBegin | None = ...,
+        open: Global___OpenRequest | None = ...,
+        close: Global___CloseRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "close", b"close", "message", b"message", "open", b"open"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "close", b"close", "message", b"message", "open", b"open"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "open", "close"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
+
+@_typing.final
+class SessionBegin(_message.Message):
+    """Names a session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -77,33 +116,39 @@ class SubscribeRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SubscribeRequest: _TypeAlias = SubscribeRequest  # noqa: Y015
+Global___SessionBegin: _TypeAlias = SessionBegin  # noqa: Y015
 
 @_typing.final
-class TokenBatch(_message.Message):
-    """Tokens of one engine step, or of several if the router is slow. The first batch of a stream is empty: it says that
-    the session stands.
+class SessionResponse(_message.Message):
+    """Answers, and tokens of one engine step, or of several if the router is slow. The first one of a stream is empty: it
+    says that the session stands.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCES_FIELD_NUMBER: _builtins.int
+    OPENED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceTokens]:
         """At most one for each sequence."""
+
+    @_builtins.property
+    def opened(self) -> _containers.RepeatedCompositeFieldContainer[Global___OpenResponse]:
+        """Sequences that were registered, or refused."""
 
     def __init__(
         self,
         *,
         sequences: _abc.Iterable[Global___SequenceTokens] | None = ...,
+        opened: _abc.Iterable[Global___OpenResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequences", b"sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "sequences", b"sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TokenBatch: _TypeAlias = TokenBatch  # noqa: Y015
+Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
 
 @_typing.final
 class SequenceTokens(_message.Message):
@@ -207,19 +252,19 @@ Global___LocalPrefill: _TypeAlias = LocalPrefill  # noqa: Y015
 
 @_typing.final
 class OpenRequest(_message.Message):
-    """Registers a sequence."""
+    """Registers a sequence and asks what of its KV cache is here already."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     COMPUTE_LOCALLY_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
-    """The router process; its Subscribe stream must stand."""
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     compute_locally: _builtins.bool
     """This worker computes the prompt itself, in chunks beside its decode steps: there is no hand-off, and the first
-    token comes over Subscribe like all others.
+    token comes like all others.
     """
+    traceparent: _builtins.str
+    """W3C trace context of the request, for its spans. Empty: none."""
     @_builtins.property
     def sequence(self) -> _kv_pb2.Sequence:
         """The sequence."""
@@ -227,13 +272,13 @@ class OpenRequest(_message.Message):
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
         sequence: _kv_pb2.Sequence | None = ...,
         compute_locally: _builtins.bool = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_locally", b"compute_locally", "sequence", b"sequence", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_locally", b"compute_locally", "sequence", b"sequence", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -241,74 +286,65 @@ Global___OpenRequest: _TypeAlias = OpenRequest  # noqa: Y015
 
 @_typing.final
 class OpenResponse(_message.Message):
-    """The sequence is registered."""
+    """The sequence is registered, or was refused."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    """From Sequence."""
     @_builtins.property
     def ticket(self) -> _kv_pb2.Ticket:
         """For the prefill worker; unset if the prompt is computed here."""
 
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Set if it was refused: what a call's status would be, details included."""
+
     def __init__(
         self,
         *,
+        sequence_id: _builtins.int = ...,
         ticket: _kv_pb2.Ticket | None = ...,
+        error: _status_pb2.Status | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ticket", b"_ticket", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_ticket", b"_ticket", "error", b"error", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ticket", b"_ticket", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_ticket", b"_ticket", "error", b"error", "sequence_id", b"sequence_id", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__error: _TypeAlias = _typing.Literal["error"]  # noqa: Y015
+    _WhichOneofArgType__error: _TypeAlias = _typing.Literal["_error", b"_error"]  # noqa: Y015
     _WhichOneofReturnType__ticket: _TypeAlias = _typing.Literal["ticket"]  # noqa: Y015
     _WhichOneofArgType__ticket: _TypeAlias = _typing.Literal["_ticket", b"_ticket"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__error) -> _WhichOneofReturnType__error | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ticket) -> _WhichOneofReturnType__ticket | None: ...
 
 Global___OpenResponse: _TypeAlias = OpenResponse  # noqa: Y015
 
 @_typing.final
 class CloseRequest(_message.Message):
-    """Releases a sequence."""
+    """Releases a sequence, whatever state it is in; nothing of it is left once the step and transfer under way are over.
+    Closing what is not open is no error.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
-    """The router process."""
     sequence_id: _builtins.int
-    """The sequence."""
+    """From Sequence."""
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
         sequence_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_id", b"sequence_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CloseRequest: _TypeAlias = CloseRequest  # noqa: Y015
-
-@_typing.final
-class CloseResponse(_message.Message):
-    """Nothing of the sequence is left, or will be once the step and transfer under way are over."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    WAS_OPEN_FIELD_NUMBER: _builtins.int
-    was_open: _builtins.bool
-    """Whether it was open."""
-    def __init__(
-        self,
-        *,
-        was_open: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_open", b"was_open"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CloseResponse: _TypeAlias = CloseResponse  # noqa: Y015

@@ -36,20 +36,10 @@ class DecodeStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Subscribe = channel.unary_stream(
-                '/baton.v1.Decode/Subscribe',
-                request_serializer=baton_dot_v1_dot_decode__pb2.SubscribeRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_decode__pb2.TokenBatch.FromString,
-                _registered_method=True)
-        self.Open = channel.unary_unary(
-                '/baton.v1.Decode/Open',
-                request_serializer=baton_dot_v1_dot_decode__pb2.OpenRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_decode__pb2.OpenResponse.FromString,
-                _registered_method=True)
-        self.Close = channel.unary_unary(
-                '/baton.v1.Decode/Close',
-                request_serializer=baton_dot_v1_dot_decode__pb2.CloseRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_decode__pb2.CloseResponse.FromString,
+        self.Session = channel.stream_stream(
+                '/baton.v1.Decode/Session',
+                request_serializer=baton_dot_v1_dot_decode__pb2.SessionRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_decode__pb2.SessionResponse.FromString,
                 _registered_method=True)
         self.Handoff = channel.stream_stream(
                 '/baton.v1.Decode/Handoff',
@@ -62,23 +52,9 @@ class DecodeServicer:
     """Receives KV caches and produces tokens.
     """
 
-    def Subscribe(self, request, context):
-        """One stream per router process: tokens of all its sequences, one message per engine step. When it breaks, the
-        sequences that were opened under it are closed.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Open(self, request, context):
-        """Registers a sequence and says what of its KV cache is here already.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Close(self, request, context):
-        """Releases a sequence, whatever state it is in. Closing what is not open is no error.
+    def Session(self, request_iterator, context):
+        """One stream per router process, both ways: the router opens and closes sequences; the worker answers, and sends the
+        tokens of all of them, one message per engine step. When it breaks, the sequences that were opened on it are closed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,20 +70,10 @@ class DecodeServicer:
 
 def add_DecodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Subscribe': grpc.unary_stream_rpc_method_handler(
-                    servicer.Subscribe,
-                    request_deserializer=baton_dot_v1_dot_decode__pb2.SubscribeRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_decode__pb2.TokenBatch.SerializeToString,
-            ),
-            'Open': grpc.unary_unary_rpc_method_handler(
-                    servicer.Open,
-                    request_deserializer=baton_dot_v1_dot_decode__pb2.OpenRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_decode__pb2.OpenResponse.SerializeToString,
-            ),
-            'Close': grpc.unary_unary_rpc_method_handler(
-                    servicer.Close,
-                    request_deserializer=baton_dot_v1_dot_decode__pb2.CloseRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_decode__pb2.CloseResponse.SerializeToString,
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=baton_dot_v1_dot_decode__pb2.SessionRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_decode__pb2.SessionResponse.SerializeToString,
             ),
             'Handoff': grpc.stream_stream_rpc_method_handler(
                     servicer.Handoff,
@@ -127,7 +93,7 @@ class Decode:
     """
 
     @staticmethod
-    def Subscribe(request,
+    def Session(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -137,66 +103,12 @@ class Decode:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/baton.v1.Decode/Subscribe',
-            baton_dot_v1_dot_decode__pb2.SubscribeRequest.SerializeToString,
-            baton_dot_v1_dot_decode__pb2.TokenBatch.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Open(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/baton.v1.Decode/Open',
-            baton_dot_v1_dot_decode__pb2.OpenRequest.SerializeToString,
-            baton_dot_v1_dot_decode__pb2.OpenResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Close(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/baton.v1.Decode/Close',
-            baton_dot_v1_dot_decode__pb2.CloseRequest.SerializeToString,
-            baton_dot_v1_dot_decode__pb2.CloseResponse.FromString,
+            '/baton.v1.Decode/Session',
+            baton_dot_v1_dot_decode__pb2.SessionRequest.SerializeToString,
+            baton_dot_v1_dot_decode__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

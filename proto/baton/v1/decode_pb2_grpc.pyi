@@ -34,14 +34,10 @@ class DecodeStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeAsyncStub: ...
-    Subscribe: _grpc.UnaryStreamMultiCallable[_decode_pb2.SubscribeRequest, _decode_pb2.TokenBatch]
-    """One stream per router process: tokens of all its sequences, one message per engine step. When it breaks, the
-    sequences that were opened under it are closed.
+    Session: _grpc.StreamStreamMultiCallable[_decode_pb2.SessionRequest, _decode_pb2.SessionResponse]
+    """One stream per router process, both ways: the router opens and closes sequences; the worker answers, and sends the
+    tokens of all of them, one message per engine step. When it breaks, the sequences that were opened on it are closed.
     """
-    Open: _grpc.UnaryUnaryMultiCallable[_decode_pb2.OpenRequest, _decode_pb2.OpenResponse]
-    """Registers a sequence and says what of its KV cache is here already."""
-    Close: _grpc.UnaryUnaryMultiCallable[_decode_pb2.CloseRequest, _decode_pb2.CloseResponse]
-    """Releases a sequence, whatever state it is in. Closing what is not open is no error."""
     Handoff: _grpc.StreamStreamMultiCallable[_kv_pb2.HandoffRequest, _kv_pb2.HandoffResponse]
     """Called by prefill workers; see kv.proto."""
 
@@ -50,14 +46,10 @@ class DecodeAsyncStub(DecodeStub):
     """Receives KV caches and produces tokens."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Subscribe: _aio.UnaryStreamMultiCallable[_decode_pb2.SubscribeRequest, _decode_pb2.TokenBatch]  # type: ignore[assignment]
-    """One stream per router process: tokens of all its sequences, one message per engine step. When it breaks, the
-    sequences that were opened under it are closed.
+    Session: _aio.StreamStreamMultiCallable[_decode_pb2.SessionRequest, _decode_pb2.SessionResponse]  # type: ignore[assignment]
+    """One stream per router process, both ways: the router opens and closes sequences; the worker answers, and sends the
+    tokens of all of them, one message per engine step. When it breaks, the sequences that were opened on it are closed.
     """
-    Open: _aio.UnaryUnaryMultiCallable[_decode_pb2.OpenRequest, _decode_pb2.OpenResponse]  # type: ignore[assignment]
-    """Registers a sequence and says what of its KV cache is here already."""
-    Close: _aio.UnaryUnaryMultiCallable[_decode_pb2.CloseRequest, _decode_pb2.CloseResponse]  # type: ignore[assignment]
-    """Releases a sequence, whatever state it is in. Closing what is not open is no error."""
     Handoff: _aio.StreamStreamMultiCallable[_kv_pb2.HandoffRequest, _kv_pb2.HandoffResponse]  # type: ignore[assignment]
     """Called by prefill workers; see kv.proto."""
 
@@ -65,30 +57,14 @@ class DecodeServicer(metaclass=_abc_1.ABCMeta):
     """Receives KV caches and produces tokens."""
 
     @_abc_1.abstractmethod
-    def Subscribe(
+    def Session(
         self,
-        request: _decode_pb2.SubscribeRequest,
+        request_iterator: _MaybeAsyncIterator[_decode_pb2.SessionRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_decode_pb2.TokenBatch], _abc.AsyncIterator[_decode_pb2.TokenBatch]]:
-        """One stream per router process: tokens of all its sequences, one message per engine step. When it breaks, the
-        sequences that were opened under it are closed.
+    ) -> _typing.Union[_abc.Iterator[_decode_pb2.SessionResponse], _abc.AsyncIterator[_decode_pb2.SessionResponse]]:
+        """One stream per router process, both ways: the router opens and closes sequences; the worker answers, and sends the
+        tokens of all of them, one message per engine step. When it breaks, the sequences that were opened on it are closed.
         """
-
-    @_abc_1.abstractmethod
-    def Open(
-        self,
-        request: _decode_pb2.OpenRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_decode_pb2.OpenResponse, _abc.Awaitable[_decode_pb2.OpenResponse]]:
-        """Registers a sequence and says what of its KV cache is here already."""
-
-    @_abc_1.abstractmethod
-    def Close(
-        self,
-        request: _decode_pb2.CloseRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_decode_pb2.CloseResponse, _abc.Awaitable[_decode_pb2.CloseResponse]]:
-        """Releases a sequence, whatever state it is in. Closing what is not open is no error."""
 
     @_abc_1.abstractmethod
     def Handoff(

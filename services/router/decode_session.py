@@ -1,0 +1,180 @@
+"""This router's session with one decode worker: sequences are opened and closed on it, and their tokens come back.
+
+Entries go to receivers by sequence id in plain calls, without a task or an await per token. When the stream breaks,
+every receiver is told that its sequence is lost; the worker closes them by itself. Knows nothing of what receivers do
+with tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+import grpc
+from baton.v1 import decode_pb2, decode_pb2_grpc
+
+from common.errors import BatonError, InvalidArgument, Unavailable
+from common.rpc.status import error_from_rpc, error_from_status
+
+_logger = logging.getLogger(__name__)
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse]"
+
+FIRST_RETRY_S = 0.05
+LAST_RETRY_S = 1.0
+MAX_OUTGOING = 8192  # messages that wait for a worker that does not read; more, and it counts as lost
+_ENVELOPE_BYTES = 64  # of a SessionRequest around an OpenRequest, at most
+
+
+class TokenReceiver(Protocol):
+    """Where the tokens of one sequence go."""
+
+    def on_tokens(self, entry: decode_pb2.SequenceTokens) -> None:
+        """New tokens, or the end. The entry is the receiver's to keep."""
+        ...
+
+    def on_lost(self) -> None:
+        """The worker is gone, and the sequence with it. Nothing follows."""
+        ...
+
+
+class DecodeSession:
+    """Keeps the stream up and routes what it brings."""
+
+    def __init__(
+        self,
+        address: str,
+        stub: decode_pb2_grpc.DecodeAsyncStub,
+        session_id: str,
+        max_message_bytes: int,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._address = address
+        self._stub = stub
+        self._session_id = session_id
+        self._max_message_bytes = max_message_bytes
+        self._on_change = on_change
+        self._receivers: dict[int, TokenReceiver] = {}
+        self._opening: dict[int, asyncio.Future[decode_pb2.OpenResponse]] = {}
+        self._outgoing: deque[decode_pb2.SessionRequest] = deque()
+        self._has_outgoing = asyncio.Event()
+        self._call: _Call | None = None
+        self.stands = False
+
+    def add(self, sequence_id: int, receiver: TokenReceiver) -> None:
+        """Route a sequence to its receiver. Raises `Unavailable` while the stream is down."""
+        self._require_standing()
+        self._receivers[sequence_id] = receiver
+
+    def remove(self, sequence_id: int) -> None:
+        """Forget a sequence; what still arrives for it is dropped."""
+        self._receivers.pop(sequence_id, None)
+
+    async def open(self, request: decode_pb2.OpenRequest) -> decode_pb2.OpenResponse:
+        """Register a sequence and wait for the answer. Raises what it was refused for, and `Unavailable` if the stream
+        breaks. Cancelling it leaves the sequence open, or about to be: `close` it."""
+        self._require_standing()
+        num_bytes = request.ByteSize() + _ENVELOPE_BYTES
+        if num_bytes > self._max_message_bytes:
+            # It would break the stream for everybody.
+            raise InvalidArgument("prompt", f"{num_bytes} bytes as a message", f"at most {self._max_message_bytes}")
+        sequence_id = request.sequence.sequence_id
+        answer: asyncio.Future[decode_pb2.OpenResponse] = asyncio.get_running_loop().create_future()
+        self._opening[sequence_id] = answer
+        self._send(decode_pb2.SessionRequest(open=request))
+        try:
+            response = await answer
+        finally:
+            self._opening.pop(sequence_id, None)
+        if response.HasField("error"):
+            raise error_from_status(response.error)
+        return response
+
+    def close(self, sequence_id: int) -> None:
+        """Release a sequence. If the stream is down, or breaks, the worker does it unasked."""
+        if self.stands:
+            self._send(decode_pb2.SessionRequest(close=decode_pb2.CloseRequest(sequence_id=sequence_id)))
+
+    async def run(self) -> None:
+        """Keep a stream up, again and again, until cancelled."""
+        retry_s = FIRST_RETRY_S
+        while True:
+            try:
+                await self._run_one_stream()
+            except grpc.aio.AioRpcError as rpc_error:
+                error: BatonError = error_from_rpc(rpc_error)
+            else:
+                error = Unavailable("the worker ended the stream")
+            finally:
+                was_standing = self.stands
+                self._lose_all()
+            retry_s = FIRST_RETRY_S if was_standing else min(2 * retry_s, LAST_RETRY_S)
+            if was_standing:
+                _logger.warning("session with %s broke: %s", self._address, error)
+            await asyncio.sleep(retry_s)
+
+    async def _run_one_stream(self) -> None:
+        self._outgoing.clear()
+        self._send(decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id=self._session_id)))
+        call: _Call = self._stub.Session(wait_for_ready=True)
+        writing = asyncio.create_task(self._write_to(call))
+        self._call = call
+        try:
+            async for response in call:
+                if not self.stands:
+                    self.stands = True
+                    self._on_change()
+                self._route(response)
+        except asyncio.CancelledError:
+            # Either the call was cancelled, by `_send`, or this task.
+            if len(self._outgoing) <= MAX_OUTGOING:
+                raise
+        finally:
+            self._call = None
+            call.cancel()
+            writing.cancel()
+            await asyncio.wait({writing})
+
+    async def _write_to(self, call: _Call) -> None:
+        """One message after the other. When the call breaks, whoever reads it says so."""
+        try:
+            while True:
+                await self._has_outgoing.wait()
+                self._has_outgoing.clear()
+                while self._outgoing:
+                    await call.write(self._outgoing.popleft())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            _logger.debug("writing to %s failed", self._address, exc_info=True)
+
+    def _send(self, request: decode_pb2.SessionRequest) -> None:
+        self._outgoing.append(request)
+        self._has_outgoing.set()
+        if len(self._outgoing) > MAX_OUTGOING and self._call is not None:
+            self._call.cancel()
+
+    def _require_standing(self) -> None:
+        if not self.stands:
+            raise Unavailable(f"no session with {self._address}")
+
+    def _route(self, response: decode_pb2.SessionResponse) -> None:
+        for opened in response.opened:
+            answer = self._opening.get(opened.sequence_id)
+            if answer is not None and not answer.done():
+                answer.set_result(opened)
+        receivers = self._receivers
+        for entry in response.sequences:
+            receiver = receivers.get(entry.sequence_id)
+            if receiver is not None:
+                receiver.on_tokens(entry)
+
+    def _lose_all(self) -> None:
+        self.stands = False
+        receivers, self._receivers = self._receivers, {}
+        for receiver in receivers.values():
+            receiver.on_lost()
+        for answer in self._opening.values():
+            if not answer.done():
+                answer.set_exception(Unavailable(f"the session with {self._address} broke"))
+        self._on_change()
