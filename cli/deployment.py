@@ -21,6 +21,7 @@ import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from common.errors import InternalError, Unavailable
+from common.parent_death import environment_of_child
 from common.rpc.client import open_channel
 from common.worker.free_port import free_ports
 
@@ -185,7 +186,7 @@ class Deployment:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=managed.log,
             stderr=managed.log,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=environment_of_child() | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C in the terminal reaches only us, and we stop things in order
         )
 
@@ -223,7 +224,7 @@ async def _terminate(managed: ManagedProcess) -> None:
                 await process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with whatever it started itself
             await process.wait()
     if managed.log is not None:
         managed.log.close()

@@ -19,6 +19,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from common.errors import FailedPrecondition, InternalError
+from common.rpc.client import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
 from common.rpc.status import abort_with, find_baton_error
 
 _logger = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class RpcServer:
                 ("grpc.max_send_message_length", max_message_bytes),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.so_reuseport", int(so_reuseport)),
+                # A client that is gone without a word, or frozen, must not keep what it holds until its deadline.
+                ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+                ("grpc.http2.max_pings_without_data", 0),
                 # Clients ping idle connections (common.rpc.client); that is no abuse.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),

@@ -10,17 +10,17 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
 import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from common import errors
+from common.parent_death import environment_of_child
 from common.worker.framing import AsyncFrames
 from common.worker.rank_messages import (
     FrontKVMessage,
@@ -121,8 +121,8 @@ class RankGroup:
             await group.stop(grace_s=0.0)
             raise
         for index, rank in enumerate(group._ranks):
-            group._readers.append(asyncio.create_task(group._read_steps(index, rank)))
-            group._readers.append(asyncio.create_task(group._read_kv(index, rank)))
+            for read in (group._read_steps, group._read_kv):
+                group._readers.append(asyncio.create_task(group._read(read, index, rank)))
         return group
 
     @property
@@ -214,6 +214,14 @@ class RankGroup:
         assert isinstance(message, RankReady)
         rank.ready = message
 
+    async def _read(self, read: Callable[[int, _Rank], Awaitable[None]], index: int, rank: _Rank) -> None:
+        """One channel of one rank. What cannot be read ends the group: its other messages cannot be trusted."""
+        try:
+            await read(index, rank)
+        except Exception as error:
+            _log.exception("rank %d (process %d) sent what cannot be read", index, rank.process.pid)
+            self.lose(f"rank {index} sent what cannot be read: {error!r}")
+
     async def _read_steps(self, index: int, rank: _Rank) -> None:
         while (frame := await rank.steps.receive()) is not None:
             message = _step_decoder.decode(frame)
@@ -245,7 +253,7 @@ async def _spawn(module: str) -> _Rank:
             str(kv_rank.fileno()),
             pass_fds=(step_rank.fileno(), kv_rank.fileno()),
             stdin=asyncio.subprocess.DEVNULL,
-            env=os.environ | {"BATON_PARENT_PID": str(os.getpid()), "UCX_WARN_UNUSED_ENV_VARS": "n"},
+            env=environment_of_child() | {"UCX_WARN_UNUSED_ENV_VARS": "n"},
         )
     except BaseException:
         step_front.close()

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import msgspec
 import torch
 
 from common import errors
+from common.parent_death import end_with_parent
 from common.transport.base import Endpoint
 from common.transport.registry import open_endpoint
 from common.transport.ucx_worker import Progress
@@ -42,7 +41,6 @@ from common.worker.result_thread import ResultThread
 from common.worker.step_plan import AddRow, RemoveRow, StepPlan
 
 _log = logging.getLogger(__name__)
-_PR_SET_PDEATHSIG = 1
 _step_decoder: msgspec.msgpack.Decoder[FrontStepMessage] = msgspec.msgpack.Decoder(FrontStepMessage)
 _kv_decoder: msgspec.msgpack.Decoder[FrontKVMessage] = msgspec.msgpack.Decoder(FrontKVMessage)
 
@@ -75,7 +73,7 @@ KVServiceFactory = Callable[[KVContext], KVService]
 
 def run_rank(argv: list[str], make_kv_service: KVServiceFactory) -> int:
     """Body of `python -m services.<service>.rank STEP_FD KV_FD`. Returns the exit status."""
-    _die_with_parent()
+    end_with_parent(os.environ)  # also while it is inside a collective
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the front stops us
     step_fd, kv_fd = (int(value) for value in argv)
     step_socket = socket.socket(fileno=step_fd)
@@ -229,11 +227,3 @@ def _ready(rank: int, address: str, runtime: RankRuntime) -> RankReady:
 
 def _failure(rank: int, error: BaseException) -> RankFailed:
     return RankFailed(rank, type(error).__name__, str(error))
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when its front is gone, also while it is inside a collective."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1 or str(os.getppid()) != os.environ.get("BATON_PARENT_PID", str(os.getppid())):
-            os._exit(1)  # the front died before we asked

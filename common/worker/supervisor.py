@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from common.errors import BatonError, Unavailable
+from common.worker.kv_watchdog import watch_kv_threads
 from common.worker.rank_group import RankGroup
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class RankSupervisor:
 
     `start_group` starts a group (see `RankGroup.start`). `on_ready` gets it once all ranks are ready; `on_lost`
     gets the reason as soon as one is lost, before the rest is stopped. Neither may block. `stop_grace_s`: how long
-    ranks may take to end by themselves.
+    ranks may take to end by themselves; `hang_timeout_s`: how long a sign of life may take (`kv_watchdog`).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RankSupervisor:
         on_lost: Callable[[str], None],
         backoff: Backoff = Backoff(),
         stop_grace_s: float = 1.0,
+        hang_timeout_s: float = 60.0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._start_group = start_group
@@ -57,6 +59,7 @@ class RankSupervisor:
         self._on_lost = on_lost
         self._backoff = backoff
         self._stop_grace_s = stop_grace_s
+        self._hang_timeout_s = hang_timeout_s
         self._sleep = sleep
         self.num_restarts = 0  # groups that were lost
 
@@ -94,7 +97,10 @@ class RankSupervisor:
         """Returns when the group is lost and its processes are gone."""
         try:
             self._on_ready(group)
-            reason = await group.wait_lost()
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(watch_kv_threads(group, self._hang_timeout_s))
+                reason = await group.wait_lost()
+                watching.cancel()
             _log.error("ranks are lost: %s", reason)
             self.num_restarts += 1
             self._on_lost(reason)

@@ -18,6 +18,7 @@ from baton.v1 import worker_pb2_grpc
 
 from common.config import load_config_or_exit
 from common.errors import BatonError
+from common.parent_death import end_with_parent
 from common.rpc.server import RpcServer
 from common.telemetry.metrics import MetricsServer
 from common.telemetry.tracing import open_tracing
@@ -42,6 +43,7 @@ def run_worker(config_class: type[_Config], serve: Callable[[_Config], Coroutine
     logging.basicConfig(
         level=config.log_level, format=f"%(asctime)s %(levelname)s {config_class.service} %(name)s: %(message)s"
     )
+    end_with_parent(os.environ, signal.SIGTERM)
     failures: list[BatonError] = []
     try:
         asyncio.run(serve(config))

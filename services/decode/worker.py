@@ -75,7 +75,9 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
         return self._group is not None
 
     async def run(self) -> None:
-        supervisor = RankSupervisor(self.start_group, self.on_ready, self.on_lost)
+        supervisor = RankSupervisor(
+            self.start_group, self.on_ready, self.on_lost, hang_timeout_s=self.config.step_timeout_s
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.handoff_context.run())

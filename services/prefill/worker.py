@@ -85,7 +85,9 @@ class PrefillWorker(WorkerFront[PrefillConfig, PrefillMetrics]):
         return True
 
     async def run(self) -> None:
-        supervisor = RankSupervisor(self.start_group, self._begin_session, self._lose_session)
+        supervisor = RankSupervisor(
+            self.start_group, self._begin_session, self._lose_session, hang_timeout_s=self.config.step_timeout_s
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks

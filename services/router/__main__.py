@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 
 from common.config import load_config_or_exit
 from common.errors import BatonError
+from common.parent_death import end_with_parent
 from services.router.config import RouterConfig
 from services.router.process import run_router
 from services.router.supervisor import own_command, supervise
@@ -19,6 +21,7 @@ def main() -> None:
     argv = sys.argv[1:]
     config = load_config_or_exit(RouterConfig, argv, os.environ)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    end_with_parent(os.environ, signal.SIGTERM)
     try:
         if config.processes > 1:
             asyncio.run(supervise(own_command(), argv, config))

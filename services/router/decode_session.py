@@ -18,6 +18,7 @@ from baton.v1 import decode_pb2, decode_pb2_grpc
 
 from common.errors import BatonError, InvalidArgument, Unavailable
 from common.rpc.status import error_from_rpc, error_from_status
+from services.router.cancellation import is_being_cancelled
 
 _logger = logging.getLogger(__name__)
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse]"
@@ -129,7 +130,7 @@ class DecodeSession:
                 self._route(response)
         except asyncio.CancelledError:
             # Either the call was cancelled, by `_send`, or this task.
-            if len(self._outgoing) <= MAX_OUTGOING:
+            if len(self._outgoing) <= MAX_OUTGOING or is_being_cancelled():
                 raise
         finally:
             self._call = None

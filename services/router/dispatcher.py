@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from common.errors import Unavailable
 from services.router import lifetime
 from services.router.attempt import Attempts, Moved, Pair, RequestPlan
+from services.router.cancellation import is_being_cancelled
 from services.router.choice import Choice
 from services.router.placement import LocalPrefill, place
 from services.router.sequence_receiver import FirstToken
@@ -125,7 +126,9 @@ class _ChoiceRun:
                     lifetime.add_decode(choice.lifetime, ending)
                     break
                 except Moved as moved:
-                    _raise_if_cancelled()
+                    if is_being_cancelled():
+                        # A TaskGroup that is cancelled while a leg of it fails reports the failure alone.
+                        raise asyncio.CancelledError from moved
                     avoid = {worker.address for worker in moved.blamed}
                     if choice.has_ended:
                         break
@@ -159,10 +162,3 @@ def _missing(local: LocalPrefill) -> str:
     if local is LocalPrefill.NEVER:
         return "no ready pair of a prefill and a decode worker that fit"
     return "no ready decode worker"
-
-
-def _raise_if_cancelled() -> None:
-    """A TaskGroup that is cancelled while a leg of it fails reports the failure alone; the cancellation stands."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

@@ -25,12 +25,13 @@ from services.router.metrics import RouterMetrics
 from services.router.output_stream import OutputStream
 from services.router.request_record import RequestRecord
 from services.router.served_model import ServedModel
-from services.router.validation import ValidatedRequest, resolve_sampling, validate
+from services.router.validation import ModelLimits, ValidatedRequest, resolve_sampling, validate
 from services.router.workers import Role, WorkerRegistry
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 LONG_TEXT_CHARS = 4096  # above this, tokenising takes long enough to be worth a thread
+MESSAGE_CHARS = 16  # of a chat, besides role and content
 WRITE_GRACE_S = 0.5  # for a message under way when the request fails; a client that does not read gets no status
 
 
@@ -62,10 +63,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._max_timeout_s = max_timeout_s
         self._tracing = tracing
 
+    @property
+    def _limits(self) -> ModelLimits:
+        """The model's, and no more context than the workers' KV caches hold."""
+        limits, capacity = self._model.limits, self._registry.max_sequence_tokens
+        return limits if capacity is None or capacity >= limits.context_length else limits.with_context(capacity)
+
     async def GetModelInfo(  # noqa: N802
         self, request: inference_pb2.GetModelInfoRequest, context: _Context
     ) -> inference_pb2.GetModelInfoResponse:
-        limits = self._model.limits
+        limits = self._limits
         return inference_pb2.GetModelInfoResponse(
             model=limits.name,
             context_length=limits.context_length,
@@ -82,7 +89,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> None:
         with self._recorded(context) as record:
-            validated = validate(request, self._model.limits)
+            validated = validate(request, self._limits)
             record.request_id = validated.request_id
             remaining_s = context.time_remaining()
             timeout_s = self._max_timeout_s if remaining_s is None else min(remaining_s, self._max_timeout_s)
@@ -102,7 +109,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         record.admitted(admitted_ns)
         prompt_ids = await self._prompt_ids(request)
         record.tokenized(admitted_ns, time.monotonic_ns(), len(prompt_ids))
-        sampling = resolve_sampling(request, len(prompt_ids), self._model.limits)
+        sampling = resolve_sampling(request, len(prompt_ids), self._limits)
         plan = RequestPlan(
             request_id=request.request_id,
             prompt_ids=prompt_ids,
@@ -129,8 +136,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 raise
 
     async def _prompt_ids(self, request: ValidatedRequest) -> list[int]:
-        contents = (content for _, content in request.chat or ())
-        num_chars = len(request.text or "") + sum(map(len, contents))
+        # A message costs the template some characters, however short it is.
+        chat = sum(len(role) + len(content) + MESSAGE_CHARS for role, content in request.chat or ())
+        num_chars = len(request.text or "") + chat
         if num_chars > LONG_TEXT_CHARS:
             return await asyncio.to_thread(self._model.prompt_ids, request)
         return self._model.prompt_ids(request)

@@ -1,6 +1,7 @@
 """Several router processes behind one port: starts them, starts those that die again, and stops them together.
 
-The kernel spreads connections over the processes (SO_REUSEPORT). Knows nothing of what the processes do.
+The kernel spreads connections over the processes (SO_REUSEPORT). They drain and end when their supervisor is gone.
+Knows nothing of what the processes do.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from common.parent_death import environment_of_child
 from services.router.config import RouterConfig
 
 _logger = logging.getLogger(__name__)
@@ -44,11 +46,15 @@ async def _keep_running(arguments: Sequence[str], stopping: asyncio.Event, drain
     stop = asyncio.create_task(stopping.wait())
     while not stopping.is_set():
         started_s = loop.time()
-        child = await asyncio.create_subprocess_exec(*arguments)
+        child = await asyncio.create_subprocess_exec(*arguments, env=environment_of_child())
         died = asyncio.create_task(child.wait())
-        await asyncio.wait((died, stop), return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait((died, stop), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # Also when this task is cancelled, because another child could not be started.
+            if not died.done():
+                await _stop(child, died, drain_timeout_s)
         if stopping.is_set():
-            await _stop(child, died, drain_timeout_s)
             return
         _logger.error("process %d ended with status %s", child.pid, child.returncode)
         if loop.time() - started_s > HEALTHY_AFTER_S:

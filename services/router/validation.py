@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.v1 import inference_pb2, sampling_pb2
 
@@ -33,6 +33,10 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
     max_message_bytes: int
+
+    def with_context(self, context_length: int) -> ModelLimits:
+        """The same with another context length: that of a deployment whose KV caches hold less than the model could."""
+        return replace(self, context_length=context_length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_g
 
 from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
+from services.router.cancellation import is_being_cancelled
 from services.router.decode_session import FIRST_RETRY_S, LAST_RETRY_S, DecodeSession
 from services.router.placement import Candidate
 
@@ -135,7 +136,7 @@ class Worker:
                 _logger.warning("status of %s ended: %s", self.address, error_from_rpc(error))
         except asyncio.CancelledError:
             # Either the call was cancelled, by `suspect`, or this task.
-            if not self._asked_anew:
+            if not self._asked_anew or is_being_cancelled():
                 raise
         finally:
             self._watch.cancel()
@@ -196,6 +197,12 @@ class WorkerRegistry:
     def block_size(self) -> int:
         """Tokens in a block, as the first worker that is known says; 0 if none is."""
         return next((w.status.block_size for w in self._workers.values() if w.status is not None), 0)
+
+    @property
+    def max_sequence_tokens(self) -> int | None:
+        """What every worker can hold of one sequence, prompt and output together; None while none is known."""
+        statuses = (worker.status for worker in self._workers.values())
+        return min((s.max_sequence_tokens for s in statuses if s is not None and s.max_sequence_tokens), default=None)
 
     @property
     def has_pair(self) -> bool:

@@ -38,6 +38,8 @@ class FakeGroup(RankGroup):
         self.cancel_outcome = "drained"
         self.hold_cancels = False
         self.hangs = False  # steps are not answered
+        self.kv_hangs = False  # signs of life are not given
+        self.num_pings = 0
         self.num_cancels = 0
         self.stale_messages = 0
         self._held_cancels: list[CancelReceive] = []
@@ -78,7 +80,8 @@ class FakeGroup(RankGroup):
             else:
                 operation.deliver(ReceivePosted(message.op_id))
                 self.posts.put_nowait((rank, message))
-        elif isinstance(message, GetTransportStats):
+        elif isinstance(message, GetTransportStats) and not self.kv_hangs:
+            self.num_pings += 1
             operation.deliver(TransportStatsReply(message.op_id, 0, 0, 0, 0, self.stale_messages, 1))
         return operation
 

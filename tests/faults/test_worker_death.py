@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from cli.deployment import Deployment, DeploymentSpec, ManagedProcess
@@ -110,3 +111,32 @@ async def test_a_killed_prefill_worker_comes_back_and_serves_again(
         await deployment.ready(timeout_s=60.0)
         answer = await ask(client, greedy_request(prompt, 20))
     assert answer.tokens == shipped_reference.greedy(prompt, 20)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_rank_that_freezes_while_idle_is_replaced(
+    role: str, shipped_model: Path, shipped_reference: Reference
+) -> None:
+    impatient = (*FLOAT32, "--step-timeout-s", "2")
+    spec = DeploymentSpec(model=shipped_model, prefill_args=impatient, decode_args=impatient)
+    (prompt,) = shipped_reference.prompts((100,), seed=36)
+    async with deployed(spec) as (deployment, client):
+        (victim,) = getattr(deployment, role)
+        async with watching(victim) as worker:
+            await worker.until(lambda status: bool(status.rank_pids), 10.0)
+            os.kill(worker.latest.rank_pids[0], signal.SIGSTOP)
+            answer = await ask(client, greedy_request(prompt, 20), timeout_s=60.0)
+            assert answer.tokens == shipped_reference.greedy(prompt, 20)
+            await worker.until(lambda status: holds_nothing(status) and status.counters["ranks_lost"] == 1, SETTLE_S)
+
+
+async def test_router_processes_end_with_their_supervisor(shipped_model: Path) -> None:
+    spec = DeploymentSpec(
+        model=shipped_model, prefill_args=FLOAT32, decode_args=FLOAT32, router_processes=2, restart=False
+    )
+    async with deployed(spec) as (deployment, _):
+        children = psutil.Process(deployment.router.pid).children()
+        assert len(children) == 2
+        os.kill(deployment.router.pid, signal.SIGKILL)
+        _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=10)
+        assert not alive

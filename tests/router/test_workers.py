@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import grpc
+import pytest
 from baton.v1 import inference_pb2, worker_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.errors import InvalidArgument
+from common.rpc.status import error_from_rpc
 from services.router.workers import Role
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import FakeDecode, Script, letters
@@ -110,3 +114,27 @@ async def test_load_counts_what_was_dispatched_since_the_last_status(tmp_path: P
         await registry.wait_changed()
         assert registry.candidates(Role.DECODE)[0].load == 2
         worker.release()
+
+
+async def test_a_sequence_is_no_longer_than_every_workers_kv_cache(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        registry = cluster.router.registry
+        assert registry.max_sequence_tokens is None  # these workers do not say
+        for worker, capacity in ((cluster.decodes[0], 12), (cluster.prefills[0], 40)):
+            worker.status.max_sequence_tokens = capacity
+            worker.set_state(worker_pb2.WORKER_STATE_READY)
+        await cluster.wait_until(lambda: registry.max_sequence_tokens == 12)
+        info = await cluster.stub.GetModelInfo(inference_pb2.GetModelInfoRequest())
+        assert info.context_length == 12
+        outputs = await cluster.generate(inference_pb2.GenerateRequest(text="hello"))
+        assert outputs[0].token_ids == letters(0, 7)
+        for text, max_tokens, field in (("hello", 8, "sampling.max_tokens"), ("hello, world", 1, "text")):
+            request = inference_pb2.GenerateRequest(text=text)
+            request.sampling.max_tokens = max_tokens
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await cluster.generate(request)
+            error = error_from_rpc(caught.value)
+            assert isinstance(error, InvalidArgument)
+            assert error.field == field
+            assert "context length 12" in error.limit
+        assert cluster.num_opened == 1

@@ -101,7 +101,9 @@ Global___ChatMessages: _TypeAlias = ChatMessages  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """One request. Its deadline is the call's gRPC deadline, capped by the router's own limit."""
+    """One request. Its deadline is the call's gRPC deadline, capped by the router's own limit. A request of more than the
+    router's `max_message_bytes` is refused by name; of more than twice that, by gRPC itself, without details.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -420,7 +422,7 @@ class GetModelInfoResponse(_message.Message):
     model: _builtins.str
     """Name that requests may give in `model`."""
     context_length: _builtins.int
-    """Prompt and output together, in tokens."""
+    """Prompt and output together, in tokens: the model's context, or what the workers' KV caches hold if that is less."""
     vocab_size: _builtins.int
     """Token ids are below this."""
     has_chat_template: _builtins.bool
