@@ -9,14 +9,27 @@ import time
 from collections.abc import Callable, Sequence
 
 from baton.v1 import worker_pb2
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.table import Table
 
 from cli.link_speed import LinkSpeed, lane_of
 from cli.scrape import Scrape, quantile
-from cli.worker_cells import block_bar, blocks_of, bytes_per_s, latency, role_of, slots_of, state_of
+from cli.worker_cells import block_bar, blocks_of, bytes_per_s, latency, name_of, slots_of, state_of
 
 _PERCENTILES = (0.5, 0.9, 0.99)
+_TEXT_WIDTH, _MAX_BAR_CELLS = 88, 20
+_LEGEND = "blocks: █ held ▒ cached · free; free/cached/held   slots: free/used/in doubt"
+_COLUMNS: tuple[tuple[str, JustifyMethod], ...] = (
+    ("worker", "left"),
+    ("state", "left"),
+    ("batch", "right"),
+    ("wait", "right"),
+    ("", "left"),
+    ("blocks", "right"),
+    ("slots", "right"),
+    ("link", "right"),
+    ("lane", "left"),
+)
 _LATENCIES = (
     ("time to first token", "baton_router_time_to_first_token_seconds"),
     ("inter-token latency", "baton_router_inter_token_seconds"),
@@ -50,34 +63,29 @@ class TopView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._statuses:
-            yield self._workers()
+            yield self._workers(options.max_width)
         if self._router_error:
             yield f"router: {self._router_error}"
         elif self._router is not None:
             yield self._latencies(*self._router)
 
-    def _workers(self) -> Table:
-        table = Table()
-        for heading in ("worker", "role", "state"):
-            table.add_column(heading)
-        for heading in ("batch", "waiting"):
-            table.add_column(heading, justify="right")
-        table.add_column("blocks █ held ▒ cached · free")
-        for heading in ("free/cached/held", "slots free/used/doubt", "link"):
-            table.add_column(heading, justify="right")
-        table.add_column("lane")
+    def _workers(self, width: int) -> Table:
+        """Fits into 80 columns; where there are more, blocks are drawn as bars too."""
+        bar_cells = min(_MAX_BAR_CELLS, width - _TEXT_WIDTH)
+        table = Table(box=None, padding=(0, 1, 0, 0), caption=_LEGEND, caption_justify="left")
+        for heading, justify in _COLUMNS:
+            table.add_column(heading, justify=justify, no_wrap=True)
         now_s = self._clock()
         for address, status in self._statuses.items():
             if status is None:
-                table.add_row(address, "", "unreachable")
+                table.add_row(address, "unreachable")
                 continue
             table.add_row(
-                status.worker_id,
-                role_of(status),
+                name_of(status),
                 state_of(status),
                 str(status.num_running),
                 str(status.num_waiting),
-                block_bar(status),
+                block_bar(status, bar_cells) if bar_cells > 0 else "",
                 blocks_of(status),
                 slots_of(status),
                 bytes_per_s(self._links[address].bytes_per_s(now_s)),

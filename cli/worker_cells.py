@@ -13,8 +13,10 @@ def state_of(status: worker_pb2.WorkerStatus) -> str:
     return worker_pb2.WorkerState.Name(status.state).removeprefix("WORKER_STATE_").lower()
 
 
-def role_of(status: worker_pb2.WorkerStatus) -> str:
-    return worker_pb2.WorkerRole.Name(status.role).removeprefix("WORKER_ROLE_").lower()
+def name_of(status: worker_pb2.WorkerStatus) -> str:
+    """The worker's name, and its role unless the name says that."""
+    role = worker_pb2.WorkerRole.Name(status.role).removeprefix("WORKER_ROLE_").lower()
+    return status.worker_id if status.worker_id.startswith(role) else f"{role} {status.worker_id}"
 
 
 def blocks_of(status: worker_pb2.WorkerStatus) -> str:

@@ -7,7 +7,7 @@ from baton.v1 import worker_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.worker_cells import block_bar, bytes_per_s, latency, role_of, shares, slots_of, state_of
+from cli.worker_cells import block_bar, bytes_per_s, latency, name_of, shares, slots_of, state_of
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=3, max_size=3), st.integers(3, 80))
@@ -36,7 +36,9 @@ def test_latencies_have_three_digits() -> None:
 
 
 def test_names_are_those_of_the_proto() -> None:
-    status = worker_pb2.WorkerStatus(role=worker_pb2.WORKER_ROLE_DECODE, state=worker_pb2.WORKER_STATE_DRAINING)
-    assert (role_of(status), state_of(status)) == ("decode", "draining")
+    draining, decode = worker_pb2.WORKER_STATE_DRAINING, worker_pb2.WORKER_ROLE_DECODE
+    status = worker_pb2.WorkerStatus(worker_id="x", role=decode, state=draining)
+    assert (name_of(status), state_of(status)) == ("decode x", "draining")
+    assert name_of(worker_pb2.WorkerStatus(worker_id="decode-0", role=decode)) == "decode-0"
     status = worker_pb2.WorkerStatus(num_slots_free=3, num_slots_in_use=2, num_slots_quarantined=1)
     assert slots_of(status) == "3/2/1"
