@@ -3,8 +3,10 @@
     python -m benchmarks.goodput --lengths-from azure_2023_conversation.csv [--device cuda --shape llama-3.1-8b]
 
 Two devices each time: one prefill and one decode worker, then two workers that compute prompts in chunks beside their
-decode steps. First tokens are released `steady`. Each rate is one run of Poisson arrivals with the trace's lengths; of
-the chunk budgets the best at the lowest rate goes on to the others. Without GPUs it runs the shipped checkpoint.
+decode steps, for each chunk budget. First tokens are released `steady`. Each rate is one run of Poisson arrivals with
+the trace's lengths, with prompts of its own: what one run leaves in the prefix caches is of no use to the next. For
+every limit on gaps the colocated case is judged by its best chunk budget. On a GPU a step with chunks runs kernel by
+kernel; only steps without are captured graphs. Without GPUs it runs the shipped checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import tokenizers
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +35,7 @@ from loadtest.measured import measured_part
 from loadtest.record import Run
 from loadtest.report import html_report, json_report
 from loadtest.sizes import TraceSizes
+from loadtest.statistics import summarize
 from loadtest.targets.base import TargetSpec
 from loadtest.traces import read_trace
 from loadtest.workload import Workload
@@ -59,8 +63,18 @@ class Plan:
     rates: tuple[float, ...]  # requests/s, lowest first
     num_requests: int  # of each run
     limits: Limits
+    share: float  # of the requests, that must meet a limit
     sizes: TraceSizes
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One case at one rate: of each limit on gaps, the share of requests that met it and the limit on TTFT."""
+
+    case: str
+    rate: float
+    shares: tuple[float, ...]
 
 
 def cases(args: argparse.Namespace, model: Path) -> tuple[Case, list[Case]]:
@@ -79,7 +93,7 @@ def cases(args: argparse.Namespace, model: Path) -> tuple[Case, list[Case]]:
     )
     together = [
         Case(
-            f"both on every worker, chunks of {chunk}",
+            f"chunks of {chunk}",
             DeploymentSpec(
                 model=model,
                 num_prefill=0,
@@ -103,51 +117,80 @@ async def deployed(case: Case, log_dir: Path) -> AsyncIterator[str]:
         yield deployment.router_address
 
 
-async def measure(address: str, plan: Plan, rate: float, command: str) -> Run:
-    """One run."""
-    target = TargetSpec("baton", address)
-    model = await describe_target(target)
-    workload = Workload(Arrivals(rate), plan.sizes, plan.seed, plan.num_requests, clip_tokens=model.context_length)
-    test = LoadTest(target, model, workload, num_warmup=8, num_processes=CLIENT_PROCESSES, command=command)
-    return await run_load_test(test, asyncio.Event(), Observed())
+class Comparison:
+    """Measures case after case, and keeps what was seen."""
 
+    def __init__(self, plan: Plan, out: Path, console: Console) -> None:
+        self._plan = plan
+        self._out = out
+        self._console = console
+        self._command = " ".join(["python -m benchmarks.goodput", *sys.argv[1:]])
+        self.runs: list[Run] = []
+        self.points: list[Point] = []
 
-def shares(run: Run, limits: Limits) -> list[float]:
-    """Of each limit on gaps: the share of requests that met it, and the limit on TTFT."""
-    measured = measured_part(run)
-    return [goodput(measured, limits.ttft_s, itl_s).share or 0.0 for itl_s in limits.itl_s]
+    async def measure(self, case: Case) -> None:
+        """Every rate, on one deployment."""
+        async with deployed(case, self._out) as address:
+            for rate in self._plan.rates:
+                run = await self._run(case.name, address, rate)
+                json_report.write(run, self._plan.limits, self._out / f"run-{len(self.runs)}.json")
+                self._note(case.name, rate, run)
+
+    async def _run(self, name: str, address: str, rate: float) -> Run:
+        plan = self._plan
+        target = TargetSpec("baton", address)
+        model = await describe_target(target)
+        seed = plan.seed + len(self.runs)
+        workload = Workload(Arrivals(rate), plan.sizes, seed, plan.num_requests, clip_tokens=model.context_length)
+        test = LoadTest(target, model, workload, num_warmup=8, num_processes=CLIENT_PROCESSES, command=self._command)
+        run = await run_load_test(test, asyncio.Event(), Observed())
+        run = msgspec.structs.replace(run, info=msgspec.structs.replace(run.info, case=name))
+        self.runs.append(run)
+        return run
+
+    def _note(self, name: str, rate: float, run: Run) -> None:
+        measured = measured_part(run)
+        summary = summarize(measured)
+        limits = self._plan.limits
+        shares = tuple(goodput(measured, limits.ttft_s, itl_s).share or 0.0 for itl_s in limits.itl_s)
+        self.points.append(Point(name, rate, shares))
+        met = ", ".join(f"{itl_s * 1e3:g} ms {share:.1%}" for itl_s, share in zip(limits.itl_s, shares, strict=True))
+        ttft = "-" if summary.ttft is None else f"{summary.ttft.p50_s * 1e3:.0f} ms"
+        cached = summary.cached_share or 0.0
+        self._console.print(f"{name}, {rate:g} requests/s: {met}; TTFT p50 {ttft}, {cached:.0%} of the prompts cached")
+        for warning in summary.warnings:
+            self._console.print(f"  ! {warning}")
+
+    def table(self) -> Table:
+        """Every point."""
+        table = Table("case", "requests/s", *(f"≤ {itl_s * 1e3:g} ms" for itl_s in self._plan.limits.itl_s))
+        for point in self.points:
+            table.add_row(point.case, f"{point.rate:g}", *(f"{share:.0%}" for share in point.shares))
+        return table
+
+    def verdict(self, apart: str) -> Table:
+        """Of each limit: the highest rate at which enough requests met it, apart and with the best chunk budget."""
+        table = Table("gaps", "apart, requests/s", "together, requests/s", "best chunks")
+        for index, itl_s in enumerate(self._plan.limits.itl_s):
+            met = [point for point in self.points if point.shares[index] >= self._plan.share]
+            split = max((point.rate for point in met if point.case == apart), default=0.0)
+            best = max(
+                (point for point in met if point.case != apart), key=lambda p: (p.rate, p.shares[index]), default=None
+            )
+            together = ("none", "-") if best is None else (f"{best.rate:g}", best.case)
+            table.add_row(f"≤ {itl_s * 1e3:g} ms", f"{split:g}" if split else "none", *together)
+        return table
 
 
 async def compare(apart: Case, together: list[Case], plan: Plan, out: Path, console: Console) -> None:
     """Measure and print everything."""
-    command = " ".join(["python -m benchmarks.goodput", *sys.argv[1:]])
-    table = Table("case", "requests/s", *(f"≤ {itl_s * 1e3:g} ms" for itl_s in plan.limits.itl_s), "TTFT p50, ms")
-    kept: list[Run] = []
-
-    async def run_one(address: str, name: str, rate: float) -> float:
-        run = await measure(address, plan, rate, command)
-        kept.append(run)
-        json_report.write(run, plan.limits, out / f"run-{len(kept)}.json")
-        waits = sorted(r.time_to_first_token_s or 0.0 for r in run.records if r.is_ok and not r.is_warmup)
-        met = shares(run, plan.limits)
-        p50_ms = f"{waits[len(waits) // 2] * 1e3:.0f}" if waits else "-"
-        table.add_row(name, f"{rate:g}", *(f"{share:.0%}" for share in met), p50_ms)
-        console.print(f"{name}, {rate:g} requests/s: {', '.join(f'{share:.1%}' for share in met)}, TTFT {p50_ms} ms")
-        return sum(met)
-
-    async with deployed(apart, out) as address:
-        for rate in plan.rates:
-            await run_one(address, apart.name, rate)
-    scores: dict[str, float] = {}
-    for case in together:
-        async with deployed(case, out) as address:
-            scores[case.name] = await run_one(address, case.name, plan.rates[0])
-    best = max(together, key=lambda case: scores[case.name])
-    async with deployed(best, out) as address:
-        for rate in plan.rates[1:]:
-            await run_one(address, best.name, rate)
-    console.print(table)
-    html_report.write(kept, plan.limits, out / "goodput.html")
+    comparison = Comparison(plan, out, console)
+    for case in (apart, *together):
+        await comparison.measure(case)
+    console.print(comparison.table())
+    console.print(f"highest of these rates at which {plan.share:.0%} of the requests meet the limits")
+    console.print(comparison.verdict(apart.name))
+    html_report.write(comparison.runs, plan.limits, out / "goodput.html")
 
 
 def write_model(shape: str, directory: Path) -> Path:
@@ -171,6 +214,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--chunks", type=int, nargs="+", default=[64, 128, 256, 512], help="chunk budgets, tokens")
     add("--ttft-limit", type=float, default=0.5, help="seconds (0.5)")
     add("--itl-limits", type=float, nargs="+", default=[0.008, 0.010, 0.012, 0.015, 0.025], help="seconds")
+    add("--share", type=float, default=0.9, help="of the requests, that must meet the limits (0.9)")
     add("--rows", type=int, default=128, help="sequences that a worker decodes at once (128)")
     add("--prefill-kv-bytes", type=int, default=20 << 30, help="KV memory of a prefill worker on a GPU (20 GiB)")
     add("--decode-kv-bytes", type=int, default=48 << 30, help="KV memory of a decode worker on a GPU (48 GiB)")
@@ -183,7 +227,7 @@ def main() -> None:
     args = parse_arguments()
     limits = Limits(args.ttft_limit, tuple(args.itl_limits))
     sizes = TraceSizes(read_trace(args.lengths_from, None), args.length_scale)
-    plan = Plan(tuple(sorted(args.rates)), args.requests, limits, sizes, args.seed)
+    plan = Plan(tuple(sorted(args.rates)), args.requests, limits, args.share, sizes, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         model = write_model(args.shape, Path(directory)) if args.device == "cuda" else SHIPPED

@@ -108,7 +108,12 @@ class Soak:
         await self.deployment.ready(60.0)
         for worker in (*self.deployment.prefill, *self.deployment.decode):
             status = await self.deployment.status(worker)
-            held = (status.num_blocks_held, status.num_slots_in_use, status.num_waiting, status.num_running)
+            held = (
+                status.num_blocks_held,
+                status.num_slots_in_use,
+                status.num_waiting + status.num_open,
+                status.num_running,
+            )
             if any(held):
                 self.faults.append(f"{worker.name} holds blocks, slots, waiting, running: {held}")
 

@@ -41,6 +41,7 @@ class DeploymentSpec:
     prefill_tp: int = 1
     decode_tp: int = 1
     router_processes: int = 1
+    metrics_port: int = 0  # of the first router process; the others follow, then the workers. 0: no metrics
     device: str = "cpu"  # or `cuda`: every rank gets a GPU of its own, prefill workers first
     host: str = "127.0.0.1"
     router_port: int = 0
@@ -88,7 +89,7 @@ class Deployment:
         self._monitors: list[asyncio.Task[None]] = []
         ports = free_ports(1 + spec.num_prefill + spec.num_decode, spec.host)
         router_port = spec.router_port or ports[0]
-        self._num_devices = 0  # that workers have been given
+        self._num_devices = self._num_workers = 0  # that have been given out, and named
         self.prefill = [
             self._worker("prefill", index, ports[1 + index], spec.prefill_tp, spec.prefill_args)
             for index in range(spec.num_prefill)
@@ -108,6 +109,12 @@ class Deployment:
     def router_address(self) -> str:
         """Where clients connect, `host:port`."""
         return self.router.address
+
+    @property
+    def router_metrics(self) -> list[str]:
+        """Where the router processes' metrics are, as URLs; none without a `metrics_port`."""
+        port, count = self._spec.metrics_port, self._spec.router_processes
+        return [f"http://{self._spec.host}:{port + index}/metrics" for index in range(count)] if port else []
 
     async def __aenter__(self) -> Deployment:
         try:
@@ -162,6 +169,8 @@ class Deployment:
         name = f"{role}-{index}"
         address = f"{self._spec.host}:{port}"
         flags = ["--worker-id", name, "--listen", address, "--model", str(self._spec.model)]
+        flags += self._metrics_flags(self._spec.router_processes + self._num_workers)
+        self._num_workers += 1
         flags += ["--tp-size", str(tp_size), "--device", self._spec.device, "--first-device", str(self._num_devices)]
         self._num_devices += tp_size
         argv = ["-m", f"services.{role}", *flags, *extra]
@@ -172,9 +181,14 @@ class Deployment:
         flags = ["--listen", address, "--model", str(self._spec.model)]
         flags += ["--prefill", ",".join(worker.address for worker in self.prefill)]
         flags += ["--decode", ",".join(worker.address for worker in self.decode)]
-        flags += ["--processes", str(self._spec.router_processes)]
+        flags += ["--processes", str(self._spec.router_processes), *self._metrics_flags(0)]
         argv = ["-m", "services.router", *flags, *self._spec.router_args]
         return ManagedProcess("router", "router", address, argv)
+
+    def _metrics_flags(self, index: int) -> list[str]:
+        """Of the index-th process."""
+        port = self._spec.metrics_port
+        return ["--metrics-port", str(port + index)] if port else []
 
     async def _start(self, managed: ManagedProcess) -> None:
         if self._spec.log_dir is not None and managed.log is None:

@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--router-processes", type=int, default=1, metavar="N", help="router processes behind the port (1)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where ranks compute; each GPU has one rank (cpu)")
+    add(
+        "--metrics-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="Prometheus port of the first router process; the others follow, then the workers (0: no metrics)",
+    )
     add("--host", default=host, help=f"address to listen on ({host})")
     add("--port", type=int, default=int(port), help=f"port of the router ({port})")
     add(
@@ -65,6 +72,7 @@ def spec_from(args: argparse.Namespace) -> DeploymentSpec:
         decode_tp=args.decode_tp,
         router_processes=args.router_processes,
         device=args.device,
+        metrics_port=args.metrics_port,
         host=args.host,
         router_port=args.port,
         prefill_args=tuple(args.prefill_arg),
@@ -91,9 +99,7 @@ async def run(args: argparse.Namespace) -> int:
             if ready.done():
                 ready.result()
                 console.print(f"ready: baton generate --address {deployment.router_address} 'def main('")
-                pools = {"prefill": deployment.prefill, "decode": deployment.decode}
-                flags = (f"--{role} {','.join(worker.address for worker in pool)}" for role, pool in pools.items())
-                console.print("watch: baton top", *flags, soft_wrap=True)
+                console.print("watch: baton top", *_top_flags(deployment), soft_wrap=True)
                 await _show(view, deployment, stopped, console)
         finally:
             ready.cancel()
@@ -112,3 +118,13 @@ async def _show(view: StatusView, deployment: Deployment, stopped: asyncio.Task[
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
+
+
+def _top_flags(deployment: Deployment) -> list[str]:
+    """What `baton top` needs to show this deployment."""
+    lists = {
+        "prefill": [worker.address for worker in deployment.prefill],
+        "decode": [worker.address for worker in deployment.decode],
+        "router-metrics": deployment.router_metrics,
+    }
+    return [f"--{name} {','.join(values)}" for name, values in lists.items() if values]

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from common.errors import FailedPrecondition
 from common.telemetry.counters import Counters, CounterSpec
 from common.telemetry.histogram import Histogram
 
@@ -71,12 +72,15 @@ class Metrics(Counters, Collector):
 
 
 class MetricsServer:
-    """Serves `/metrics` over HTTP on a thread of its own until `stop`."""
+    """Serves `/metrics` over HTTP on a thread of its own until `stop`. Raises `FailedPrecondition` if it cannot."""
 
     def __init__(self, metrics: Metrics, port: int, host: str = "0.0.0.0") -> None:
         self._server: WSGIServer
         self._thread: Thread
-        self._server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
+        except OSError as error:
+            raise FailedPrecondition(f"cannot serve metrics on {host}:{port}: {error}") from error
 
     @property
     def port(self) -> int:

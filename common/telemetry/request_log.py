@@ -1,21 +1,26 @@
-"""One line of JSON for each request at its end, the same way in every service. Knows no service.
+"""Logs: one line of JSON for each request at its end, the same way in every service, and text for all else.
 
-The request's id is in the lines of all services that it came through. Times are in milliseconds, as `*_ms`.
+Knows no service. The request's id is in the lines of all services that it came through. Times are in milliseconds,
+as `*_ms`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import time
+from datetime import UTC, datetime
 
 Field = str | int | float | None
+_PREFIX, _SUFFIX = "baton.", ".request"
 
 
 class RequestLog:
-    """The logger `baton.<service>.request`."""
+    """The logger `baton.<service>.request`. Where `configure_logging` was called, its lines are JSON alone."""
 
     def __init__(self, service: str) -> None:
-        self._logger = logging.getLogger(f"baton.{service}.request")
+        self._service = service
+        self._logger = logging.getLogger(f"{_PREFIX}{service}{_SUFFIX}")
 
     @property
     def is_on(self) -> bool:
@@ -24,7 +29,25 @@ class RequestLog:
 
     def write(self, request_id: str, outcome: str, **fields: Field) -> None:
         """The request is over. `outcome` is `ok`, or the name of what ended it."""
-        self._logger.info("%s", json.dumps({"request_id": request_id, "outcome": outcome, **fields}))
+        now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
+        line = {"time": now, "service": self._service, "request_id": request_id, "outcome": outcome, **fields}
+        self._logger.info("%s", json.dumps(line))
+
+
+class _Formatter(logging.Formatter):
+    """Text for everything but requests, whose lines are JSON already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.name.startswith(_PREFIX) and record.name.endswith(_SUFFIX):
+            return record.getMessage()
+        return super().format(record)
+
+
+def configure_logging(level: str, service: str) -> None:
+    """For a `__main__`: everything from `level` on goes to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {service} %(process)d %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def milliseconds(duration_ns: int) -> float:

@@ -21,6 +21,7 @@ from common.errors import BatonError
 from common.parent_death import end_with_parent
 from common.rpc.server import RpcServer
 from common.telemetry.metrics import MetricsServer
+from common.telemetry.request_log import configure_logging
 from common.telemetry.tracing import open_tracing
 from common.worker import status_service
 from common.worker.status_service import StatusService
@@ -40,9 +41,7 @@ _Servicer = TypeVar("_Servicer")
 def run_worker(config_class: type[_Config], serve: Callable[[_Config], Coroutine[Any, Any, None]]) -> int:
     """Load the settings and serve. Returns the exit status: 1 if there is nothing to serve."""
     config = load_config_or_exit(config_class, sys.argv[1:], os.environ)
-    logging.basicConfig(
-        level=config.log_level, format=f"%(asctime)s %(levelname)s {config_class.service} %(name)s: %(message)s"
-    )
+    configure_logging(config.log_level, config.service)
     end_with_parent(os.environ, signal.SIGTERM)
     failures: list[BatonError] = []
     try:

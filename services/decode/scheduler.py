@@ -74,6 +74,11 @@ class DecodeScheduler:
         return len(self._rows)
 
     @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for blocks, or for a row."""
+        return len(self._waiting) + len(self._ready)
+
+    @property
     def num_waiting_for_blocks(self) -> int:
         return len(self._waiting)
 
@@ -287,17 +292,14 @@ class DecodeScheduler:
             seq = next(iter(self._waiting.values()))
             if self._blocks.fill_handoff(seq, self._open.num_active):
                 del self._waiting[seq.serial]
-                self._give_blocks(seq)
+                if seq.is_local:
+                    seq.state = _State.READY
+                    self._ready[seq.serial] = seq
+                else:
+                    seq.state = _State.RECEIVING
+                    self._events.append(BlocksReserved(seq.ticket_id))
             elif self._open.num_active or self._blocks.has_dying:
                 return  # they finish, and then there are blocks
             else:
                 # Only cached blocks that open sequences hold are in the way.
                 self._end(idlest(seq, self._open.all), End.PREEMPTED)
-
-    def _give_blocks(self, seq: DecodeSequence) -> None:
-        if seq.is_local:
-            seq.state = _State.READY
-            self._ready[seq.serial] = seq
-        else:
-            seq.state = _State.RECEIVING
-            self._events.append(BlocksReserved(seq.ticket_id))

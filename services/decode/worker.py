@@ -152,7 +152,7 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
     def status(self) -> worker_pb2.WorkerStatus:
         scheduler, blocks, slots = self.scheduler, self.scheduler.kv_stats(), self.handoff_context.slots
         status = self.base_status()
-        status.num_waiting = scheduler.num_open - scheduler.num_running
+        status.num_open, status.num_waiting = scheduler.num_open, scheduler.num_waiting
         status.num_running = scheduler.num_running
         status.num_waiting_tokens = scheduler.num_waiting_tokens
         status.num_blocks_free, status.num_blocks_cached = blocks.num_free, blocks.num_cached

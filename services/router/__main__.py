@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ import sys
 from common.config import load_config_or_exit
 from common.errors import BatonError
 from common.parent_death import end_with_parent
+from common.telemetry.request_log import configure_logging
 from services.router.config import RouterConfig
 from services.router.process import run_router
 from services.router.supervisor import own_command, supervise
@@ -20,7 +20,7 @@ def main() -> None:
     """Run one router process, or a supervisor of several."""
     argv = sys.argv[1:]
     config = load_config_or_exit(RouterConfig, argv, os.environ)
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    configure_logging(config.log_level, config.service)
     end_with_parent(os.environ, signal.SIGTERM)
     try:
         if config.processes > 1:

@@ -70,7 +70,7 @@ class Worker:
         if self.role is Role.PREFILL:
             load = status.num_waiting_tokens
         elif self.session.stands:
-            load = status.num_waiting + status.num_running
+            load = status.num_open
         else:
             return None
         return Candidate(self.address, status.layout_fingerprint, load + self._dispatched_load)

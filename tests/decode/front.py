@@ -91,7 +91,7 @@ class Front:
 
     def _holds_nothing(self) -> bool:
         status = self.worker.status()
-        names = "num_blocks_held num_slots_in_use num_slots_quarantined num_waiting num_running num_grants_waiting"
+        names = "num_blocks_held num_slots_in_use num_slots_quarantined num_open num_running num_grants_waiting"
         return not any(getattr(status, name) for name in names.split())
 
 

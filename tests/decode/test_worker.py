@@ -28,7 +28,7 @@ async def test_status_tells_what_is_held_where() -> None:
         status = front.worker.status()
         assert status.role == worker_pb2.WORKER_ROLE_DECODE
         assert status.state == worker_pb2.WORKER_STATE_READY
-        assert (status.num_waiting, status.num_running) == (1, 0)
+        assert (status.num_open, status.num_waiting, status.num_running) == (1, 0, 0)
         assert (status.num_blocks_free, status.num_blocks_held) == (13, 3)
         assert (status.num_slots_free, status.num_slots_in_use) == (2, 1)
         assert list(status.rank_pids) == front.group.pids

@@ -51,12 +51,23 @@ async def watching(worker: ManagedProcess) -> AsyncIterator[Watcher]:
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def settled(*workers: ManagedProcess) -> None:
+    """Require that every worker holds nothing within `SETTLE_S` from now, by statuses that are asked for only now: an
+    older one may be of a time at which the request had not begun. Raises `TimeoutError`."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + SETTLE_S
+    for worker in workers:
+        async with watching(worker) as watcher:
+            await watcher.until(holds_nothing, deadline_s - loop.time())
+
+
 def holds_nothing(status: worker_pb2.WorkerStatus) -> bool:
     """No block, slot or queue entry is held; cached blocks are nobody's."""
     return (
         status.num_blocks_held == 0
         and status.num_slots_in_use == 0
         and status.num_slots_quarantined == 0
+        and status.num_open == 0
         and status.num_waiting == 0
         and status.num_running == 0
         and status.num_grants_waiting == 0

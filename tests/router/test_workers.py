@@ -109,7 +109,7 @@ async def test_load_counts_what_was_dispatched_since_the_last_status(tmp_path: P
         worker = registry.worker(Role.DECODE, cluster.decodes[0].address)
         worker.acquire(3)
         assert registry.candidates(Role.DECODE)[0].load == 3
-        cluster.decodes[0].status.num_running = 2
+        cluster.decodes[0].status.num_open = 2
         cluster.decodes[0].set_state(worker_pb2.WORKER_STATE_READY)
         await registry.wait_changed()
         assert registry.candidates(Role.DECODE)[0].load == 2

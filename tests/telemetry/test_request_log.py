@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
+from datetime import datetime
 
 import pytest
 
@@ -16,14 +19,30 @@ def test_a_line_is_json_with_the_request_and_its_outcome_first(caplog: pytest.Lo
     (record,) = caplog.records
     assert record.name == "baton.sample.request"
     fields = json.loads(record.getMessage())
-    assert list(fields)[:2] == ["request_id", "outcome"]
+    assert datetime.fromisoformat(fields.pop("time")).tzinfo is not None
+    assert list(fields)[:3] == ["service", "request_id", "outcome"]
     assert fields == {
+        "service": "sample",
         "request_id": 'quo"te',
         "outcome": "ok",
         "total_ms": 1.235,
         "transport": "ucx:tcp",
         "detail": None,
     }
+
+
+def test_a_process_writes_requests_as_json_alone_and_all_else_as_text() -> None:
+    script = (
+        "import logging\n"
+        "from common.telemetry.request_log import RequestLog, configure_logging\n"
+        "configure_logging('INFO', 'sample')\n"
+        "logging.getLogger('other').info('some text')\n"
+        "RequestLog('sample').write('r1', 'ok')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30)
+    text, line = done.stderr.splitlines()
+    assert text.endswith("other: some text")
+    assert json.loads(line)["request_id"] == "r1"
 
 
 def test_nothing_is_written_above_its_level(caplog: pytest.LogCaptureFixture) -> None:
