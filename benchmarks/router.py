@@ -1,9 +1,10 @@
 """What the router itself costs: one router process between a client and workers that answer at once.
 
-    python -m benchmarks.router [--streams 128] [--requests 10000]
+    python -m benchmarks.router [--streams 128] [--requests 10000] [--check]
 
 Three processes: this one is the client, the fakes and the router are children. Measured are client messages per
 second with many streams, latency added to a request when nothing else runs, and resident memory over many requests.
+With --check the exit status is 1 if a limit is missed.
 """
 
 from __future__ import annotations
@@ -34,12 +35,18 @@ from baton.v1 import (
     worker_pb2_grpc,
 )
 
+from benchmarks.limits import Limit, exit_status
 from common.rpc.client import open_channel
 from common.rpc.server import RpcServer
 from tests.router.byte_checkpoint import write_byte_checkpoint
 
 MAX_MESSAGE_BYTES = 16 << 20
 LETTER = 66
+LIMITS = (
+    Limit("messages_per_s", ">=", 10_000),
+    Limit("added_p50_ms", "<=", 1.5),
+    Limit("rss_after_all_mb", "<", 250),
+)
 
 
 class InstantWorkers(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServicer, prefill_pb2_grpc.PrefillServicer):
@@ -216,18 +223,18 @@ async def measure_memory(channel: grpc.aio.Channel, router_pid: int, num_request
             async for _ in inference.Generate(request):
                 pass
 
-    at_start = process.memory_info().rss / 2**20
+    at_start = process.memory_info().rss / 1e6
     await asyncio.gather(*(some_requests(num_requests // 320) for _ in range(32)))
-    at_tenth = process.memory_info().rss / 2**20
+    at_tenth = process.memory_info().rss / 1e6
     await asyncio.gather(*(some_requests(num_requests * 9 // 320) for _ in range(32)))
     return {
-        "rss_start_mib": at_start,
-        "rss_after_tenth_mib": at_tenth,
-        "rss_after_all_mib": process.memory_info().rss / 2**20,
+        "rss_start_mb": at_start,
+        "rss_after_tenth_mb": at_tenth,
+        "rss_after_all_mb": process.memory_info().rss / 1e6,
     }
 
 
-async def run_benchmark(options: argparse.Namespace) -> None:
+async def run_benchmark(options: argparse.Namespace) -> dict[str, float]:
     """Start the children, measure, print, and end the children."""
     fakes = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "benchmarks.router", "--fakes", "--step-s", str(options.step_s),
@@ -251,6 +258,7 @@ async def run_benchmark(options: argparse.Namespace) -> None:
                 results |= await measure_memory(channel, router.pid, options.requests)
             results["router_cpu_s"] = sum(psutil.Process(router.pid).cpu_times()[:2])
             print(json.dumps({name: round(value, 3) for name, value in results.items()}, indent=2))
+            return results
         finally:
             await channel.close()
             for child in (router, fakes):
@@ -258,8 +266,8 @@ async def run_benchmark(options: argparse.Namespace) -> None:
                 await child.wait()
 
 
-def main() -> None:
-    """Parse the flags and run."""
+def main() -> int:
+    """Parse the flags and run. Returns 1 if a limit was to be checked and is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--streams", type=int, default=128, help="streams at a time")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long throughput is measured")
@@ -267,10 +275,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000, help="requests of the memory measurement; 0 is none")
     parser.add_argument("--port", type=int, default=50951, help="port of the router")
     parser.add_argument("--profiler", nargs="*", default=[], help="what goes between python and -m services.router")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is missed")
     parser.add_argument("--fakes", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    asyncio.run(serve_fakes(options.step_s) if options.fakes else run_benchmark(options))
+    if options.fakes:
+        asyncio.run(serve_fakes(options.step_s))
+        return 0
+    results = asyncio.run(run_benchmark(options))
+    return exit_status(results, LIMITS) if options.check else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ import pytest
 
 from cli.deployment import Deployment, DeploymentSpec, ManagedProcess
 from common.errors import Unavailable
-from tests.faults.settling import SETTLE_S, holds_nothing, watching
+from tests.faults.settling import SETTLE_S, holds_nothing, settled, watching
 from tests.integration.deployments import deployed
 from tests.integration.reference import Reference
 from tests.integration.requests import ask, ask_all, greedy_request
@@ -49,7 +49,7 @@ async def test_request_fails_over_when_its_prefill_worker_is_killed_during_a_tra
         assert answer.lifetime.num_migrations >= 1
         assert answer.lifetime.prefill_worker != victim.name
         assert (await beside).tokens == shipped_reference.greedy(short, 200)
-        await decode.until(holds_nothing, SETTLE_S)
+        await settled(deployment.decode[0])
 
 
 async def test_request_ends_unavailable_when_the_only_prefill_worker_is_killed(
@@ -66,7 +66,7 @@ async def test_request_ends_unavailable_when_the_only_prefill_worker_is_killed(
         with pytest.raises(Unavailable):
             await request
         assert (await beside).tokens == shipped_reference.greedy(short, 200)
-        await decode.until(holds_nothing, SETTLE_S)
+        await settled(deployment.decode[0])
 
 
 async def test_tokens_come_once_and_in_order_when_the_decode_worker_is_killed(
@@ -82,8 +82,7 @@ async def test_tokens_come_once_and_in_order_when_the_decode_worker_is_killed(
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.tokens == shipped_reference.greedy(prompt, 150)
         assert sum(answer.lifetime.num_migrations for answer in answers) >= 1
-        async with watching(deployment.decode[1]) as survivor:
-            await survivor.until(holds_nothing, SETTLE_S)
+        await settled(deployment.decode[1])
 
 
 async def test_a_killed_rank_is_replaced_and_its_sequences_go_on(
@@ -97,7 +96,7 @@ async def test_a_killed_rank_is_replaced_and_its_sequences_go_on(
         os.kill(decode.latest.rank_pids[1], signal.SIGKILL)
         answer = await request
         assert answer.tokens == shipped_reference.greedy(prompt, 200)
-        await decode.until(holds_nothing, SETTLE_S)
+        await settled(deployment.decode[0])
 
 
 async def test_a_killed_prefill_worker_comes_back_and_serves_again(

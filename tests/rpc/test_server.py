@@ -12,6 +12,7 @@ import pytest
 from baton.v1 import worker_pb2, worker_pb2_grpc
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from common.errors import (
@@ -184,6 +185,18 @@ async def test_health_follows_set_serving_for_every_name() -> None:
         for name in ("", "baton.v1.Worker"):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_reflection_lists_every_service() -> None:
+    async with Served() as served:
+        reflection: reflection_pb2_grpc.ServerReflectionStub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = [response async for response in reflection.ServerReflectionInfo(iter([question]))]
+    assert {service.name for service in answer.list_services_response.service} == {
+        "baton.v1.Worker",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
 
 
 async def test_a_message_above_the_limit_is_refused() -> None:
