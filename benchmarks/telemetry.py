@@ -5,8 +5,13 @@
 Three deployments of one prefill and one decode worker stand side by side and take turns under the same load. One has
 metrics ports, which are scraped every second, and sends the spans of every request to a collector here; two have
 neither, and how they differ from each other is what this machine cannot tell apart. The time of a step is the gap
-between two messages of a stream; the processor time of the decode front, with all of its threads, says the same on a
-machine that others use as well. Counting itself is always on: its cost per step is timed on its own.
+between two messages of a stream. Counting itself is always on: its cost per step is timed on its own.
+
+The limit: a step takes at most 1.01 times as long with telemetry. The clock can tell that only on a machine that
+nobody else uses, with cores to spare for nine processes. Where it cannot, processor time decides: only fronts do
+anything for telemetry, so a step is longer by at most what the decode front, all threads of it, needs more for each
+step. That leaves out what the router's and the prefill worker's telemetry may take from others where cores are short.
+The status is 0 if the limit is kept, 1 if not, and 3 if neither measure can tell (more --rounds may help).
 """
 
 from __future__ import annotations
@@ -17,9 +22,11 @@ import contextlib
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +34,7 @@ import grpc
 from baton.v1 import inference_pb2, sampling_pb2
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
+from benchmarks.telemetry_verdict import MAX_COST, MIN_ROUNDS, Verdict, interval_of_median, judge, spread_of
 from cli.client import Client, connect
 from cli.deployment import Deployment, DeploymentSpec
 from cli.scrape import scrape
@@ -117,10 +125,26 @@ async def _front_s(deployment: Deployment) -> tuple[float, int]:
     return _processor_s(deployment.decode[0].pid), status.counters["steps"]
 
 
-async def measure(num_streams: int, num_tokens: int, num_rounds: int) -> dict[str, float]:
-    """Medians over rounds; ratios are taken within a round, so that what slows all three down cancels out."""
-    steps_s: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    fronts_s: dict[str, list[float]] = {name: [] for name in VARIANTS}
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Seconds of a step, and of the decode front for each step, by deployment, a value for each round."""
+
+    step_s: dict[str, list[float]]
+    front_s: dict[str, list[float]]
+
+    def step_costs(self, name: str) -> list[float]:
+        """What a step takes more than without telemetry, as a share. Within a round, so what slows all cancels out."""
+        return [own_s / off_s - 1 for own_s, off_s in zip(self.step_s[name], self.step_s["off"], strict=True)]
+
+    def front_costs(self, name: str) -> list[float]:
+        """What the front needs more, as a share of the step."""
+        rounds = zip(self.front_s[name], self.front_s["off"], self.step_s["off"], strict=True)
+        return [(own_s - off_s) / step_s for own_s, off_s, step_s in rounds]
+
+
+async def measure(num_streams: int, num_tokens: int, num_rounds: int) -> Rounds:
+    """Let the deployments take turns."""
+    rounds = Rounds({name: [] for name in VARIANTS}, {name: [] for name in VARIANTS})
     async with contextlib.AsyncExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         collector, endpoint = await stack.enter_async_context(_collecting())
@@ -142,21 +166,40 @@ async def measure(num_streams: int, num_tokens: int, num_rounds: int) -> dict[st
                 step_s = await _step_s(clients[name], random.Random(number), num_streams, num_tokens)
                 used_after_s, num_steps_after = await _front_s(deployments[name])
                 if number:  # the first round warms up
-                    steps_s[name].append(step_s)
-                    fronts_s[name].append((used_after_s - used_s) / (num_steps_after - num_steps))
+                    rounds.step_s[name].append(step_s)
+                    rounds.front_s[name].append((used_after_s - used_s) / (num_steps_after - num_steps))
     assert collector.num_spans > num_rounds * num_streams, "the spans did not arrive"
-    figures = _figures("step", steps_s) | _figures("front per step", fronts_s)
-    return figures | {"counting, us per step": counting_s() * 1e6}
+    return rounds
 
 
-def _figures(what: str, times_s: dict[str, list[float]]) -> dict[str, float]:
-    figures = {f"{what}, {name}, ms": statistics.median(times) * 1e3 for name, times in times_s.items()}
+def figures_of(rounds: Rounds) -> dict[str, float]:
+    """Medians over rounds; of costs, the interval too."""
+    figures = {"counting, us per step": counting_s() * 1e6}
+    for what, times_s in (("step", rounds.step_s), ("front per step", rounds.front_s)):
+        figures |= {f"{what}, {name}, ms": statistics.median(times) * 1e3 for name, times in times_s.items()}
     for name in VARIANTS[1:]:
-        ratios = [own_s / off_s for own_s, off_s in zip(times_s[name], times_s["off"], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
-        named = {"": median, ", lower quartile": low, ", upper quartile": high}
-        figures |= {f"{what}, {name} / off{which}": ratio for which, ratio in named.items()}
+        for what, costs in (("step", rounds.step_costs(name)), ("front", rounds.front_costs(name))):
+            interval = interval_of_median(costs)
+            figures |= {
+                f"{what} cost, {name}, % of a step": statistics.median(costs) * 100,
+                f"{what} cost, {name}, at least": interval.low * 100,
+                f"{what} cost, {name}, at most": interval.high * 100,
+            }
     return figures
+
+
+def verdict_of(rounds: Rounds) -> Verdict:
+    """By the clock; where that cannot tell, by processor time. Prints both."""
+    by_clock = judge(rounds.step_costs("on"), rounds.step_costs("off again"))
+    by_processor = judge(rounds.front_costs("on"), rounds.front_costs("off again"))
+    limit = f"{MAX_COST:.0%} of a step's time"
+    for what, verdict, control in (
+        ("clock", by_clock, rounds.step_costs("off again")),
+        ("processor time", by_processor, rounds.front_costs("off again")),
+    ):
+        said = verdict.name.lower().replace("_", " ")
+        print(f"at most {limit}, by {what}: {said} (the control is within {spread_of(control):.2%})")
+    return by_processor if by_clock is Verdict.CANNOT_TELL else by_clock
 
 
 def counting_s(num_steps: int = 20_000, num_repeats: int = 7) -> float:
@@ -179,20 +222,24 @@ def counting_s(num_steps: int = 20_000, num_repeats: int = 7) -> float:
     return statistics.median(runs)
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure, print and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=8, help="streams at once (8)")
     parser.add_argument("--tokens", type=int, default=150, help="tokens per stream (150)")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds after the first (15)")
+    parser.add_argument("--rounds", type=int, default=15, help=f"rounds after the first, at least {MIN_ROUNDS} (15)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    figures = asyncio.run(measure(args.streams, args.tokens, args.rounds))
+    if args.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds {args.rounds}: at least {MIN_ROUNDS}, or nothing can be said")
+    rounds = asyncio.run(measure(args.streams, args.tokens, args.rounds))
+    figures = figures_of(rounds)
     for name, value in figures.items():
         print(f"{name:48} {value:10.4f}")
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
+    return verdict_of(rounds).value
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

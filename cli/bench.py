@@ -7,7 +7,7 @@ import asyncio
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,50 +15,66 @@ from pathlib import Path
 from rich.console import Console
 
 from cli.bench_options import add_arguments as add_arguments
-from cli.bench_options import clipped, limits_from, target_from, workload_from
+from cli.bench_options import clipped, limits_from, targets_from, workload_from
 from cli.bench_progress import shown_progress
-from cli.bench_reports import Report, check_writable, keep, write_reports
-from common.errors import BatonError, InternalError, InvalidArgument
+from cli.bench_reports import HTML_FLAG, JSON_FLAG, Report, check_writable, numbered, write_reports
+from cli.bench_verdict import Verdict, verdict_of_runs, verdict_of_search
+from common.errors import BatonError, InvalidArgument
 from loadtest.arrivals import Arrivals
 from loadtest.generator import LoadTest, Observed, describe_target, observed_run, run_load_test
 from loadtest.goodput import Limits
 from loadtest.rate_search import RateSearch, find_rate
 from loadtest.record import Run
 from loadtest.report import html_report, json_report, terminal
-
-_INTERRUPTED = 130
+from loadtest.targets.base import TargetSpec, fitting_all
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Run `baton bench`. The status is 0 only if at least one measured request ended well."""
-    check_writable("--json", args.json)
-    check_writable("--html", args.html)
-    if args.json is not None and args.json == args.html:
-        raise InvalidArgument("--html", str(args.html), "is the path of --json too")
+    """Run `baton bench`. The status is 0 if the runs went to their ends and few requests failed (`bench_verdict`)."""
+    targets = targets_from(args)
+    json_paths = numbered(args.json, len(targets))
+    _check_paths(json_paths, args.html)
     limits = limits_from(args)
-    test = await _load_test(args)
+    tests = await _load_tests(targets, args)
     stop = asyncio.Event()
     _stop_on_signals(stop)
     if args.find_rate is None:
-        return _report_run(await _run_once(test, stop, "load test"), limits, args)
-    return _report_search(await _search(test, limits, args, stop), limits, args)
+        verdict = await _report_runs(tests, json_paths, limits, args.html, stop)
+    else:
+        verdict = _report_search(await _search(tests[0], limits, args, stop), limits, args)
+    for complaint in verdict.complaints:
+        print(f"baton bench: {complaint}", file=sys.stderr)
+    return verdict.status
 
 
-async def _load_test(args: argparse.Namespace) -> LoadTest:
-    target = target_from(args)
+def _check_paths(json_paths: Sequence[Path | None], html_path: Path | None) -> None:
+    for path in json_paths:
+        check_writable(JSON_FLAG, path)
+    check_writable(HTML_FLAG, html_path)
+    if html_path is not None and html_path in json_paths:
+        raise InvalidArgument(HTML_FLAG, str(html_path), f"is the path of {JSON_FLAG} too")
+
+
+async def _load_tests(targets: Sequence[TargetSpec], args: argparse.Namespace) -> list[LoadTest]:
+    """One for each target, with the same requests for all of them."""
     workload = workload_from(args)
-    model = await describe_target(target)
-    return LoadTest(
-        target=target,
-        model=model,
-        workload=clipped(workload, args, model.context_length),
-        timeout_s=args.timeout,
-        num_warmup=args.warmup,
-        num_processes=args.processes,
-        max_in_flight=args.max_in_flight,
-        worker_addresses=tuple(args.worker),
-        command=shlex.join(["baton", *sys.argv[1:]]),
-    )
+    models = fitting_all([await describe_target(target) for target in targets])
+    workload = clipped(workload, args, models[0].context_length)
+    return [
+        LoadTest(
+            target=target,
+            model=model,
+            workload=workload,
+            timeout_s=args.timeout,
+            num_warmup=args.warmup,
+            num_processes=args.processes,
+            max_in_flight=args.max_in_flight,
+            worker_addresses=tuple(args.worker),
+            command=shlex.join(["baton", *sys.argv[1:]]),
+            case=target.address if len(targets) > 1 else "",
+        )
+        for target, model in zip(targets, models, strict=True)
+    ]
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:
@@ -74,6 +90,7 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
 
 
 async def _run_once(test: LoadTest, stop: asyncio.Event, title: str) -> Run:
+    """A run; one that failed in the middle is what had been measured by then. Raises if that is nothing."""
     observed = Observed()
     try:
         async with shown_progress(observed, title, test.workload.duration_s):
@@ -81,9 +98,22 @@ async def _run_once(test: LoadTest, stop: asyncio.Event, title: str) -> Run:
     except BatonError as error:
         if not observed.records:
             raise
-        run = observed_run(test, observed, was_interrupted=True)
-        path = keep(partial(json_report.write, run, Limits(None, ())))
-        raise InternalError(f"{type(error).__name__}: {error}; what was measured is kept in {path}") from error
+        return observed_run(test, observed, was_interrupted=True, failure=f"{type(error).__name__}: {error}")
+
+
+async def _run_all(tests: Sequence[LoadTest], stop: asyncio.Event) -> tuple[list[Run], str]:
+    """The runs, and what kept the next one from being made, if something did. Raises if that is the first."""
+    runs: list[Run] = []
+    for test in tests:
+        try:
+            runs.append(await _run_once(test, stop, test.case or "load test"))
+        except BatonError as error:
+            if not runs:
+                raise
+            return runs, f"{test.case}: {type(error).__name__}: {error}"
+        if runs[-1].info.was_interrupted:
+            break
+    return runs, ""
 
 
 async def _search(test: LoadTest, limits: Limits, args: argparse.Namespace, stop: asyncio.Event) -> RateSearch:
@@ -111,26 +141,28 @@ async def _search(test: LoadTest, limits: Limits, args: argparse.Namespace, stop
     )
 
 
-def _report_run(run: Run, limits: Limits, args: argparse.Namespace) -> int:
-    terminal.print_report(run, limits, Console())
-    write_json = partial(json_report.write, run, limits)
-    write_reports(_reports(args, write_json, partial(html_report.write, [run], limits)), write_json)
-    if run.info.was_interrupted:
-        return _INTERRUPTED
-    return 0 if any(record.is_ok and not record.is_warmup for record in run.records) else 1
+async def _report_runs(
+    tests: Sequence[LoadTest],
+    json_paths: Sequence[Path | None],
+    limits: Limits,
+    html_path: Path | None,
+    stop: asyncio.Event,
+) -> Verdict:
+    runs, failure = await _run_all(tests, stop)
+    reports = []
+    for run, path in zip(runs, json_paths, strict=False):  # a later one may not have come to its turn
+        terminal.print_report(run, limits, Console())
+        reports.append(Report(JSON_FLAG, path, partial(json_report.write, run, limits)))
+    if len(runs) > 1:
+        terminal.print_comparison(runs, limits, Console())
+    reports.append(Report(HTML_FLAG, html_path, partial(html_report.write, runs, limits)))
+    write_reports(reports)
+    return verdict_of_runs(runs, failure)
 
 
-def _report_search(search: RateSearch, limits: Limits, args: argparse.Namespace) -> int:
+def _report_search(search: RateSearch, limits: Limits, args: argparse.Namespace) -> Verdict:
     terminal.print_search(search, limits, Console())
-    write_json = partial(json_report.write_search, search, limits)
-    write_reports(_reports(args, write_json, partial(html_report.write_search, search, limits)), write_json)
-    if any(probe.run.info.was_interrupted for probe in search.probes):
-        return _INTERRUPTED
-    return 0 if search.answer is not None else 1
-
-
-def _reports(
-    args: argparse.Namespace, write_json: Callable[[Path], None], write_html: Callable[[Path], None]
-) -> list[Report]:
-    wanted = (Report("--json", args.json, write_json), Report("--html", args.html, write_html))
-    return [report for report in wanted if report.path is not None]
+    json = Report(JSON_FLAG, args.json, partial(json_report.write_search, search, limits))
+    html = Report(HTML_FLAG, args.html, partial(html_report.write_search, search, limits))
+    write_reports([json, html])
+    return verdict_of_search(search)

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import replace
 from pathlib import Path
 
-from cli.client import add_connection_arguments
+from cli.client import DEFAULT_ADDRESS
 from common.errors import InvalidArgument
 from loadtest.arrivals import Arrivals
 from loadtest.goodput import Limits
@@ -33,12 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    add_connection_arguments(parser)
-    add = parser.add_argument
-    add("--openai", metavar="URL", help="send to this OpenAI-compatible server instead, as in http://127.0.0.1:8000")
+    group = parser.add_argument_group("servers; of several, each gets the same load, one after the other")
+    add = group.add_argument
+    add("--address", action="append", default=[], metavar="H:P", help=f"router ({DEFAULT_ADDRESS}; repeatable)")
+    add("--openai", action="append", default=[], metavar="URL", help="OpenAI-compatible server (repeatable)")
     add("--model", default="", help="name of the model to ask for (default: the one served)")
     add("--vocab-size", type=int, help="vocabulary of the model; --openai needs it, a router tells its own")
     add("--connections", type=int, default=1, metavar="N", help="connections of each process to a router (1)")
+    add("--timeout", type=float, default=600.0, metavar="S", help="deadline of a request in seconds (600)")
     add("--worker", action="append", default=[], metavar="HOST:PORT", help="sample this worker's queues (repeatable)")
 
 
@@ -86,23 +88,30 @@ def _add_judgement(parser: argparse.ArgumentParser) -> None:
     add("--high-rate", type=float, default=1000.0, metavar="RATE", help="where --find-rate ends at the latest (1000)")
     add("--resolution", type=float, default=0.05, metavar="X", help="relative error of --find-rate (0.05)")
     add("--max-runs", type=int, default=12, metavar="N", help="most runs of --find-rate (12)")
-    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    add(
+        "--json", type=Path, metavar="FILE", help="all that was measured; of several servers FILE.1.json, FILE.2.json …"
+    )
     add("--html", type=Path, metavar="FILE", help="write a page with curves")
 
 
-def target_from(args: argparse.Namespace) -> TargetSpec:
-    """The server that the flags name."""
-    if args.openai is None:
-        if args.vocab_size is not None:
-            raise InvalidArgument("--vocab-size", args.vocab_size, "goes with --openai; a router tells its own")
-        return TargetSpec("baton", args.address, args.model, num_connections=args.connections)
-    if args.vocab_size is None:
+def targets_from(args: argparse.Namespace) -> list[TargetSpec]:
+    """The servers that the flags name, routers first."""
+    if args.vocab_size is not None and not args.openai:
+        raise InvalidArgument("--vocab-size", args.vocab_size, "goes with --openai; a router tells its own")
+    if args.vocab_size is None and args.openai:
         raise InvalidArgument("--vocab-size", None, "--openai needs it: prompts are token ids")
-    if not args.openai.startswith(("http://", "https://")):
-        raise InvalidArgument("--openai", args.openai, "a URL, as in http://127.0.0.1:8000")
-    if args.worker:
-        raise InvalidArgument("--worker", args.worker[0], "does not go with --openai")
-    return TargetSpec("openai", args.openai, args.model, args.vocab_size)
+    for url in args.openai:
+        if not url.startswith(("http://", "https://")):
+            raise InvalidArgument("--openai", url, "a URL, as in http://127.0.0.1:8000")
+    routers = args.address or ([] if args.openai else [DEFAULT_ADDRESS])
+    if args.worker and (args.openai or len(routers) > 1):
+        raise InvalidArgument("--worker", args.worker[0], "goes with one router, and no other server")
+    if args.find_rate is not None and len(routers) + len(args.openai) > 1:
+        raise InvalidArgument("--find-rate", args.find_rate, "searches at one server, not at several")
+    return [
+        *(TargetSpec("baton", address, args.model, num_connections=args.connections) for address in routers),
+        *(TargetSpec("openai", url, args.model, args.vocab_size) for url in args.openai),
+    ]
 
 
 def limits_from(args: argparse.Namespace) -> Limits:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InvalidArgument
 
+JSON_FLAG = "--json"
+HTML_FLAG = "--html"
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One file that was asked for."""
+    """One file that can be asked for."""
 
     flag: str
-    path: Path
+    path: Path | None  # None: it was not
     write: Callable[[Path], None]
+
+
+def numbered(path: Path | None, num_runs: int) -> list[Path | None]:
+    """A path for each run: `run.json` alone, or `run.1.json`, `run.2.json` and so on."""
+    if path is None or num_runs == 1:
+        return [path] * num_runs
+    return [path.with_name(f"{path.stem}.{number}{path.suffix}") for number in range(1, num_runs + 1)]
 
 
 def check_writable(flag: str, path: Path | None) -> None:
@@ -33,19 +43,33 @@ def check_writable(flag: str, path: Path | None) -> None:
         path.unlink()
 
 
-def write_reports(reports: list[Report], write_all: Callable[[Path], None]) -> None:
-    """Write them. If one cannot be written, `write_all` makes a temporary file that the error names."""
-    for report in reports:
-        try:
+def write_reports(reports: Sequence[Report]) -> None:
+    """Write all of them. If one cannot be written, the JSON that is in no file goes to temporary ones, which stay."""
+    failures = [(report, error) for report in reports if (error := _write(report)) is not None]
+    if not failures:
+        return
+    failed, error = failures[0]
+    unwritten = [report for report, _ in failures]
+    kept = [
+        _keep(report) if report.path is None or report in unwritten else report.path
+        for report in reports
+        if report.flag == JSON_FLAG
+    ]
+    limit = f"cannot be written: {error.strerror}; what was measured is kept in {', '.join(map(str, kept))}"
+    raise InvalidArgument(failed.flag, str(failed.path), limit) from error
+
+
+def _write(report: Report) -> OSError | None:
+    try:
+        if report.path is not None:
             report.write(report.path)
-        except OSError as error:
-            limit = f"cannot be written: {error.strerror}; what was measured is kept in {keep(write_all)}"
-            raise InvalidArgument(report.flag, str(report.path), limit) from error
+    except OSError as error:
+        return error
+    return None
 
 
-def keep(write_all: Callable[[Path], None]) -> Path:
-    """Write to a temporary file, which stays. Returns its path."""
+def _keep(report: Report) -> Path:
     with tempfile.NamedTemporaryFile(prefix="baton-bench-", suffix=".json", delete=False) as file:
         path = Path(file.name)
-    write_all(path)
+    report.write(path)
     return path

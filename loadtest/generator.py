@@ -13,7 +13,7 @@ from datetime import datetime
 
 import msgspec
 
-from common.errors import InternalError, InvalidArgument
+from common.errors import InternalError, InvalidArgument, Unavailable
 from common.rpc.status import find_baton_error
 from loadtest.client_group import client_group
 from loadtest.client_messages import ClientSpec
@@ -46,6 +46,7 @@ class LoadTest:
     max_in_flight: int = 1024  # in each process
     worker_addresses: tuple[str, ...] = ()  # Baton's workers, to be sampled
     command: str = ""
+    case: str = ""  # what this run is called where several are compared
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
@@ -91,7 +92,8 @@ async def describe_target(spec: TargetSpec) -> ModelInfo:
 async def run_load_test(test: LoadTest, stop: asyncio.Event, observed: Observed) -> Run:
     """Run it. Setting `stop` ends it early: what is in flight is recorded as `Interrupted`, the run says so.
 
-    If it fails, or is cancelled, no process is left and what was recorded by then is in `observed`.
+    If it fails, or is cancelled, no process is left and what was recorded by then is in `observed`. A warm-up of which
+    nothing came ends it as `Unavailable`: no figure could come of the run.
     """
     plan = check(test.workload, test.model.context_length)
     observed.num_planned, observed.num_clipped = plan.num_requests, plan.num_clipped
@@ -101,6 +103,7 @@ async def run_load_test(test: LoadTest, stop: asyncio.Event, observed: Observed)
     try:
         if test.num_warmup:
             await _warm_up(test, clock, stop, observed)
+            _check_warmed_up(observed, stop)
         if not stop.is_set():
             await _measure(test, plan, clock, stop, observed)
     except BaseExceptionGroup as group:
@@ -109,12 +112,12 @@ async def run_load_test(test: LoadTest, stop: asyncio.Event, observed: Observed)
     return observed_run(test, observed, was_interrupted=stop.is_set())
 
 
-def observed_run(test: LoadTest, observed: Observed, *, was_interrupted: bool) -> Run:
-    """What has been seen, as a run."""
+def observed_run(test: LoadTest, observed: Observed, *, was_interrupted: bool, failure: str = "") -> Run:
+    """What has been seen, as a run. `failure` is what cut it short."""
     start_s = observed.warmup_s if observed.started_s is None else observed.started_s
     warmup = [_later(record, observed.warmup_s - start_s) for record in observed.warmup]
     records = sorted(observed.records, key=lambda record: record.index)
-    info = _run_info(test, observed, records, was_interrupted)
+    info = msgspec.structs.replace(_run_info(test, observed, records), was_interrupted=was_interrupted, failure=failure)
     return Run(info=info, records=(*warmup, *records), samples=tuple(observed.samples))
 
 
@@ -127,6 +130,13 @@ async def _warm_up(test: LoadTest, clock: MonotonicClock, stop: asyncio.Event, o
         stopping = tasks.create_task(_stop_when_told(stop, sender.stop))
         await sender.run(_one_by_one(test.workload.warm_up(test.num_warmup)), clock.now_s())
         stopping.cancel()
+
+
+def _check_warmed_up(observed: Observed, stop: asyncio.Event) -> None:
+    if observed.warmup and not stop.is_set() and not any(record.is_ok for record in observed.warmup):
+        last = observed.warmup[-1]
+        what = f"all {len(observed.warmup)} warm-up requests failed"
+        raise Unavailable(f"{what}, the last with {last.outcome}: {last.detail}")
 
 
 async def _measure(test: LoadTest, plan: Plan, clock: MonotonicClock, stop: asyncio.Event, observed: Observed) -> None:
@@ -198,7 +208,7 @@ def _now_iso() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _run_info(test: LoadTest, observed: Observed, records: list[RequestRecord], was_interrupted: bool) -> RunInfo:
+def _run_info(test: LoadTest, observed: Observed, records: list[RequestRecord]) -> RunInfo:
     span_s = max(r.ended_s for r in records) - min(r.due_s for r in records) if records else 0.0
     return RunInfo(
         target=test.target.address,
@@ -210,7 +220,7 @@ def _run_info(test: LoadTest, observed: Observed, records: list[RequestRecord], 
         workload=test.workload.describe(),
         seed=test.workload.seed,
         scaling=test.workload.describe_scaling(observed.num_planned, observed.num_clipped),
-        was_interrupted=was_interrupted,
+        case=test.case,
         duration_s=span_s,
         num_processes=test.num_processes,
     )

@@ -28,11 +28,16 @@ class TraceTimes:
 
     def describe(self) -> str:
         """In words, for the report."""
-        return ", ".join(filter(None, ("the trace's own times", self.describe_scale())))
+        return ", ".join(filter(None, ("the trace's own times", self.describe_scale(), self._describe_spread())))
 
     def describe_scale(self) -> str:
         """What the user scaled; empty if nothing."""
         return f"rate × {self.rate_scale:g}" if self.rate_scale != 1.0 else ""
+
+    def _describe_spread(self) -> str:
+        num_spread = self.trace.num_spread
+        rows = f"{num_spread} of {len(self.trace.rows)} rows"
+        return f"{rows} shared a timestamp and were spread up to the next" if num_spread else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """The highest request rate at which enough requests meet their limits: grow until it fails, then bisect.
 
-Each rate is measured once, so noise can move the answer; it is bounded, not removed. Every rate tried lies between the
-highest that met and the lowest that missed, so the search always ends, with a rate whose own run met and below every
-rate that missed. An unlucky run makes it too low, a lucky one too high; `Probe.is_close_call` marks those that another
-run of the same length could well turn over. Knows nothing of how a run is made.
+Each rate is measured once, so noise can move the answer: an unlucky run makes it too low, a lucky one too high, and
+`Probe.is_close_call` marks those that another run could well turn over. The answer is a rate whose own run met, below
+every rate that missed. A miss that late or unsent requests of the generator could account for is none: it ends the
+search. Knows nothing of how a run is made.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from common.errors import InvalidArgument
+import msgspec
+
+from common.errors import BatonError, InvalidArgument
 from loadtest.goodput import Goodput, Limits, goodput
 from loadtest.measured import measured_part
 from loadtest.record import Run
+from loadtest.statistics import is_generator_behind, is_punctual, summarize
 
 _GROWTH = 2.0
 _MIN_RESOLUTION = 1e-3
@@ -30,6 +33,8 @@ class Ending(StrEnum):
     LOW_RATE_MISSED = "even the lowest rate misses the limits"
     MAX_RUNS = "the number of runs is used up"
     INTERRUPTED = "a run was interrupted"
+    FAILED = "a run failed"
+    GENERATOR_LIMIT = "the load generator could not keep up, so the server's limit was not reached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,7 @@ class RateSearch:
     probes: tuple[Probe, ...]
     answer: float | None  # requests/s; None: no run met
     ending: Ending
+    failure: str = ""  # what failed, if that ended it
 
 
 def next_rate(met: Sequence[float], missed: Sequence[float], bounds: Bounds) -> float | Ending:
@@ -101,22 +107,58 @@ async def find_rate(
 ) -> RateSearch:
     """Highest rate, in requests/s, at which `share` of the requests meet `limits.ttft_s` with every gap within `itl_s`.
 
-    Awaits one run at a time. An interrupted run ends the search and decides nothing. Cancelling loses what was found.
+    Awaits one run at a time. A run that was interrupted or failed ends the search and decides nothing. So does an error
+    of `measure`; it is raised if no run came before. Cancelling loses what was found.
     """
     bounds = Bounds(low_rate, high_rate, resolution, max_runs)
     _check(itl_s, share)
     probes: list[Probe] = []
-    while True:
-        met = [probe.rate for probe in probes if probe.is_met]
-        step = next_rate(met, [probe.rate for probe in probes if not probe.is_met], bounds)
-        if isinstance(step, float) and len(probes) == max_runs:
-            step = Ending.MAX_RUNS
-        if isinstance(step, Ending):
-            return RateSearch(itl_s, share, tuple(probes), max(met, default=None), step)
-        probe = _judge(step, await measure(step), limits.ttft_s, itl_s, share)
+    while not isinstance(step := _step(probes, bounds), Ending):
+        try:
+            run = await measure(step)
+        except BatonError as error:
+            if not probes:
+                raise
+            failure = f"{type(error).__name__}: {error}"
+            return RateSearch(itl_s, share, tuple(probes), _best(probes), Ending.FAILED, failure)
+        probe = _judge(step, run, limits.ttft_s, itl_s, share)
+        ending = _early_ending(probe, limits.ttft_s, itl_s, share)
+        if ending is not None:
+            return RateSearch(itl_s, share, (*probes, probe), _best(probes), ending, run.info.failure)
         probes.append(probe)
-        if probe.run.info.was_interrupted:
-            return RateSearch(itl_s, share, tuple(probes), max(met, default=None), Ending.INTERRUPTED)
+    return RateSearch(itl_s, share, tuple(probes), _best(probes), step)
+
+
+def _step(probes: Sequence[Probe], bounds: Bounds) -> float | Ending:
+    met = [probe.rate for probe in probes if probe.is_met]
+    step = next_rate(met, [probe.rate for probe in probes if not probe.is_met], bounds)
+    is_used_up = len(probes) == bounds.max_runs
+    return Ending.MAX_RUNS if is_used_up and not isinstance(step, Ending) else step
+
+
+def _best(probes: Sequence[Probe]) -> float | None:
+    return max((probe.rate for probe in probes if probe.is_met), default=None)
+
+
+def _early_ending(probe: Probe, ttft_s: float | None, itl_s: float, share: float) -> Ending | None:
+    """Why a run decides nothing; None if it does."""
+    if probe.run.info.failure:
+        return Ending.FAILED
+    if probe.run.info.was_interrupted:
+        return Ending.INTERRUPTED
+    if not probe.is_met and _could_be_the_generator(probe, ttft_s, itl_s, share):
+        return Ending.GENERATOR_LIMIT
+    return None
+
+
+def _could_be_the_generator(probe: Probe, ttft_s: float | None, itl_s: float, share: float) -> bool:
+    """Whether the rate would have been met if all requests that were late or not sent at all had met the limits."""
+    if not is_generator_behind(summarize(measured_part(probe.run))):
+        return False
+    punctual = tuple(record for record in probe.run.records if is_punctual(record))
+    result = goodput(measured_part(msgspec.structs.replace(probe.run, records=punctual)), ttft_s, itl_s)
+    num_missed = result.num_counted - result.num_met
+    return 1 - num_missed / probe.goodput.num_counted >= share
 
 
 def _judge(rate: float, run: Run, ttft_s: float | None, itl_s: float, share: float) -> Probe:

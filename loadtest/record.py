@@ -89,8 +89,10 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     command: str
     workload: str  # in words: `Poisson, 4 requests/s`, `Azure trace, rows 0-199, lengths × 0.05`
     seed: int
+    case: str = ""  # what was run, where one page compares several: `chunks of 128`
     scaling: tuple[str, ...] = ()  # what was scaled because the user said so; empty: nothing
-    was_interrupted: bool = False
+    was_interrupted: bool = False  # the run ended early: it was stopped, or something failed
+    failure: str = ""  # what failed; empty if nothing did
     duration_s: float = 0.0  # first request due to last one ended
     num_processes: int = 1
 

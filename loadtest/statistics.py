@@ -50,6 +50,7 @@ class Summary:
     num_ok: int
     num_failed: int
     num_interrupted: int
+    num_short: int  # finished with fewer tokens than were asked for
     window_s: float  # first measured request due to last one ended
     offered_rate: float | None  # requests/s that became due
     ttft: Distribution | None
@@ -90,6 +91,7 @@ def summarize(measured: Measured) -> Summary:
         num_ok=len(finished),
         num_failed=len(measured.failed),
         num_interrupted=len(measured.interrupted),
+        num_short=_num_short(finished),
         window_s=measured.window_s,
         offered_rate=measured.offered_rate,
         ttft=distribution(measured.ttft_s),
@@ -104,8 +106,24 @@ def summarize(measured: Measured) -> Summary:
         errors=_errors(measured.failed),
         scheduling_error=scheduling_error,
         phases=_phases(finished),
-        warnings=_warnings(measured, scheduling_error),
+        warnings=(*_generator_warnings(measured, scheduling_error), *_server_warnings(measured)),
     )
+
+
+def has_many_failures(summary: Summary) -> bool:
+    """Whether so many measured requests failed that the figures of the others cannot stand for all."""
+    return summary.num_failed > _MAX_FAILED_SHARE * (summary.num_ok + summary.num_failed)
+
+
+def is_generator_behind(summary: Summary) -> bool:
+    """Whether the generator did not send what was due when it was due, so that figures are not the server's alone."""
+    is_late = summary.scheduling_error is not None and summary.scheduling_error.p99_s > MAX_SCHEDULING_ERROR_S
+    return is_late or any(error.outcome == GENERATOR_OVERLOADED for error in summary.errors)
+
+
+def is_punctual(record: RequestRecord) -> bool:
+    """Whether a request was sent, and when it was due."""
+    return record.outcome != GENERATOR_OVERLOADED and record.sent_s - record.due_s <= MAX_SCHEDULING_ERROR_S
 
 
 def _per_s(amount: int, measured: Measured) -> float | None:
@@ -134,7 +152,11 @@ def _phases(finished: tuple[RequestRecord, ...]) -> dict[str, Distribution]:
     return {name: phase for name, phase in phases.items() if phase is not None}
 
 
-def _warnings(measured: Measured, scheduling_error: Distribution | None) -> tuple[str, ...]:
+def _num_short(finished: tuple[RequestRecord, ...]) -> int:
+    return sum(record.num_output_tokens < record.max_tokens for record in finished)
+
+
+def _generator_warnings(measured: Measured, scheduling_error: Distribution | None) -> list[str]:
     warnings = []
     if scheduling_error is not None and scheduling_error.p99_s > MAX_SCHEDULING_ERROR_S:
         warnings.append(
@@ -146,6 +168,17 @@ def _warnings(measured: Measured, scheduling_error: Distribution | None) -> tupl
         warnings.append(
             f"The generator did not send {num_unsent} requests: too many were in flight. They count as failed, though "
             "the server never saw them: these figures are the generator's, not the server's."
+        )
+    return warnings
+
+
+def _server_warnings(measured: Measured) -> list[str]:
+    warnings = []
+    num_short = _num_short(measured.finished)
+    if num_short:
+        warnings.append(
+            f"{num_short} of {len(measured.finished)} finished requests brought fewer tokens than were asked for: the "
+            "server bore less load than the workload says, and looks better than one that sends them all."
         )
     if measured.interrupted:
         warnings.append(
@@ -161,4 +194,4 @@ def _warnings(measured: Measured, scheduling_error: Distribution | None) -> tupl
             f"{len(measured.failed)} of {measured.num_counted} measured requests failed. Latencies are those of the "
             "others, so percentiles look better than what clients saw; goodput counts the failed ones as missed."
         )
-    return tuple(warnings)
+    return warnings

@@ -30,6 +30,7 @@ class TraceRow:
     num_prompt_tokens: int
     num_output_tokens: int
     block_ids: tuple[int, ...] = ()  # equal ids: equal blocks of the prompt, and equal ones before them
+    is_spread: bool = False  # the file has the same timestamp for other rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,11 @@ class Trace:
     name: str
     first_row: int  # of the file, counted from 0
     rows: tuple[TraceRow, ...]
+
+    @property
+    def num_spread(self) -> int:
+        """Rows that shared a timestamp and were spread."""
+        return sum(row.is_spread for row in self.rows)
 
     def select(self, first_row: int, num_rows: int | None) -> Trace:
         """`num_rows` rows (None: all) from `first_row` on; the first of them is due at 0."""
@@ -125,7 +131,7 @@ def spread_buckets(rows: Iterable[TraceRow]) -> tuple[TraceRow, ...]:
     widths_s = [after - before for before, after in pairwise(starts_s)]
     widths_s.append(widths_s[-1] if widths_s else 0.0)
     return tuple(
-        replace(row, at_s=start_s + width_s * position / len(bucket))
+        replace(row, at_s=start_s + width_s * position / len(bucket), is_spread=len(bucket) > 1 and width_s > 0)
         for bucket, start_s, width_s in zip(buckets, starts_s, widths_s, strict=True)
         for position, row in enumerate(bucket)
     )

@@ -33,6 +33,11 @@ class NamedRun:
     run: Run
     measured: Measured
 
+    @property
+    def case(self) -> str:
+        """What was run, where several are compared."""
+        return self.run.info.case
+
 
 def ttft_chart(runs: Sequence[NamedRun], limits: Limits, max_points: int) -> Chart:
     """Cumulative distribution of the time to first token."""
@@ -77,10 +82,14 @@ def limit_chart(run: NamedRun, limits: Limits, max_points: int) -> Chart:
 
 
 def rate_chart(runs: Sequence[NamedRun], limits: Limits, share: float | None, answer: float | None) -> Chart:
-    """Goodput against rate, judged by every gap: a line for each limit on gaps, a point for each run."""
+    """Goodput against rate, judged by every gap: a line for each case and limit on gaps, a point for each run."""
     note = f"Share of requests with {wording.ttft_limit(limits.ttft_s)} and every gap within a limit."
     chart = Chart("Goodput against rate", note)
-    lines = [(wording.limit(None, itl_s), _points(runs, limits.ttft_s, itl_s)) for itl_s in limits.itl_s or (None,)]
+    lines = [
+        (_line_name(case, itl_s), _points([run for run in runs if run.case == case], limits.ttft_s, itl_s))
+        for case in dict.fromkeys(run.case for run in runs)
+        for itl_s in limits.itl_s or (None,)
+    ]
     return draw_against_rate(chart, lines, share, answer)
 
 
@@ -94,6 +103,11 @@ def timeline_chart(run: NamedRun, max_points: int) -> Chart:
     )
     records = [record for record in run.run.records if not record.is_warmup]
     return draw_timeline(chart, [in_flight("in flight", records)], max_points)
+
+
+def _line_name(case: str, itl_s: float | None) -> str:
+    limit = wording.limit(None, itl_s)
+    return f"{case}, {limit}" if case else limit
 
 
 def _points(runs: Sequence[NamedRun], ttft_s: float | None, itl_s: float | None) -> list[Point]:

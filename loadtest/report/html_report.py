@@ -5,6 +5,7 @@ What came from outside, model names, error texts, commands, reaches the page onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,13 +85,17 @@ def write_search(search: RateSearch, limits: Limits, path: Path) -> None:
 
 
 def _named(runs: Sequence[tuple[float | None, Run, Measured]]) -> tuple[NamedRun, ...]:
-    """In order of rate, named after it, coloured in that order."""
+    """Case by case as they first came, in order of rate, named after both, coloured in that order."""
     if not runs:
         raise InvalidArgument("runs", list(runs), "at least one run")
-    in_order = sorted(runs, key=lambda entry: float("inf") if entry[0] is None else entry[0])
+    cases = list(dict.fromkeys(run.info.case for _, run, _ in runs))
+    in_order = sorted(
+        runs, key=lambda entry: (cases.index(entry[1].info.case), math.inf if entry[0] is None else entry[0])
+    )
     names: list[str] = []
-    for index, (rate, _, _) in enumerate(in_order, 1):
+    for index, (rate, run, _) in enumerate(in_order, 1):
         name = f"run {index}" if rate is None else f"{rate:.3g} requests/s"
+        name = f"{run.info.case}, {name}" if run.info.case else name
         names.append(f"{name}, run {index}" if name in names else name)
     colours = drawing.hues(len(in_order))
     return tuple(NamedRun(name, hue, *entry) for name, hue, entry in zip(names, colours, in_order, strict=True))

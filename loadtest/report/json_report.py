@@ -1,9 +1,9 @@
 """A run, or a search for a rate, as a JSON file with all that went in and all that came out; `load` reads it back.
 
 Keys of a run: schema_version, report (`run`), info, limits, summary, goodput, records, samples. Of a search:
-schema_version, report (`search`), limits, itl_s, share, answer, ending, probes; a probe has rate, is_met, is_close_call
-and run, which is as a run's file. Below that, keys are the fields of `loadtest.record`, `.statistics` and `.goodput`.
-Keys may be added at any time; `schema_version` rises when one goes or changes its meaning.
+schema_version, report (`search`), limits, itl_s, share, answer, ending, failure, probes; a probe has rate, is_met,
+is_close_call and run, which is as a run's file. Below that, keys are the fields of `loadtest.record`, `.statistics` and
+`.goodput`. Keys may be added at any time; `schema_version` rises when one goes or changes its meaning.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class _SearchFile(msgspec.Struct, frozen=True, kw_only=True):
     share: float
     answer: float | None
     ending: Ending
+    failure: str = ""
     probes: tuple[_ProbeEntry, ...]
 
 
@@ -91,6 +92,7 @@ def write_search(search: RateSearch, limits: Limits, path: Path) -> None:
         share=search.share,
         answer=search.answer,
         ending=search.ending,
+        failure=search.failure,
         probes=probes,
     )
     path.write_bytes(msgspec.json.encode(file))
@@ -105,7 +107,7 @@ def load_search(path: Path) -> RateSearch:
     """The search of a file that `write_search` made. Raises `InvalidArgument` for any other file."""
     file = _decode(path, "search", _SearchFile)
     probes = tuple(_probe_of(entry, file) for entry in file.probes)
-    return RateSearch(file.itl_s, file.share, probes, file.answer, file.ending)
+    return RateSearch(file.itl_s, file.share, probes, file.answer, file.ending, file.failure)
 
 
 def load_limits(path: Path) -> Limits:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from loadtest.goodput import Limits, goodputs
 from loadtest.measured import Measured, measured_part
-from loadtest.rate_search import Probe, RateSearch
+from loadtest.rate_search import Ending, Probe, RateSearch
 from loadtest.record import Run
 from loadtest.report import wording
 from loadtest.statistics import Summary, summarize
@@ -21,12 +23,32 @@ def print_report(run: Run, limits: Limits, console: Console) -> None:
     measured = measured_part(run)
     summary = summarize(measured)
     _print_facts("run", run, console)
-    for warning in summary.warnings:
-        console.print(Text(f"! {warning}", style="yellow"))
+    _print_warnings(summary.warnings, console)
     _print_latencies(summary, console)
     _print_throughput(summary, console)
     _print_goodput(measured, limits, console)
     _print_errors(summary, console)
+
+
+def print_comparison(runs: Sequence[Run], limits: Limits, console: Console) -> None:
+    """The figures that differ between runs of the same load, a line for each, judged by the first limit."""
+    table = Table(title=f"comparison: {wording.limits(limits)}", title_justify="left")
+    for heading in ("case", "met", "share", "TTFT p50", "TTFT p99", "gap p50", "gap p99", "output tokens/s"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for run in runs:
+        measured = measured_part(run)
+        summary, result = summarize(measured), goodputs(measured, limits)[0]
+        table.add_row(
+            _plain(run.info.case),
+            wording.met(result),
+            wording.share(result.share),
+            wording.p50(summary.ttft),
+            wording.p99(summary.ttft),
+            wording.p50(summary.gap),
+            wording.p99(summary.gap),
+            wording.number(summary.output_tokens_per_s),
+        )
+    console.print(table)
 
 
 def print_search(search: RateSearch, limits: Limits, console: Console) -> None:
@@ -37,19 +59,29 @@ def print_search(search: RateSearch, limits: Limits, console: Console) -> None:
     table = Table(title=f"rate search: {wanted}", title_justify="left")
     for heading in ("requests/s", "met", "share", "TTFT p99", "gap p99", "output tokens/s", "verdict"):
         table.add_column(heading, justify="left" if heading == "verdict" else "right")
-    for probe in sorted(search.probes, key=lambda probe: probe.rate):
-        table.add_row(*_probe_cells(probe))
+    probes = [(probe, summarize(measured_part(probe.run))) for probe in search.probes]
+    probes.sort(key=lambda entry: entry[0].rate)
+    for probe, summary in probes:
+        table.add_row(*_probe_cells(probe, summary, search))
     console.print(table)
+    for probe, summary in probes:
+        _print_warnings([f"{probe.rate:.3g} requests/s: {warning}" for warning in summary.warnings], console)
     if any(probe.is_close_call for probe in search.probes):
         console.print("≈ within two standard errors of the share asked for: another run could turn it over")
     answer = "no rate met the limits" if search.answer is None else f"highest rate: {search.answer:.3g} requests/s"
-    console.print(Text(f"{answer} ({search.ending})", style="bold"))
+    console.print(_plain(f"{answer} ({wording.ending(search)})", style="bold"))
 
 
-def _probe_cells(probe: Probe) -> tuple[str, ...]:
-    summary = summarize(measured_part(probe.run))
+def _print_warnings(warnings: Iterable[str], console: Console) -> None:
+    for warning in warnings:
+        console.print(Text(f"! {warning}", style="yellow"))
+
+
+def _probe_cells(probe: Probe, summary: Summary, search: RateSearch) -> tuple[str, ...]:
     if probe.run.info.was_interrupted:
-        verdict = "interrupted"
+        verdict = "failed" if probe.run.info.failure else "interrupted"
+    elif search.ending is Ending.GENERATOR_LIMIT and probe is search.probes[-1]:
+        verdict = "generator"
     else:
         verdict = ("meets" if probe.is_met else "misses") + (" ≈" if probe.is_close_call else "")
     return (
@@ -128,6 +160,6 @@ def _print_errors(summary: Summary, console: Console) -> None:
     console.print(table)
 
 
-def _plain(text: str) -> Text:
+def _plain(text: str, style: str = "") -> Text:
     """No markup, and no control codes that would reach the terminal."""
-    return Text("".join(char if char.isprintable() else " " for char in text))
+    return Text("".join(char if char.isprintable() else " " for char in text), style=style)

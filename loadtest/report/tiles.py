@@ -51,7 +51,7 @@ def _search_tiles(search: RateSearch | None, limits: Limits) -> tuple[Tile, ...]
         return ()
     wanted = f"{wording.share(search.share)} of requests with {wording.limit(limits.ttft_s, search.itl_s)}"
     found = "none" if search.answer is None else f"{search.answer:.3g}/s"
-    return (Tile("highest rate", found, f"{wanted}; {search.ending}"),)
+    return (Tile("highest rate", found, f"{wanted}; {wording.ending(search)}"),)
 
 
 def _run_tiles(measured: Measured, summary: Summary, limits: Limits) -> tuple[Tile, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from loadtest.goodput import Goodput, Limits, Variant
+from loadtest.rate_search import RateSearch
 from loadtest.record import Run
 from loadtest.statistics import Distribution, Summary
 
@@ -145,7 +146,9 @@ def load(summary: Summary) -> tuple[tuple[str, str], ...]:
 def facts(run: Run) -> tuple[tuple[str, str], ...]:
     """What was run, where and when, as name and value."""
     info = run.info
+    case = (("case", info.case),) if info.case else ()
     return (
+        *case,
         ("model", info.model),
         ("target", f"{info.target} ({info.kind})"),
         ("workload", info.workload),
@@ -153,10 +156,21 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
         ("seed", str(info.seed)),
         ("machine", info.machine),
         ("started", info.started_at),
-        ("duration", f"{time(info.duration_s)}{', interrupted' if info.was_interrupted else ''}"),
+        ("duration", f"{time(info.duration_s)}{_cut_short(run)}"),
         ("generator", f"{info.num_processes} {'process' if info.num_processes == 1 else 'processes'}"),
         ("command", info.command),
     )
+
+
+def ending(search: RateSearch) -> str:
+    """Why a search stopped, and of what if something failed."""
+    return f"{search.ending}: {search.failure}" if search.failure else str(search.ending)
+
+
+def _cut_short(run: Run) -> str:
+    if run.info.failure:
+        return f", cut short: {run.info.failure}"
+    return ", interrupted" if run.info.was_interrupted else ""
 
 
 def _three_digits(value: float) -> str:

@@ -6,7 +6,7 @@ An implementation maps its protocol's failures onto `common.errors`; it measures
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -30,6 +30,20 @@ class ModelInfo(msgspec.Struct, frozen=True):
     vocab_size: int
     context_length: int | None  # prompt and output together, in tokens; None if the server does not say
     eos_token_ids: tuple[int, ...] = ()
+
+
+def fitting_all(models: Sequence[ModelInfo]) -> list[ModelInfo]:
+    """The same models, each with the limits of all: what is made for one of them then suits every other."""
+    contexts = [model.context_length for model in models if model.context_length is not None]
+    return [
+        ModelInfo(
+            name=model.name,
+            vocab_size=min(each.vocab_size for each in models),
+            context_length=min(contexts, default=None),
+            eos_token_ids=tuple(sorted({eos_id for each in models for eos_id in each.eos_token_ids})),
+        )
+        for model in models
+    ]
 
 
 class Account(msgspec.Struct, frozen=True):

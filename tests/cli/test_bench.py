@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -12,15 +11,15 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from cli.bench_options import workload_from
-from cli.main import build_parser, main
+from common.errors import ResourceExhausted
+from loadtest.rate_search import Ending
 from loadtest.report import json_report
 from tests.loadtest import fake_inference, fake_openai
 from tests.loadtest.fake_inference import FakeInference
 from tests.loadtest.fake_openai import FakeOpenAI
+from tests.loadtest.trace_files import row, write_trace
 
 _BENCH = (sys.executable, "-m", "cli.main", "bench")
-_NOBODY = ("--address", "127.0.0.1:9")
 
 
 async def _start(*args: str) -> asyncio.subprocess.Process:
@@ -37,16 +36,6 @@ async def _run(*args: str) -> tuple[int, str, str]:
 
 def _files_in(directory: Path) -> list[Path]:
     return list(directory.iterdir())
-
-
-def _trace(directory: Path, *rows: dict[str, object]) -> Path:
-    path = directory / "trace.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def _row(timestamp: int, prompt: int, ids: list[int]) -> dict[str, object]:
-    return {"timestamp": timestamp, "input_length": prompt, "output_length": 2, "hash_ids": ids}
 
 
 async def test_a_run_prints_and_writes_its_reports(tmp_path: Path) -> None:
@@ -66,12 +55,39 @@ async def test_a_run_prints_and_writes_its_reports(tmp_path: Path) -> None:
     assert "<html" in (tmp_path / "run.html").read_text(encoding="utf-8")
 
 
-async def test_a_run_that_nothing_came_of_has_a_status_of_its_own() -> None:
+async def test_a_warm_up_of_which_nothing_came_ends_the_run() -> None:
     async with fake_openai.serving(FakeOpenAI(status=503)) as fake:
         args = ("--openai", fake.address, "--vocab-size", "900", "--constant", "100", "--requests", "3")
-        status, output, _ = await _run(*args)
-    assert status == 1
-    assert "Unavailable" in output
+        status, output, errors = await _run(*args, "--warmup", "2")
+    assert (status, output) == (1, "")
+    assert "all 2 warm-up requests failed, the last with Unavailable: HTTP 503" in errors
+    assert errors.count("\n") == 1
+    assert len(fake.bodies) == 2, "no measured request was sent"
+
+
+@pytest.mark.parametrize("fault", ["stalls", "dies"])
+async def test_a_server_that_fails_in_the_middle_is_reported_and_a_failure(fault: str, tmp_path: Path) -> None:
+    fake = FakeInference()
+    async with fake_inference.serving(fake):
+        args = ("--address", fake.address, "--constant", "40", "--requests", "24", "--output-tokens", "2")
+        process = await _start(*args, "--warmup", "0", "--timeout", "1", "--json", str(tmp_path / "run.json"))
+        async with asyncio.timeout(20.0):
+            for _ in range(6):
+                await fake.served.get()
+        if fault == "stalls":
+            fake.num_before_end = 1
+        else:
+            assert fake.server is not None
+            await fake.server.stop(0.0)
+        _, errors = await process.communicate()
+    run = json_report.load(tmp_path / "run.json")
+    outcome = "DeadlineExceeded" if fault == "stalls" else "Unavailable"
+    num_failed = sum(record.outcome == outcome for record in run.records)
+    assert process.returncode == 1
+    assert 0 < num_failed < len(run.records) == 24
+    # gRPC may have a line of its own to say of a connection that went away.
+    last = errors.decode().splitlines()[-1]
+    assert last == f"baton bench: {num_failed} of 24 measured requests failed, most with {outcome}"
 
 
 @pytest.mark.parametrize("num_warmup", [0, 2])
@@ -121,30 +137,91 @@ async def test_what_cannot_be_written_after_all_is_kept(tmp_path: Path, monkeypa
     assert sum(not record.is_warmup for record in json_report.load(kept).records) == 3
 
 
-async def test_what_was_measured_is_kept_when_a_client_process_dies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+async def test_a_run_that_is_cut_short_is_reported_as_far_as_it_came(tmp_path: Path) -> None:
     fake = FakeInference(gap_s=0.001)
     async with fake_inference.serving(fake):
         args = ("--address", fake.address, "--constant", "20", "--duration", "60", "--warmup", "0")
-        bench = await _start(*args, "--output-tokens", "2")
+        reports = ("--json", str(tmp_path / "run.json"), "--html", str(tmp_path / "run.html"))
+        bench = await _start(*args, "--output-tokens", "2", *reports)
         async with asyncio.timeout(20.0):
             for _ in range(5):
                 await fake.served.get()
         (client,) = psutil.Process(bench.pid).children()
         client.kill()
-        _, errors = await bench.communicate()
+        output, errors = await bench.communicate()
     assert bench.returncode == 1
-    (kept,) = _files_in(tmp_path)
-    assert f"status -9); what was measured is kept in {kept}" in errors.decode()
-    run = json_report.load(kept)
+    assert errors.decode().startswith("baton bench: the run was cut short: InternalError: client process")
+    assert errors.count(b"\n") == 1
+    assert b"goodput" in output
+    assert "cut short" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    run = json_report.load(tmp_path / "run.json")
     assert run.info.was_interrupted
+    assert "(status -9)" in run.info.failure
     assert run.records
 
 
+async def test_a_later_run_of_a_search_that_fails_does_not_lose_the_others(tmp_path: Path) -> None:
+    fake = FakeInference()
+    async with fake_inference.serving(fake):
+        args = ("--address", fake.address, "--find-rate", "0.5", "--low-rate", "50", "--high-rate", "400")
+        limits = ("--requests", "10", "--output-tokens", "2", "--warmup", "1", "--itl-limit", "5")
+        reports = ("--json", str(tmp_path / "search.json"), "--html", str(tmp_path / "search.html"))
+        process = await _start(*args, *limits, *reports)
+        async with asyncio.timeout(20.0):
+            for _ in range(11):
+                await fake.served.get()
+        fake.num_before_end, fake.error = 0, ResourceExhausted("full")
+        output, errors = await process.communicate()
+    assert process.returncode == 1
+    assert errors.decode() == (
+        "baton bench: a run failed: Unavailable: all 1 warm-up requests failed, the last with ResourceExhausted: full\n"
+    )
+    search = json_report.load_search(tmp_path / "search.json")
+    assert (search.ending, search.answer, len(search.probes)) == (Ending.FAILED, 50.0, 1)
+    assert "ResourceExhausted" in search.failure
+    assert "highest rate: 50 requests/s (a run failed" in " ".join(output.decode().split())
+    assert "a run failed" in (tmp_path / "search.html").read_text(encoding="utf-8")
+
+
+async def test_several_servers_get_the_same_load_one_after_the_other(tmp_path: Path) -> None:
+    router, other = FakeInference(), FakeOpenAI()
+    async with fake_inference.serving(router), fake_openai.serving(other):
+        status, output, errors = await _run(
+            "--address", router.address, "--openai", other.address, "--vocab-size", "900", "--seed", "4",
+            "--poisson", "100", "--requests", "8", "--output-tokens", "3", "--warmup", "1",
+            "--json", str(tmp_path / "run.json"), "--html", str(tmp_path / "run.html"),
+        )  # fmt: skip
+    assert (status, errors) == (0, "")
+    assert output.count("8 ok") == 2
+    assert "comparison" in output
+    assert sorted(path.name for path in _files_in(tmp_path)) == ["run.1.json", "run.2.json", "run.html"]
+    runs = [json_report.load(tmp_path / f"run.{number}.json") for number in (1, 2)]
+    assert [run.info.case for run in runs] == [router.address, other.address]
+    assert [run.info.kind for run in runs] == ["baton", "openai"]
+    assert [r.due_s for r in runs[0].records if not r.is_warmup] == [
+        r.due_s for r in runs[1].records if not r.is_warmup
+    ]
+    prompts = sorted(tuple(request.token_ids.ids) for request in router.requests)
+    assert prompts == sorted(tuple(body["prompt"]) for body in other.bodies)
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert all(f"{run.info.case}, " in page for run in runs)
+
+
+async def test_a_server_that_fails_before_its_run_does_not_lose_the_others(tmp_path: Path) -> None:
+    router, other = FakeInference(), FakeOpenAI(status=503)
+    async with fake_inference.serving(router), fake_openai.serving(other):
+        status, output, errors = await _run(
+            "--address", router.address, "--openai", other.address, "--vocab-size", "900", "--constant", "100",
+            "--requests", "4", "--output-tokens", "2", "--warmup", "1", "--json", str(tmp_path / "run.json"),
+        )  # fmt: skip
+    assert status == 1
+    assert f"baton bench: {other.address}: Unavailable: all 1 warm-up requests failed" in errors
+    assert "4 ok" in output
+    assert [path.name for path in _files_in(tmp_path)] == ["run.1.json"]
+
+
 async def test_a_row_too_long_for_the_model_is_named_unless_it_is_clipped(tmp_path: Path) -> None:
-    path = _trace(tmp_path, _row(0, 100, [0]), _row(10, 600, [0, 1]))
+    path = write_trace(tmp_path, row(0, 100, [0]), row(10, 600, [0, 1]))
     async with fake_inference.serving(FakeInference()) as fake:
         status, _, errors = await _run("--address", fake.address, "--trace", str(path), "--warmup", "0")
         assert status == 1
@@ -156,63 +233,3 @@ async def test_a_row_too_long_for_the_model_is_named_unless_it_is_clipped(tmp_pa
     first, second = sorted(tuple(request.token_ids.ids) for request in fake.requests)
     assert {len(first), len(second)} == {100, 510}
     assert first[:100] == second[:100]
-
-
-def test_only_the_rows_that_are_used_are_named(tmp_path: Path) -> None:
-    path = _trace(tmp_path, *(_row(index, 100, [index]) for index in range(9)))
-    parser = build_parser()
-    flags = ["bench", "--lengths-from", str(path), "--first-row", "2", "--requests", "4", "--poisson", "1"]
-    assert workload_from(parser.parse_args(flags)).describe().endswith("trace.jsonl, rows 2-5, shared prefixes kept")
-    everything = workload_from(parser.parse_args(["bench", "--trace", str(path)]))
-    assert everything.describe().endswith("trace.jsonl, rows 0-8, shared prefixes kept")
-
-
-@pytest.mark.parametrize(
-    ("args", "named"),
-    [
-        (("--poisson", "4"), "Unavailable"),
-        (("--poisson", "-4"), "rate = -4.0"),
-        ((), "--poisson"),
-        (("--gamma", "4"), "--cv"),
-        (("--poisson", "4", "--cv", "2"), "--cv"),
-        (("--poisson", "4", "--rate-scale", "2"), "--rate-scale"),
-        (("--poisson", "4", "--length-scale", "2"), "--length-scale"),
-        (("--poisson", "4", "--rows", "2"), "--rows"),
-        (("--poisson", "4", "--input-tokens", "x"), "--input-tokens"),
-        (("--poisson", "4", "--requests", "0"), "requests = 0"),
-        (("--poisson", "4", "--seed", "-1"), "--seed"),
-        (("--poisson", "4", "--vocab-size", "9"), "--vocab-size"),
-        (("--poisson", "4", "--openai", "http://127.0.0.1:9"), "--vocab-size"),
-        (("--poisson", "4", "--openai", "127.0.0.1:9", "--vocab-size", "900"), "--openai"),
-        (("--poisson", "4", "--itl-limit", "0"), "itl_s"),
-        (("--find-rate", "0.9"), "--itl-limit"),
-        (("--trace", "missing.jsonl"), "missing.jsonl"),
-        (("--trace", "missing.parquet"), "trace format"),
-        (("--trace", "a.csv", "--lengths-from", "b.csv"), "--lengths-from"),
-        (("--poisson", "4", "--json", "/nowhere/at/all.json"), "--json"),
-        (("--poisson", "4", "--html", "/"), "--html"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line(
-    args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", *_NOBODY, *args]) == 1
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    assert errors.startswith("baton bench: ")
-    assert named in errors
-
-
-def test_a_malformed_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = _trace(tmp_path, _row(0, 100, [0]), _row(10, 600, [0]))
-    assert main(["bench", *_NOBODY, "--trace", str(path)]) == 1
-    assert "trace.jsonl, line 2, hash_ids" in capsys.readouterr().err
-
-
-def test_checking_a_path_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = tmp_path / "old.json"
-    old.write_text("as it was", encoding="utf-8")
-    assert main(["bench", *_NOBODY, "--poisson", "1", "--json", str(old), "--html", str(tmp_path / "new.html")]) == 1
-    assert "Unavailable" in capsys.readouterr().err
-    assert _files_in(tmp_path) == [old]
-    assert old.read_text(encoding="utf-8") == "as it was"

@@ -17,13 +17,14 @@ def request(
     ended_s: float | None = None,
     sent_s: float | None = None,
     tokens: Sequence[int] | None = None,
+    max_tokens: int | None = None,
     num_prompt_tokens: int = 10,
     num_cached_tokens: int = 0,
     detail: str = "",
     is_warmup: bool = False,
     lifetime_ns: dict[str, int] | None = None,
 ) -> RequestRecord:
-    """A request whose messages came at these moments, one token each if not said otherwise."""
+    """A request whose messages came at these moments, one token each, as many as asked for; if not said otherwise."""
     counts = tokens or [1] * len(arrived_s)
     last_s = arrived_s[-1] if arrived_s else due_s
     return RequestRecord(
@@ -32,7 +33,7 @@ def request(
         sent_s=due_s if sent_s is None else sent_s,
         ended_s=last_s if ended_s is None else ended_s,
         num_prompt_tokens=num_prompt_tokens,
-        max_tokens=64,
+        max_tokens=sum(counts) if max_tokens is None else max_tokens,
         arrivals=tuple(Arrival(at_s, count) for at_s, count in zip(arrived_s, counts, strict=True)),
         outcome=outcome,
         detail=detail,
@@ -43,7 +44,12 @@ def request(
 
 
 def run_of(
-    *records: RequestRecord, model: str = "small", command: str = "baton bench", was_interrupted: bool = False
+    *records: RequestRecord,
+    model: str = "small",
+    command: str = "baton bench",
+    case: str = "",
+    was_interrupted: bool = False,
+    failure: str = "",
 ) -> Run:
     """A run of these records."""
     info = RunInfo(
@@ -55,8 +61,10 @@ def run_of(
         command=command,
         workload="Poisson",
         seed=7,
+        case=case,
         scaling=("lengths × 0.05",),
         was_interrupted=was_interrupted,
+        failure=failure,
     )
     return Run(info=info, records=records)
 

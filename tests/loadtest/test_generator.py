@@ -131,6 +131,16 @@ async def test_stopping_in_the_warm_up_measures_nothing() -> None:
     assert [(record.outcome, record.is_warmup) for record in run.records] == [("Interrupted", True)] * 2
 
 
+async def test_a_warm_up_of_which_nothing_came_ends_the_run() -> None:
+    observed = Observed()
+    async with fake_inference.serving(FakeInference(num_before_end=1, error=ResourceExhausted("full"))) as fake:
+        test = await _load_test(fake, _workload(Arrivals(200.0), 10), num_warmup=3)
+        with pytest.raises(Unavailable, match="all 3 warm-up requests failed, the last with ResourceExhausted: full"):
+            await run_load_test(test, asyncio.Event(), observed)
+        assert len(fake.requests) == 3
+    assert observed.started_s is None
+
+
 async def test_refusals_and_stalls_are_outcomes_not_failures_of_the_run() -> None:
     async with fake_inference.serving(FakeInference(num_before_end=1, error=ResourceExhausted("full"))) as fake:
         run = await _run(await _load_test(fake, _workload(Arrivals(200.0), 10)))

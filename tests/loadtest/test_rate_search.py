@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import InvalidArgument
+from common.errors import InvalidArgument, Unavailable
 from loadtest.goodput import Limits
 from loadtest.rate_search import Bounds, Ending, RateSearch, find_rate, next_rate
-from loadtest.record import Run
+from loadtest.record import RequestRecord, Run
 from tests.loadtest.sample_runs import EMPTY, request, run_of
 
 LIMITS = Limits(ttft_s=1.0, itl_s=(0.05,))
@@ -92,6 +92,64 @@ async def test_an_interrupted_run_ends_the_search_and_decides_nothing() -> None:
 
     result = await search(measure)
     assert (result.answer, result.ending, len(result.probes)) == (2.0, Ending.INTERRUPTED, 3)
+
+
+async def test_an_error_after_the_first_run_ends_the_search_and_keeps_what_was_found() -> None:
+    async def measure(rate: float) -> Run:
+        if rate == 4:
+            raise Unavailable("gone")
+        return run_with_share(1.0)
+
+    result = await search(measure)
+    assert (result.answer, result.ending, len(result.probes)) == (2.0, Ending.FAILED, 2)
+    assert result.failure == "Unavailable: gone"
+
+
+async def test_an_error_of_the_first_run_is_raised() -> None:
+    async def measure(rate: float) -> Run:
+        raise Unavailable("gone")
+
+    with pytest.raises(Unavailable, match="gone"):
+        await search(measure)
+
+
+async def test_a_run_that_was_cut_short_is_kept_and_decides_nothing() -> None:
+    async def measure(rate: float) -> Run:
+        return run_of(FAST, failure="InternalError: gone" if rate == 4 else "", was_interrupted=rate == 4)
+
+    result = await search(measure)
+    assert (result.answer, result.ending, len(result.probes)) == (2.0, Ending.FAILED, 3)
+    assert result.failure == "InternalError: gone"
+
+
+LATE = request(0.0, (2.0,), sent_s=1.5)
+UNSENT = request(0.0, outcome="GeneratorOverloaded")
+
+
+@pytest.mark.parametrize("fault", [LATE, UNSENT], ids=["late", "unsent"])
+async def test_a_miss_that_the_generator_made_ends_the_search_and_is_none(fault: RequestRecord) -> None:
+    async def measure(rate: float) -> Run:
+        return run_of(*[FAST] * 80, *[fault] * 20) if rate == 4 else run_with_share(1.0)
+
+    result = await search(measure)
+    assert (result.answer, result.ending, len(result.probes)) == (2.0, Ending.GENERATOR_LIMIT, 3)
+
+
+@pytest.mark.parametrize("fault", [LATE, UNSENT], ids=["late", "unsent"])
+async def test_a_rate_that_the_server_would_miss_anyway_is_a_miss(fault: RequestRecord) -> None:
+    async def measure(rate: float) -> Run:
+        return run_of(*[FAST] * 60, *[SLOW] * 20, *[fault] * 20) if rate >= 4 else run_with_share(1.0)
+
+    result = await search(measure, resolution=0.5)
+    assert (result.ending, len(result.probes)) == (Ending.RESOLVED, 4)
+    assert result.answer == pytest.approx(2 * math.sqrt(2))
+
+
+async def test_a_rate_that_is_met_although_the_generator_was_late_is_met() -> None:
+    async def measure(rate: float) -> Run:
+        return run_of(*[FAST] * 95, *[LATE] * 5)
+
+    assert (await search(measure)).ending is Ending.HIGH_RATE_MET
 
 
 @given(st.lists(st.booleans(), min_size=12, max_size=12))

@@ -91,6 +91,16 @@ def test_requests_that_the_generator_never_sent_are_named() -> None:
     assert [warning for warning in warnings if "did not send 2 requests" in warning]
 
 
+def test_outputs_shorter_than_asked_for_are_counted_and_named() -> None:
+    whole, short = request(0.0, (1.0,), max_tokens=1), request(0.0, (1.0, 2.0), tokens=(2, 1), max_tokens=4)
+    failed = request(0.0, (1.0,), max_tokens=9, outcome="Unavailable", ended_s=1.0)
+    summary = summary_of(run_of(short, short, failed, *[whole] * 98))
+    assert summary.num_short == 2
+    (warning,) = summary.warnings
+    assert warning.startswith("2 of 100 finished requests brought fewer tokens than were asked for")
+    assert summary_of(run_of(whole)).warnings == ()
+
+
 def test_failures_are_a_warning_once_they_could_be_the_whole_p99() -> None:
     good, bad = request(0.0, (1.0,)), request(0.0, outcome="Unavailable")
     assert summary_of(run_of(bad, *[good] * 99)).warnings == ()

@@ -36,11 +36,16 @@ def test_azure_rows_count_from_the_first() -> None:
 
 def test_rows_of_one_bucket_are_spread_up_to_the_next() -> None:
     rows = [TraceRow(at_s, 1, 1) for at_s in (0, 0, 0, 3, 5, 5)]
-    assert [row.at_s for row in spread_buckets(rows)] == [0.0, 1.0, 2.0, 3.0, 5.0, 6.0]
+    spread = spread_buckets(rows)
+    assert [row.at_s for row in spread] == [0.0, 1.0, 2.0, 3.0, 5.0, 6.0]
+    assert [row.is_spread for row in spread] == [True, True, True, False, True, True]
+    assert Trace("t", 0, spread).num_spread == 5
+    assert Trace("t", 0, spread).select(2, 2).num_spread == 1
 
 
 def test_rows_that_all_share_a_timestamp_stay_together() -> None:
-    assert [row.at_s for row in spread_buckets([TraceRow(4.0, 1, 1)] * 3)] == [4.0, 4.0, 4.0]
+    rows = spread_buckets([TraceRow(4.0, 1, 1)] * 3)
+    assert [(row.at_s, row.is_spread) for row in rows] == [(4.0, False)] * 3
 
 
 def test_a_selection_starts_at_zero_and_remembers_where_it_was() -> None:

@@ -44,6 +44,16 @@ def test_a_trace_brings_times_lengths_and_blocks_scaled_as_told() -> None:
     assert Workload(TraceTimes(_TRACE), TraceSizes(_TRACE), seed=0).describe_scaling(6, 0) == ()
 
 
+def test_rows_that_were_spread_are_counted_where_their_times_are_used() -> None:
+    rows = (TraceRow(0.0, 10, 2, is_spread=True), TraceRow(0.5, 10, 2, is_spread=True), TraceRow(1.0, 10, 2))
+    trace = Trace("t.jsonl", 0, rows)
+    with_times = Workload(TraceTimes(trace), TraceSizes(trace), seed=0).describe()
+    assert with_times == (
+        "the trace's own times, 2 of 3 rows shared a timestamp and were spread up to the next; t.jsonl, rows 0-2"
+    )
+    assert "spread" not in Workload(Arrivals(1.0), TraceSizes(trace), seed=0, num_requests=3).describe()
+
+
 def test_lengths_of_a_trace_go_with_other_arrivals() -> None:
     requests = list(Workload(Arrivals(1.0, cv=0.0), TraceSizes(_TRACE), seed=0, num_requests=4))
     assert [(r.due_s, r.num_prompt_tokens) for r in requests] == [(0.0, 1000), (1.0, 2000), (2.0, 3000), (3.0, 4000)]

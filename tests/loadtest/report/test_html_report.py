@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from common.errors import InvalidArgument
 from loadtest.goodput import Limits
@@ -100,6 +101,23 @@ def test_several_runs_are_drawn_against_their_rate(tmp_path: Path) -> None:
     assert len(points) == 3 * len(LIMITS.itl_s)
     rates = [float(text.split()[0]) for text in page.texts_of("summary")]
     assert rates == sorted(rates)
+
+
+def test_each_case_has_a_line_for_each_limit(tmp_path: Path) -> None:
+    rates_and_cases = [(8.0, "together"), (2.0, "apart"), (2.0, "together"), (8.0, "apart")]
+    runs = [replace(random_run(rate), info=replace(random_run(rate).info, case=case)) for rate, case in rates_and_cases]
+    page = page_of(runs, tmp_path)
+    names = page.texts_of("summary")
+    assert [name.split(",")[0] for name in names] == ["together", "together", "apart", "apart"]
+    assert all(name.endswith(" requests/s") for name in names)
+    legend = [text for text in page.texts_of("li") if "gaps ≤" in text]
+    assert legend == [f"{case}, gaps ≤ {limit} ms" for case in ("together", "apart") for limit in (20, 50)]
+    assert "together" in page.texts_of("dd")
+
+
+def test_warnings_of_several_runs_are_named(tmp_path: Path) -> None:
+    page = page_of([random_run(2.0), ALL_FAILED], tmp_path)
+    assert any("requests/s: All 2 measured requests failed" in text for text in page.texts_of("p"))
 
 
 async def test_a_search_shows_its_answer_and_what_was_asked_for(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from common.errors import InvalidArgument
 from loadtest.goodput import Limits
-from loadtest.rate_search import RateSearch, find_rate
+from loadtest.rate_search import Ending, RateSearch, find_rate
 from loadtest.record import Run
 from loadtest.report import json_report
 from tests.loadtest.sample_runs import ODD_RUNS, random_run
@@ -38,6 +39,13 @@ async def test_a_search_is_read_back_as_it_was(tmp_path: Path) -> None:
     json_report.write_search(search, LIMITS, path)
     assert json_report.load_search(path) == search
     assert json_report.load_limits(path) == LIMITS
+
+
+async def test_why_a_search_failed_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    search = replace(await a_search(), ending=Ending.FAILED, failure="Unavailable: gone")
+    json_report.write_search(search, LIMITS, path)
+    assert json_report.load_search(path) == search
 
 
 def test_the_documented_keys_are_there(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import io
 import pytest
 from rich.console import Console
 
+from common.errors import Unavailable
 from loadtest.goodput import Limits
-from loadtest.rate_search import RateSearch, find_rate
+from loadtest.rate_search import Ending, RateSearch, find_rate
 from loadtest.record import Run
-from loadtest.report.terminal import print_report, print_search
+from loadtest.report.terminal import print_comparison, print_report, print_search
 from tests.loadtest.sample_runs import ALL_FAILED, ODD_RUNS, random_run, request, run_of
 
 LIMITS = Limits(0.5, (0.02, 0.05))
@@ -100,3 +101,45 @@ async def test_a_search_without_an_answer_says_so() -> None:
 
     search = await find_rate(measure, LIMITS, itl_s=0.05, share=0.9, low_rate=1, high_rate=2)
     assert "no rate met the limits (even the lowest rate misses the limits)" in printed_search(search)
+
+
+async def test_a_search_names_the_warnings_of_each_rate_and_why_it_ended() -> None:
+    late = [request(0.0, (1.0,), sent_s=0.9)] * 10
+
+    async def measure(rate: float) -> Run:
+        return run_of(*late, case="apart") if rate == 2 else run_of(*[request(0.0, (0.1,))] * 10, case="apart")
+
+    search = await find_rate(measure, LIMITS, itl_s=0.05, share=0.9, low_rate=1, high_rate=4)
+    text = printed_search(search)
+    assert "! 2 requests/s: The generator was late: the p99 of sent − due is 900.0 ms" in text
+    assert cells(text, "2 ")[-1] == "generator"
+    assert f"highest rate: 1 requests/s ({Ending.GENERATOR_LIMIT})" in text
+    assert cells(text, "case") == ["case", "apart"]
+
+
+def test_runs_of_the_same_load_are_compared_in_a_table() -> None:
+    runs = [
+        run_of(request(0.0, (0.1, 0.11)), request(2.0, (2.1, 2.4)), case="[b]apart"),
+        run_of(request(0.0, (0.2, 0.21)), case="together"),
+    ]
+    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    print_comparison(runs, LIMITS, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert cells(text, "[b]apart")[:7] == ["[b]apart", "1 of 2", "50.0 %", "100 ms", "100 ms", "10.0 ms", "300 ms"]
+    assert cells(text, "together")[:4] == ["together", "1 of 1", "100.0 %", "200 ms"]
+
+
+async def test_an_error_that_ended_a_search_is_shown_without_control_codes() -> None:
+    async def measure(rate: float) -> Run:
+        if rate == 2:
+            raise Unavailable("\x1b[31mgone")
+        return run_of(request(0.0, (0.1,)))
+
+    search = await find_rate(measure, LIMITS, itl_s=0.05, share=0.9, low_rate=1, high_rate=4)
+    assert "highest rate: 1 requests/s (a run failed: Unavailable:  [31mgone)" in printed_search(search)
+
+
+def test_a_run_that_was_cut_short_says_of_what() -> None:
+    text = printed(run_of(request(0.0, (0.1,)), was_interrupted=True, failure="InternalError: gone"))
+    assert cells(text, "duration")[1].endswith("cut short: InternalError: gone")
