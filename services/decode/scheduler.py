@@ -62,8 +62,6 @@ class DecodeScheduler:
         self._steps = Steps(self._blocks, self._rows, chunk_tokens, self._make_room, self._end, self._events)
         self._next_serial = 0
 
-    # What is asked
-
     @property
     def num_open(self) -> int:
         """Sequences in all states."""
@@ -111,8 +109,7 @@ class DecodeScheduler:
 
     def take_events(self) -> list[Event]:
         """What happened since the last call, in order."""
-        events = self._events.copy()
-        self._events.clear()
+        events, self._events[:] = self._events[:], []
         return events
 
     # Sequences come and go
@@ -251,8 +248,6 @@ class DecodeScheduler:
         for state, members in states.items():
             if any(seq.state is not state for seq in members):
                 raise InternalError(f"a sequence is wrongly listed as {state.name}")
-
-    # Inside
 
     def _give_row(self, seq: DecodeSequence, now_s: float) -> AddRow:
         self._rows.give(seq)
