@@ -124,10 +124,10 @@ async def running_cluster(
             channel = open_channel(f"127.0.0.1:{router.port}", 4 * MAX_MESSAGE_BYTES)
             stub: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(channel)
             cluster = Cluster(script, prefills, decodes, router, channel, stub)
-            if num_prefills and num_decodes:
-                await cluster.wait_until_serving()
-            elif num_decodes:
-                await cluster.wait_until(lambda: len(router.registry.candidates(Role.DECODE)) == num_decodes)
+            counts = {Role.PREFILL: num_prefills, Role.DECODE: num_decodes}
+            await cluster.wait_until(
+                lambda: all(len(router.registry.candidates(role)) >= count for role, count in counts.items())
+            )
             yield cluster
             await channel.close()
     finally:

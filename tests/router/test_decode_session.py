@@ -24,8 +24,9 @@ def request(num_tokens: int = 6) -> inference_pb2.GenerateRequest:
     return made
 
 
-def session_of(cluster: Cluster, index: int = 0) -> DecodeSession:
-    return cluster.router.registry.worker(Role.DECODE, cluster.decodes[index].address).session
+def session_of(cluster: Cluster) -> DecodeSession:
+    """With the first decode worker."""
+    return cluster.router.registry.worker(Role.DECODE, cluster.decodes[0].address).session
 
 
 def open_request(sequence_id: int, num_tokens: int = 5) -> decode_pb2.OpenRequest:
