@@ -94,10 +94,6 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
-    async def wait_stopped(self) -> None:
-        """Return when the server has stopped."""
-        await self._server.wait_for_termination()
-
 
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler once per call; costs nothing per message of a stream."""

@@ -69,7 +69,7 @@ Global___ChunkRejectReason: _TypeAlias = ChunkRejectReason  # noqa: Y015
 
 @_typing.final
 class Ticket(_message.Message):
-    """Where a prefill worker sends the KV cache of one sequence. Made by Open, carried by the router."""
+    """Where a prefill worker sends the KV cache of one sequence. Made when decode opens it, carried by the router."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
