@@ -16,6 +16,7 @@ from common.kernels.triton_backend import (
     attention,
     digest_on_device,
     gather_blocks,
+    gather_slot,
     gather_with_digest,
     payload_digest,
     plan_decode,
@@ -23,6 +24,7 @@ from common.kernels.triton_backend import (
     refresh_decode,
     rms_norm,
     scatter_blocks,
+    scatter_slot,
     silu_mul,
 )
 from common.kernels.triton_decode import DecodeBatch, default_tuning, refresh
@@ -35,6 +37,7 @@ __all__ = [
     "attention",
     "digest_on_device",
     "gather_blocks",
+    "gather_slot",
     "gather_with_digest",
     "layout_weight",
     "linear",
@@ -45,6 +48,7 @@ __all__ = [
     "refresh_decode",
     "rms_norm",
     "scatter_blocks",
+    "scatter_slot",
     "silu_mul",
 ]
 

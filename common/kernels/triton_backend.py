@@ -21,9 +21,11 @@ from common.kernels.triton_blocks import (
     digest_on_device,
     digest_value,
     gather_blocks,
+    gather_slot,
     gather_with_digest,
     payload_digest,
     scatter_blocks,
+    scatter_slot,
     scatter_with_digest,
 )
 from common.kernels.triton_decode import (
@@ -44,6 +46,7 @@ __all__ = [
     "digest_on_device",
     "digest_value",
     "gather_blocks",
+    "gather_slot",
     "gather_with_digest",
     "layout_weight",
     "linear",
@@ -54,6 +57,7 @@ __all__ = [
     "refresh_decode",
     "rms_norm",
     "scatter_blocks",
+    "scatter_slot",
     "scatter_with_digest",
     "silu_mul",
 ]

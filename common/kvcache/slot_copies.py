@@ -35,7 +35,7 @@ class SlotCopies:
         self._under_way: deque[tuple[DeviceWork, asyncio.Future[None]]] = deque()
 
     def run(self, start: Start) -> asyncio.Future[None]:
-        """Queue one copy. The future is done when its bytes are in place, or fails as `start` did.
+        """Queue one copy. The future is done when its bytes are in place, or fails as `start` or the copy did.
 
         `start` queues the copy on the device, or returns None if there is nothing to do; on a CPU it runs in a thread.
         Cancelling the future does not stop the copy: whoever lends memory to it waits for the future, shielded.
@@ -48,8 +48,10 @@ class SlotCopies:
         except Exception as error:  # handed to whoever awaits, as a thread would
             future.set_exception(error)
             return future
-        if work is None or work.done():
+        if work is None:
             future.set_result(None)
+        elif work.done() and not self._under_way:
+            _finish(work, future)
         else:
             self._under_way.append((work, future))
             if len(self._under_way) == 1:
@@ -63,12 +65,12 @@ class SlotCopies:
         while self._under_way:
             work, future = self._under_way.popleft()
             work.wait()
-            _finish(future)
+            _finish(work, future)
 
     def _look(self) -> None:
         """Copies end in the order in which they were queued."""
         while self._under_way and self._under_way[0][0].done():
-            _finish(self._under_way.popleft()[1])
+            _finish(*self._under_way.popleft())
         if self._under_way:
             pause(POLL_PAUSE_S)
             self._loop.call_soon(self._look)
@@ -78,8 +80,16 @@ def _run(start: Start) -> None:
     work = start()
     if work is not None:
         work.wait()
+        work.result()
 
 
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _finish(work: DeviceWork, future: asyncio.Future[None]) -> None:
+    """The future ends as the work did, unless nobody waits any more."""
+    try:
+        work.result()
+    except Exception as error:  # handed to whoever awaits, as a thread would
+        if not future.done():
+            future.set_exception(error)
+    else:
+        if not future.done():
+            future.set_result(None)

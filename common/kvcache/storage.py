@@ -2,8 +2,9 @@
 
     slot: | header, 64 bytes (`slot_header`) | payload [num_layers, num_blocks, 2, num_heads, block_size, head_dim] |
 
-Received bytes are checked before any block is written. On a GPU, header and digest are written by the device, and only
-the thread that asks waits. Knows neither transports nor which sequence owns a block.
+Received bytes are checked before any block is written. On a GPU the device does both, headers included, and the host
+waits for neither: it learns what the check found when the work is done. Knows neither transports nor which sequence
+owns a block.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.errors import InternalError, Truncated
+from common.errors import DigestMismatch, InternalError, Truncated
 from common.kernels.backend import KernelBackend, kernels_for
 from common.kernels.batch import KVShape
 from common.kvcache.device_queue import DeviceQueue, DeviceWork
@@ -28,20 +29,34 @@ _DIGEST_WORD: Final = DIGEST_OFFSET // _WORD_BYTES
 
 
 @runtime_checkable
-class DigestOnDevice(Protocol):
-    """What a kernel backend has beyond `KernelBackend` if digests can stay on the device: [1] int64, not waited for."""
+class SlotsOnDevice(Protocol):
+    """What a kernel backend has beyond `KernelBackend` if headers and digests can stay on the device.
 
-    def gather_with_digest(
+    See `common.kernels.triton_blocks`; nothing is waited for.
+    """
+
+    def gather_slot(
         self,
         kv: torch.Tensor,
-        block_ids: torch.Tensor,
+        words: torch.Tensor,
         first_head: int,
         num_heads: int,
-        payload: torch.Tensor,
+        slot: torch.Tensor,
+        scratch: torch.Tensor,
         /,
-    ) -> torch.Tensor: ...
+    ) -> None: ...
 
-    def digest_on_device(self, payload: torch.Tensor, /) -> torch.Tensor: ...
+    def scatter_slot(
+        self,
+        kv: torch.Tensor,
+        words: torch.Tensor,
+        first_head: int,
+        num_heads: int,
+        slot: torch.Tensor,
+        scratch: torch.Tensor,
+        report: torch.Tensor,
+        /,
+    ) -> None: ...
 
 
 class KVStorage:
@@ -68,6 +83,8 @@ class KVStorage:
         )
         self._kernels = kernels_for(device) if kernels is None else kernels
         self._queue = DeviceQueue(device)
+        self._scratch = torch.zeros(2, dtype=torch.int64, device=device)  # of launches, which follow each other
+        self._report = torch.zeros(_HEADER_WORDS + 2, dtype=torch.int64, device=device)  # of the last slot's check
 
     @property
     def shape(self) -> KVShape:
@@ -107,16 +124,18 @@ class KVStorage:
         header = encode_header(tag, num_bytes - HEADER_BYTES, 0)
         with self._queue.entered():
             words = self._queue.upload(_words(header, block_ids))
-            payload = self._payload(slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
-            ids = words[_HEADER_WORDS:]
-            if isinstance(self._kernels, DigestOnDevice):
-                digest = self._kernels.gather_with_digest(self.kv, ids, first_local_head, num_heads, payload)
-                words[_DIGEST_WORD : _DIGEST_WORD + 1].copy_(digest)
+            if isinstance(self._kernels, SlotsOnDevice):
+                slot_words = slot[:num_bytes].view(torch.int64)
+                self._kernels.gather_slot(self.kv, words, first_local_head, num_heads, slot_words, self._scratch)
             else:
+                payload, ids = (
+                    self._payload(slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads),
+                    words[_HEADER_WORDS:],
+                )
                 words[_DIGEST_WORD] = _signed(
                     self._kernels.gather_blocks(self.kv, ids, first_local_head, num_heads, payload)
                 )
-            slot[:HEADER_BYTES].view(torch.int64).copy_(words[:_HEADER_WORDS])
+                slot[:HEADER_BYTES].view(torch.int64).copy_(words[:_HEADER_WORDS])
             return self._queue.mark()
 
     def scatter(
@@ -132,7 +151,9 @@ class KVStorage:
         Raises `Truncated` (too few bytes, or the header says another size) or `DigestMismatch` (not the bytes that
         were gathered for this tag). No block is written then.
         """
-        self.start_scatter(block_ids, first_local_head, num_heads, slot, expected_tag).wait()
+        work = self.start_scatter(block_ids, first_local_head, num_heads, slot, expected_tag)
+        work.wait()
+        work.result()
 
     def start_scatter(
         self,
@@ -142,28 +163,27 @@ class KVStorage:
         slot: torch.Tensor,
         expected_tag: int,
     ) -> DeviceWork:
-        """`scatter` without waiting for the blocks: it returns, or raises, once the slot has been checked."""
+        """`scatter` without waiting for a GPU: what the check finds is the outcome of the work."""
         num_bytes = self.leg_bytes(len(block_ids), num_heads)
         self._check(block_ids, first_local_head, num_heads)
         if slot.numel() < num_bytes:
             raise Truncated(f"{slot.numel()} bytes arrived, {num_bytes} were expected")
+        payload_bytes = num_bytes - HEADER_BYTES
         with self._queue.entered():
+            words = self._queue.upload(_words(encode_header(expected_tag, payload_bytes, 0), block_ids))
+            if isinstance(self._kernels, SlotsOnDevice):
+                slot_words = slot[:num_bytes].view(torch.int64)
+                self._kernels.scatter_slot(
+                    self.kv, words, first_local_head, num_heads, slot_words, self._scratch, self._report
+                )
+                return self._queue.download(
+                    self._report, lambda report: _judge(report.tobytes(), expected_tag, payload_bytes)
+                )
             payload = self._payload(slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
-            ids = self._queue.upload(np.array(block_ids, dtype=np.int64))
-            self._verify(slot[:HEADER_BYTES], payload, expected_tag)
-            self._kernels.scatter_blocks(self.kv, ids, first_local_head, num_heads, payload)
-            return self._queue.mark()
-
-    def _verify(self, header: torch.Tensor, payload: torch.Tensor, expected_tag: int) -> None:
-        """Header and digest leave a GPU together: one small copy, waited for by this thread alone."""
-        if isinstance(self._kernels, DigestOnDevice):
-            digest = self._kernels.digest_on_device(payload)
-            raw = self._queue.download((header.view(torch.int64), digest)).tobytes()
-            announced = checked_digest(raw, expected_tag, payload.nbytes)
-            check_digest(int.from_bytes(raw[HEADER_BYTES:], "little"), announced)
-        else:
-            announced = checked_digest(header.cpu().numpy().tobytes(), expected_tag, payload.nbytes)
+            announced = checked_digest(slot[:HEADER_BYTES].cpu().numpy().tobytes(), expected_tag, payload_bytes)
             check_digest(self._kernels.payload_digest(payload), announced)
+            self._kernels.scatter_blocks(self.kv, words[_HEADER_WORDS:], first_local_head, num_heads, payload)
+            return self._queue.mark()
 
     def _payload(self, part: torch.Tensor, num_blocks: int, num_heads: int) -> torch.Tensor:
         """The bytes of a slot seen as K and V of blocks."""
@@ -184,6 +204,15 @@ class KVStorage:
 def _words(header: bytearray, block_ids: Sequence[int]) -> npt.NDArray[np.int64]:
     """The header, then the block ids: [_HEADER_WORDS + n], so that one copy takes both to the device."""
     return np.concatenate((np.frombuffer(header, dtype=np.int64), np.array(block_ids, dtype=np.int64)))
+
+
+def _judge(report: bytes, expected_tag: int, payload_bytes: int) -> None:
+    """Raise what a device found wrong. report: a slot's header, the digest of its payload, whether it was scattered."""
+    announced = checked_digest(report, expected_tag, payload_bytes)
+    digest, scattered = np.frombuffer(report[HEADER_BYTES:], dtype=np.uint64).tolist()
+    check_digest(digest, announced)
+    if not scattered:
+        raise DigestMismatch(f"the slot's header has bytes that mean nothing: {report[:HEADER_BYTES].hex()}")
 
 
 def _signed(digest: int) -> int:

@@ -173,6 +173,10 @@ def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield lambda: triton_blocks.gather_with_digest(kv, ids, 2, 4, payload)
     yield lambda: triton_blocks.scatter_with_digest(kv, ids, 2, 4, payload)
     yield lambda: triton_blocks.digest_on_device(payload)
+    words, scratch, report = (torch.zeros(n, dtype=torch.int64) for n in (10, 2, triton_blocks.REPORT_WORDS))
+    slot = torch.zeros(triton_blocks.HEADER_WORDS + payload.nbytes // 8, dtype=torch.int64)
+    yield lambda: triton_blocks.gather_slot(kv, words, 2, 4, slot, scratch)
+    yield lambda: triton_blocks.scatter_slot(kv, words, 2, 4, slot, scratch, report)
 
 
 if __name__ == "__main__":

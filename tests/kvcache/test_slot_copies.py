@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 class FakeWork(DeviceWork):
     """Device work that is done when the test says so."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
+    def __init__(self, outcome: Callable[[], None] | None = None) -> None:
+        super().__init__(None, outcome)
         self.finished = threading.Event()
         self.num_looks = 0
 
@@ -85,6 +86,19 @@ async def test_a_failed_start_fails_its_future_alone(device: torch.device) -> No
         await failed
     await fine
     copies.close()
+
+
+async def test_what_a_gpu_found_wrong_fails_its_future_alone() -> None:
+    def refuse() -> None:
+        raise RuntimeError("damaged")
+
+    copies, works = SlotCopies(GPU, "test"), [FakeWork(refuse), FakeWork()]
+    damaged, fine = (copies.run(lambda work=work: work) for work in works)  # type: ignore[misc]
+    for work in works:
+        work.finished.set()
+    with pytest.raises(RuntimeError, match="damaged"):
+        await damaged
+    await fine
 
 
 async def test_a_cpus_copies_run_one_after_the_other_in_another_thread() -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import DigestMismatch, InternalError, Truncated
-from common.kernels import reference
+from common.kernels import triton_backend
 from common.kernels.backend import KernelBackend
 from common.kvcache.layout import HEADER_BYTES, KVLayout, plan_legs
 from common.kvcache.storage import KVStorage
@@ -23,29 +23,10 @@ SHARED = [HealthCheck.function_scoped_fixture]  # the way to the digests is the 
 TAG = 0xFEDC_BA98_7654_3210
 
 
-class DigestsOnDevice:
-    """The reference as a backend whose digests stay on the device, as those of GPUs do."""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(reference, name)
-
-    def gather_with_digest(
-        self, kv: torch.Tensor, block_ids: torch.Tensor, first_head: int, num_heads: int, payload: torch.Tensor
-    ) -> torch.Tensor:
-        return as_words(reference.gather_blocks(kv, block_ids, first_head, num_heads, payload))
-
-    def digest_on_device(self, payload: torch.Tensor) -> torch.Tensor:
-        return as_words(reference.payload_digest(payload))
-
-
-def as_words(digest: int) -> torch.Tensor:
-    return torch.tensor([digest - (digest >> 63 << 64)])
-
-
-@pytest.fixture(params=["digests on the host", "digests on the device"], autouse=True)
+@pytest.fixture(params=["reference", "triton"], autouse=True)
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both ways of a storage to its digests."""
-    chosen.kernels = cast(KernelBackend, DigestsOnDevice()) if "device" in request.param else None
+    """Checked by the host, and by the device (which an interpreter plays here)."""
+    chosen.kernels = cast(KernelBackend, triton_backend) if request.param == "triton" else None
     yield
     chosen.kernels = None
 
