@@ -42,7 +42,7 @@ from loadtest.workload import Workload
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "pystdlib-7m"
 SHAPES = Path(__file__).parent / "shapes"
-GPU_ARGS = ("--random-weights", "--slot-bytes", str(64 << 20), "--num-slots", "4")
+GPU_ARGS = ("--random-weights", "--slot-bytes", str((64 << 20) + 64), "--num-slots", "4")
 STEADY = ("--first-token", "steady", "--max-in-flight", "2048")
 READY_TIMEOUT_S = 180.0
 CLIENT_PROCESSES = 2
@@ -54,13 +54,13 @@ class Case:
 
     name: str
     spec: DeploymentSpec
+    rates: tuple[float, ...]  # requests/s over both devices, lowest first
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is measured, in which order."""
 
-    rates: tuple[float, ...]  # requests/s, lowest first
     num_requests: int  # of each run
     limits: Limits
     share: float  # of the requests, that must meet a limit
@@ -102,10 +102,11 @@ def cases(args: argparse.Namespace, model: Path) -> tuple[Case, list[Case]]:
                 decode_args=(*decode_args, "--chunk-tokens", str(chunk)),
                 router_args=(*STEADY, "--local-prefill", "always"),
             ),
+            tuple(sorted(args.together_rates or args.rates)),
         )
         for chunk in args.chunks
     ]
-    return Case("prefill and decode apart", apart), together
+    return Case("prefill and decode apart", apart, tuple(sorted(args.rates))), together
 
 
 @asynccontextmanager
@@ -131,7 +132,7 @@ class Comparison:
     async def measure(self, case: Case) -> None:
         """Every rate, on one deployment."""
         async with deployed(case, self._out) as address:
-            for rate in self._plan.rates:
+            for rate in case.rates:
                 run = await self._run(case.name, address, rate)
                 json_report.write(run, self._plan.limits, self._out / f"run-{len(self.runs)}.json")
                 self._note(case.name, rate, run)
@@ -210,6 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where ranks compute (cpu)")
     add("--shape", default="llama-3.1-8b", help="of the random weights, on GPUs (llama-3.1-8b)")
     add("--rates", type=float, nargs="+", default=[8.0, 12.0, 16.0, 20.0], help="requests/s over both devices")
+    add("--together-rates", type=float, nargs="+", help="those of the colocated cases, if not the same")
     add("--requests", type=int, default=500, help="requests of each run (500)")
     add("--chunks", type=int, nargs="+", default=[64, 128, 256, 512], help="chunk budgets, tokens")
     add("--ttft-limit", type=float, default=0.5, help="seconds (0.5)")
@@ -227,7 +229,7 @@ def main() -> None:
     args = parse_arguments()
     limits = Limits(args.ttft_limit, tuple(args.itl_limits))
     sizes = TraceSizes(read_trace(args.lengths_from, None), args.length_scale)
-    plan = Plan(tuple(sorted(args.rates)), args.requests, limits, args.share, sizes, args.seed)
+    plan = Plan(args.requests, limits, args.share, sizes, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         model = write_model(args.shape, Path(directory)) if args.device == "cuda" else SHIPPED

@@ -1,4 +1,4 @@
-"""A model of a given shape with random weights on one GPU, its KV blocks, and step plans as a front would send them."""
+"""A rank's share of a model with random weights, its KV blocks, and step plans as a front would send them."""
 
 from __future__ import annotations
 
@@ -38,19 +38,21 @@ def random_decoder(
     dtype: torch.dtype = torch.bfloat16,
     kernels: KernelBackend | None = None,
     seed: int = 0,
+    group: TensorParallelGroup | None = None,
 ) -> Decoder:
-    """`kernels`: another backend than the device's own."""
+    """`kernels`: another backend than the device's own. `group`: the ranks that share the model, else it has one."""
     kernels = kernels or kernels_for(device)
-    shard = shard_of(config, 0, 1)
+    group = group or TensorParallelGroup.single()
+    shard = shard_of(config, group.rank, group.size)
     weights = random_weights(config, shard, dtype, device, seed, kernels.layout_weight)
-    return Decoder(config, shard, weights, kernels, TensorParallelGroup.single())
+    return Decoder(config, shard, weights, kernels, group)
 
 
 def random_storage(decoder: Decoder, num_blocks: int) -> KVStorage:
-    """Blocks full of noise, as those of long contexts are."""
-    config = decoder.config
+    """Blocks of the rank's KV heads full of noise, as those of long contexts are."""
+    config, num_kv_heads = decoder.config, len(decoder.shard.kv_heads)
     storage = KVStorage(
-        config.num_layers, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim, decoder.dtype, decoder.device
+        config.num_layers, num_blocks, num_kv_heads, BLOCK_SIZE, config.head_dim, decoder.dtype, decoder.device
     )
     for layer in storage.kv:
         layer.normal_()
@@ -58,11 +60,11 @@ def random_storage(decoder: Decoder, num_blocks: int) -> KVStorage:
 
 
 class Front:
-    """What a front keeps: free blocks, and each row's table and length."""
+    """What a front keeps: free blocks, and each row's table and length. The same calls make the same plans."""
 
     def __init__(self, runner: Runner, num_blocks: int) -> None:
         self.runner = runner
-        self._free = torch.randperm(num_blocks).tolist()
+        self._free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(num_blocks)).tolist()
         self._tables: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._outputs: dict[int, int] = {}

@@ -1,13 +1,13 @@
 """Triton matrix products for a decode step: few rows against a weight that is read once, so speed is that of memory.
 
-Weights lie [out, in] in memory: a tile is then rows of consecutive bytes. Optional endings save a kernel: SiLU(gate) * up,
-where each program computes matching columns of both, and adding to the residual in place. The inputs of a product may be
-cut into parts; the last program to arrive sums the parts of a tile in their order, so results never vary.
+Weights lie [out, in] in memory: a tile is then rows of consecutive bytes. Optional endings save a kernel: SiLU(gate) *
+up, where each program computes matching columns of both, and adding to the residual in place. The inputs of a product
+may be cut into parts; the last program to arrive sums the parts of a tile in their order, so results never vary.
 
 With programmatic dependent launch a product starts while the kernel before it still runs, and fetches its first weights
 into the second-level cache before it waits for that kernel: weights depend on nothing.
 """
-# ruff: noqa: N803 - constants of a kernel are upper case
+# ruff: noqa: N803, N806 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TUNED: Final[dict[tuple[int, int, bool, int], LinearTuning]] = {}
 
 
 def padded_rows(num_rows: int) -> int:
-    return max(_MIN_ROWS, triton.next_power_of_2(num_rows))
+    return max(_MIN_ROWS, 1 << (num_rows - 1).bit_length())
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:

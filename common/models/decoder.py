@@ -73,17 +73,16 @@ class Decoder:
         """
         rotation = self._rope.rotation(positions)
         residual = self._embed(token_ids)
-        eps = self.config.rms_norm_eps
         added: torch.Tensor | None = None
         for layer, window, kv_layer in zip(self._weights.layers, self.config.windows, kv.unbind(), strict=True):
             if added is None:
-                x = self.kernels.rms_norm(residual, layer.input_norm, eps)
+                x = self.kernels.rms_norm(residual, layer.input_norm, self.config.rms_norm_eps)
             else:
-                x = self.kernels.add_rms_norm(added, residual, layer.input_norm, eps)
+                x = self._reduce_add_norm(added, residual, layer.input_norm)
             x = self._attention(x, layer, window, rotation, kv_layer, plan)
-            x = self.kernels.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = self._reduce_add_norm(x, residual, layer.post_norm)
             added = self._mlp(x, layer)
-        return residual if added is None else residual.add_(added)
+        return residual if added is None else residual.add_(self._group.all_reduce(added))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [n, hidden] as `forward` returned it. Returns [n, vocab] float32, the same on every rank."""
@@ -122,7 +121,7 @@ class Decoder:
         kv_layer: torch.Tensor,
         plan: BatchPlan,
     ) -> torch.Tensor:
-        """x: [T, hidden], normalised. Returns [T, hidden]."""
+        """x: [T, hidden], normalised. Returns this rank's part of a sum, [T, hidden]."""
         qkv = self.kernels.linear(x, layer.qkv.weight, layer.qkv.bias)
         q = self.kernels.qk_norm_rope_store(
             qkv.view(x.shape[0], -1, self.config.head_dim),
@@ -136,9 +135,17 @@ class Decoder:
             plan,
         )
         attended = self.kernels.attention(q, kv_layer, plan, window, self._scale)
-        return self._group.all_reduce(self.kernels.linear(attended, layer.o.weight, layer.o.bias))
+        return self.kernels.linear(attended, layer.o.weight, layer.o.bias)
 
     def _mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """x: [T, hidden], normalised. Returns [T, hidden]."""
+        """x: [T, hidden], normalised. Returns this rank's part of a sum, [T, hidden]."""
         gated = self.kernels.silu_mul(self.kernels.linear(x, layer.gate_up.weight, layer.gate_up.bias))
-        return self._group.all_reduce(self.kernels.linear(gated, layer.down.weight, layer.down.bias))
+        return self.kernels.linear(gated, layer.down.weight, layer.down.bias)
+
+    def _reduce_add_norm(self, part: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Sum `part` over the ranks, add that to `residual` in place and return its norm; all [T, hidden]."""
+        eps = self.config.rms_norm_eps
+        fused = self._group.all_reduce_add_rms_norm(part, residual, norm, eps)
+        if fused is not None:
+            return fused
+        return self.kernels.add_rms_norm(self._group.all_reduce(part), residual, norm, eps)

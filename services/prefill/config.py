@@ -29,7 +29,7 @@ class PrefillConfig(WorkerConfig):
     max_overtakes: int = Field(
         32, ge=0, description="Later prompts that may be admitted before one that finds too few blocks."
     )
-    max_chunks_in_flight: int = Field(2, ge=1, le=16, description="Chunks of one hand-off that travel at once.")
+    max_chunks_in_flight: int = Field(4, ge=1, le=16, description="Chunks of one hand-off that travel at once.")
     max_idle_channels: int = Field(64, ge=0, description="Unused gRPC channels to decode workers that stay open.")
     corrupt_every: int = Field(
         0, ge=0, description="For tests: flip a bit in every n-th leg after its digest was computed; 0 is never."

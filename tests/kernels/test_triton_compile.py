@@ -65,6 +65,13 @@ def test_attention_uses_the_units_it_was_written_for(compiled: list[Compiled]) -
     assert any(kernel.uses_bulk_copy for kernel in compiled if kernel.name == "_decode_kernel")
 
 
+@pytest.mark.slow
+def test_products_with_few_rows_use_the_units_they_were_written_for(compiled: list[Compiled]) -> None:
+    products = [kernel for kernel in compiled if kernel.name == "_linear_kernel"]
+    assert len(products) >= 9
+    assert all(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in products)
+
+
 def compile_all() -> Iterator[Compiled]:
     """Launch everything with launches replaced by compilation for compute capability 9.0."""
     from triton.backends.compiler import GPUTarget
@@ -122,6 +129,7 @@ def launches() -> Iterator[Callable[[], object]]:
         yield from attention_launches(head_dim, torch.bfloat16)
     yield from row_launches(torch.bfloat16)
     yield from block_launches(torch.bfloat16)
+    yield from product_launches(torch.bfloat16)
 
 
 def attention_launches(head_dim: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
@@ -177,6 +185,20 @@ def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     slot = torch.zeros(triton_blocks.HEADER_WORDS + payload.nbytes // 8, dtype=torch.int64)
     yield lambda: triton_blocks.gather_slot(kv, words, 2, 4, slot, scratch)
     yield lambda: triton_blocks.scatter_slot(kv, words, 2, 4, slot, scratch, report)
+
+
+def product_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from common.kernels import triton_linear
+
+    hidden, intermediate = 4096, 14336
+    gate_up = torch.empty(2 * intermediate, hidden, dtype=dtype).t()
+    down = torch.empty(hidden, intermediate, dtype=dtype).t()
+    for rows in (1, 32, 64):
+        x, residual = (torch.empty(rows, hidden, dtype=dtype) for _ in range(2))
+        gated = torch.empty(rows, intermediate, dtype=dtype)
+        yield partial(triton_linear.linear_few, x, gate_up)
+        yield partial(triton_linear.gate_up_silu_few, x, gate_up)
+        yield partial(triton_linear.linear_add_few, gated, down, residual)
 
 
 if __name__ == "__main__":

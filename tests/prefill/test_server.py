@@ -82,11 +82,11 @@ async def test_finished_chunks_travel_while_the_rest_is_computed() -> None:
         await harness.settled()
 
 
-async def test_at_most_two_chunks_travel_at_once() -> None:
+async def test_at_most_four_chunks_travel_at_once() -> None:
     async with running(num_slots=4) as harness:
         harness.decode.max_blocks_per_chunk = 1
         await harness.prefill(harness.request(60))
-        assert harness.decode.max_chunks_in_flight == 2
+        assert harness.decode.max_chunks_in_flight == 4
         assert len(harness.decode.offers) == 15
         await harness.settled()
 

@@ -1,0 +1,170 @@
+"""Which tunings `benchmarks.few_rows` tries, and their compilation for Hopper in processes that need no GPU."""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+import torch
+
+from common.kernels import triton_linear
+from common.kernels.triton_linear import Launch, LinearTuning, padded_rows
+
+SHARED_BYTES: Final = 225 << 10  # of a multiprocessor, less what the driver and barriers take
+MAX_STAGES: Final = 12
+DTYPE: Final = torch.bfloat16
+
+
+class Shape(NamedTuple):
+    """A product: [T, num_in] @ [num_in, num_out]."""
+
+    num_in: int
+    num_out: int
+
+
+SHAPES: Final = {
+    "qkv": Shape(4096, 6144),
+    "o": Shape(4096, 4096),
+    "gate_up": Shape(4096, 2 * 14336),
+    "down": Shape(14336, 4096),
+}
+# What a product ends with besides storing: the first is what a fused layer would use.
+ENDINGS: Final = {"qkv": ("plain",), "o": ("add", "plain"), "gate_up": ("silu", "plain"), "down": ("add", "plain")}
+
+
+class Choice(NamedTuple):
+    """A tuning but for its stages, which fill the shared memory that `per_sm` programs have each."""
+
+    block_n: int
+    block_k: int
+    split: int
+    per_sm: int
+    swap: bool = True
+    use_tma: bool = True
+
+
+# Programs must all fit on the device at once (132 multiprocessors), or a second wave costs as much as the first.
+CHOICES: Final = {
+    "qkv": (
+        Choice(64, 128, 2, 2),
+        Choice(64, 64, 4, 3),
+        Choice(64, 128, 1, 1),
+        Choice(32, 128, 1, 2, swap=False),
+        Choice(128, 64, 4, 2),
+        Choice(64, 128, 2, 2, use_tma=False),
+    ),
+    "o": (
+        Choice(64, 128, 2, 1),
+        Choice(64, 128, 4, 2),
+        Choice(32, 128, 1, 1, swap=False),
+        Choice(64, 64, 4, 2),
+        Choice(32, 256, 1, 1, swap=False),
+        Choice(128, 64, 8, 2),
+    ),
+    "gate_up": (
+        Choice(64, 64, 1, 2),
+        Choice(64, 128, 1, 2),
+        Choice(128, 64, 1, 1),
+        Choice(32, 64, 1, 4, swap=False),
+        Choice(64, 64, 2, 4),
+        Choice(64, 64, 1, 2, use_tma=False),
+    ),
+    "down": (
+        Choice(64, 128, 2, 1),
+        Choice(64, 128, 4, 2),
+        Choice(32, 128, 1, 1, swap=False),
+        Choice(128, 64, 4, 1),
+        Choice(64, 64, 6, 3),
+        Choice(64, 128, 2, 1, use_tma=False),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One kernel to compile, check and time."""
+
+    product: str
+    ending: str
+    rows: int  # padded
+    tuning: LinearTuning
+
+
+def configs(product: str, ending: str, num_rows: int, prefetch_bytes: int) -> list[Config]:
+    """Every choice that fits, in every way of launching; endings that are not fused ones are launched plainly alone."""
+    rows = padded_rows(num_rows)
+    found = []
+    for choice in CHOICES[product]:
+        # Without a fused ending one weight tile is loaded a step: the same program would have half the columns.
+        block_n = choice.block_n * (2 if product == "gate_up" and ending == "plain" else 1)
+        width = block_n * (2 if ending == "silu" else 1) + rows
+        stages = min(MAX_STAGES, SHARED_BYTES // choice.per_sm // (width * choice.block_k * DTYPE.itemsize))
+        if stages < 2:
+            continue
+        plain = LinearTuning(block_n, choice.block_k, choice.split, stages, swap=choice.swap, use_tma=choice.use_tma)
+        tunings = [plain]
+        if ending == ENDINGS[product][0]:
+            dependent = replace(plain, prefetch_bytes=prefetch_bytes)
+            tunings += [replace(dependent, launch=launch) for launch in (Launch.AT_END, Launch.AT_START)]
+        found += [Config(product, ending, rows, tuning) for tuning in tunings]
+    return found
+
+
+def run_product(
+    ending: str, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, tuning: LinearTuning | None
+) -> torch.Tensor:
+    """residual: [T, out], written with the ending "add"."""
+    if ending == "add":
+        return triton_linear.linear_add_few(x, weight, residual, tuning)
+    if ending == "silu":
+        return triton_linear.gate_up_silu_few(x, weight, tuning)
+    return triton_linear.linear_few(x, weight, tuning)
+
+
+def prepare_process() -> None:
+    """Make this process compile for Hopper instead of launching; its kernels land in the cache on disk."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    class Hopper:
+        """The part of a driver that compiling asks for."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return device
+
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> object:
+        del warmup
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        COMPILED.append(kernel)
+        return kernel
+
+    torch.set_num_threads(1)
+    driver.set_active(Hopper())
+    JITFunction.run = compile_only
+
+
+COMPILED: Final[list[object]] = []  # of this process
+
+
+def compile_config(config: Config) -> str | None:
+    """In a process that `prepare_process` has prepared. Returns what went wrong."""
+    shape = SHAPES[config.product]
+    x = torch.empty(config.rows, shape.num_in, dtype=DTYPE)
+    weight = torch.empty(shape.num_out, shape.num_in, dtype=DTYPE).t()
+    residual = torch.empty(config.rows, shape.num_out, dtype=DTYPE)
+    try:
+        run_product(config.ending, x, weight, residual, config.tuning)
+    except Exception as error:  # a tuning that does not compile is left out, whatever the reason
+        return f"{type(error).__name__}: {error}"[:300]
+    return None
