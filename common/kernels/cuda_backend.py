@@ -1,4 +1,4 @@
-"""The kernel backend of GPUs: the Triton kernels, with plans whose tables reach the device without waiting for it."""
+"""The kernel backend of GPUs: Triton kernels and cuBLAS, with plans whose tables go up without waiting for the device."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from common.kernels.triton_backend import (
     silu_mul,
 )
 from common.kernels.triton_decode import DecodeBatch, default_tuning, refresh
+from common.kernels.triton_linear import gate_up_silu_few, is_ahead
 from common.kernels.triton_prefill import PrefillBatch, make_tiles
 from common.kernels.upload import upload
 
@@ -36,6 +37,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "digest_on_device",
+    "gate_up_silu",
     "gather_blocks",
     "gather_slot",
     "gather_with_digest",
@@ -84,6 +86,13 @@ def layout_weight(weight: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x: [T, in]; weight: [in, out], of either stride; bias: [out]. Returns [T, out]."""
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def gate_up_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x: [T, in]; weight: [in, 2n], gate first; bias: [2n]. Returns silu(gate) * up, [T, n]."""
+    if bias is None and is_ahead(x, weight, is_gated=True):
+        return gate_up_silu_few(x, weight)
+    return silu_mul(linear(x, weight, bias))
 
 
 def plan_batch(

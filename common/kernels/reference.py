@@ -15,6 +15,7 @@ from common.kernels.blocks_reference import gather_blocks, payload_digest, scatt
 __all__ = [
     "add_rms_norm",
     "attention",
+    "gate_up_silu",
     "gather_blocks",
     "layout_weight",
     "linear",
@@ -45,6 +46,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Add x to `residual` in place and return the norm of the sum. x, residual: [T, n]; weight: [n]."""
     return rms_norm(residual.add_(x), weight, eps)
+
+
+def gate_up_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """weight: [in, 2n], gate first, as `layout_weight` made it; bias: [2n]. Returns silu(gate) * up, [T, n]."""
+    return silu_mul(linear(x, weight, bias))
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,7 @@ __all__ = [
     "attention_into",
     "digest_on_device",
     "digest_value",
+    "gate_up_silu",
     "gather_blocks",
     "gather_slot",
     "gather_with_digest",
@@ -82,6 +83,11 @@ def layout_weight(weight: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x: [T, in]; weight: [out, in]; bias: [out]. Returns [T, out]."""
     return functional.linear(x, weight, bias)
+
+
+def gate_up_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x: [T, in]; weight: [2n, in], gate first; bias: [2n]. Returns silu(gate) * up, [T, n]."""
+    return silu_mul(linear(x, weight, bias))
 
 
 def plan_batch(

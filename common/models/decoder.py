@@ -139,7 +139,7 @@ class Decoder:
 
     def _mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
         """x: [T, hidden], normalised. Returns this rank's part of a sum, [T, hidden]."""
-        gated = self.kernels.silu_mul(self.kernels.linear(x, layer.gate_up.weight, layer.gate_up.bias))
+        gated = self.kernels.gate_up_silu(x, layer.gate_up.weight, layer.gate_up.bias)
         return self.kernels.linear(gated, layer.down.weight, layer.down.bias)
 
     def _reduce_add_norm(self, part: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
