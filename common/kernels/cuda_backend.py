@@ -1,4 +1,4 @@
-"""The kernel backend of GPUs: Triton kernels and cuBLAS, with plans whose tables go up without waiting for the device."""
+"""The kernel backend of GPUs: Triton kernels and cuBLAS, with plans whose tables go up without waiting for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from common.kernels.triton_backend import (
     silu_mul,
 )
 from common.kernels.triton_decode import DecodeBatch, default_tuning, refresh
-from common.kernels.triton_linear import gate_up_silu_few, is_ahead
+from common.kernels.triton_linear import gate_up_silu_few, is_ahead, linear_few
 from common.kernels.triton_prefill import PrefillBatch, make_tiles
 from common.kernels.upload import upload
 
@@ -54,7 +54,7 @@ __all__ = [
     "silu_mul",
 ]
 
-_WIDE, _HEAD = 2, 16  # outputs to inputs of gate and up: more than other products of a layer, less than the head
+_HEAD = 16  # outputs to inputs of the head, at least; products of a layer have fewer
 _SPARE_COLUMNS = 8  # of block tables: the last tile may read past the context
 _Spans = list[tuple[int, Span]]  # with the row of their first query in the batch
 
@@ -73,19 +73,20 @@ class _UploadedBatch(PrefillBatch):
 
 
 def layout_weight(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in] → [in, out], in memory as cuBLAS is fastest on H200 (`benchmarks/linears`).
+    """[out, in] → [in, out]; in memory as it is fastest for few rows, with little difference for many.
 
-    That is mostly [in, out], by up to 15 % for 1 to 64 rows; but with 128 rows gate and up, a few times as wide as
-    long, took 1.6 times as long in that order.
+    cuBLAS reads the head 15 % faster where that lies [in, out]; all else lies [out, in], as our own products want it
+    (`benchmarks/linears`, `benchmarks/few_rows`).
     """
     num_out, num_in = weight.shape
-    is_wide = _WIDE * num_in < num_out < _HEAD * num_in
-    return weight.contiguous().t() if is_wide else weight.t().contiguous()
+    return weight.t().contiguous() if num_out >= _HEAD * num_in else weight.contiguous().t()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x: [T, in]; weight: [in, out], of either stride; bias: [out]. Returns [T, out]."""
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+    if bias is not None:
+        return torch.addmm(bias, x, weight)
+    return linear_few(x, weight) if is_ahead(x, weight, is_gated=False) else torch.mm(x, weight)
 
 
 def gate_up_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.errors import InternalError
-from common.kernels.triton_device import current_stream
+from common.kernels.triton_device import current_stream, is_hopper
 
 MAX_ROWS: Final = 64
 _MIN_ROWS: Final = 16  # of a tensor core's operand
@@ -62,12 +62,29 @@ class _Workspace:
     arrivals: torch.Tensor  # int32, zero between launches
 
 
-# Where these products were ahead of cuBLAS, and how (`benchmarks.few_rows`): (inputs, outputs, is gated, padded rows).
+def _swapped(block_k: int, split: int, num_stages: int, launch: Launch, use_tma: bool = True) -> LinearTuning:
+    return LinearTuning(64, block_k, split, num_stages, use_tma=use_tma, launch=launch, prefetch_bytes=512)
+
+
+def _narrow(block_k: int, num_stages: int) -> LinearTuning:
+    return LinearTuning(32, block_k, 1, num_stages, swap=False, launch=Launch.AT_START, prefetch_bytes=512)
+
+
+# What took the least time, by (inputs, outputs, is gated, padded rows); a step of an 8B model takes 1 to 2 % less with
+# all of them than with cuBLAS (`benchmarks.few_rows`, docs/performance.md). Other products stay with cuBLAS.
 TUNED: Final[dict[tuple[int, int, bool, int], LinearTuning]] = {
-    (4096, 14336, True, rows): LinearTuning(
-        64, 128, split=1, num_stages=stages, launch=Launch.AT_END, prefetch_bytes=512
-    )
-    for rows, stages in ((16, 3), (32, 2), (64, 2))
+    (4096, 6144, False, 16): _swapped(64, 4, 7, Launch.AT_START),
+    (4096, 6144, False, 32): _swapped(128, 2, 4, Launch.AT_END, use_tma=False),
+    (4096, 6144, False, 64): _narrow(128, 4),
+    (4096, 4096, False, 16): _swapped(128, 4, 5, Launch.AT_START),
+    (4096, 4096, False, 32): _swapped(128, 2, 9, Launch.AT_START),
+    (4096, 4096, False, 64): _narrow(256, 4),
+    (4096, 14336, True, 16): _swapped(128, 1, 3, Launch.AT_END),
+    (4096, 14336, True, 32): _swapped(128, 1, 2, Launch.AT_END),
+    (4096, 14336, True, 64): _swapped(128, 1, 2, Launch.AT_END),
+    (14336, 4096, False, 16): _swapped(128, 2, 11, Launch.AT_END, use_tma=False),
+    (14336, 4096, False, 32): _swapped(128, 2, 9, Launch.AT_START, use_tma=False),
+    (14336, 4096, False, 64): _narrow(128, 9),
 }
 
 
@@ -88,10 +105,10 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def is_ahead(x: torch.Tensor, weight: torch.Tensor, is_gated: bool) -> bool:
-    """Whether the product was measured to be faster here than with cuBLAS. x: [T, in]; weight: [in, out]."""
+    """Whether the product was measured here and found faster than with cuBLAS. x: [T, in]; weight: [in, out]."""
     num_in, num_out = weight.shape
     key = num_in, num_out // 2 if is_gated else num_out, is_gated, padded_rows(x.shape[0])
-    return key in TUNED and x.dtype == torch.bfloat16 and supports(x, weight)
+    return key in TUNED and x.dtype == torch.bfloat16 and is_hopper(x.device) and supports(x, weight)
 
 
 def default_tuning(num_in: int, num_out: int, is_gated: bool, num_rows: int) -> LinearTuning:

@@ -68,8 +68,9 @@ def test_attention_uses_the_units_it_was_written_for(compiled: list[Compiled]) -
 @pytest.mark.slow
 def test_products_with_few_rows_use_the_units_they_were_written_for(compiled: list[Compiled]) -> None:
     products = [kernel for kernel in compiled if kernel.name == "_linear_kernel"]
-    assert len(products) >= 9
-    assert all(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in products)
+    assert len(products) >= 15
+    # All that compute gate and up with SiLU; of the others, those for which that was measured best.
+    assert sum(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in products) >= 9
 
 
 def compile_all() -> Iterator[Compiled]:
@@ -190,15 +191,16 @@ def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
 def product_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     from common.kernels import triton_linear
 
+    for num_in, num_out, is_gated, rows in triton_linear.TUNED:
+        x = torch.empty(rows, num_in, dtype=dtype)
+        weight = torch.empty(2 * num_out if is_gated else num_out, num_in, dtype=dtype).t()
+        yield partial(triton_linear.gate_up_silu_few if is_gated else triton_linear.linear_few, x, weight)
     hidden, intermediate = 4096, 14336
-    gate_up = torch.empty(2 * intermediate, hidden, dtype=dtype).t()
     down = torch.empty(hidden, intermediate, dtype=dtype).t()
+    untuned = triton_linear.LinearTuning(64, 64, split=2, num_stages=6)
     for rows in (1, 32, 64):
-        x, residual = (torch.empty(rows, hidden, dtype=dtype) for _ in range(2))
-        gated = torch.empty(rows, intermediate, dtype=dtype)
-        yield partial(triton_linear.linear_few, x, gate_up)
-        yield partial(triton_linear.gate_up_silu_few, x, gate_up)
-        yield partial(triton_linear.linear_add_few, gated, down, residual)
+        gated, residual = (torch.empty(rows, size, dtype=dtype) for size in (intermediate, hidden))
+        yield partial(triton_linear.linear_add_few, gated, down, residual, untuned)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ from torch.nn import functional
 
 from common.errors import InternalError
 from common.kernels.triton_linear import (
+    TUNED,
     LinearTuning,
     gate_up_silu_few,
+    is_ahead,
     linear_add_few,
     linear_few,
+    padded_rows,
     supports,
 )
 
@@ -75,3 +78,11 @@ def test_what_it_does_not_take() -> None:
     assert not supports(x.half(), weight)
     with pytest.raises(InternalError, match="strides"):
         linear_few(x, weight.contiguous())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+def test_products_stay_with_cublas_where_they_were_not_measured() -> None:
+    x, weight = (torch.empty(size, 4096, dtype=torch.bfloat16) for size in (8, 6144))
+    assert (4096, 6144, False, 16) in TUNED
+    assert not is_ahead(x, weight.t(), is_gated=False), "there is no GPU"
+    assert all(padded_rows(rows) == rows for *_, rows in TUNED)
