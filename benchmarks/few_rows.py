@@ -34,7 +34,7 @@ from benchmarks.few_rows_configs import (
     run_product,
 )
 from benchmarks.kernel_timing import READ_BYTES_PER_S, Call, median_us, relative_error
-from common.kernels.triton_linear import Launch, padded_rows
+from common.kernels.linear_tuning import Launch, padded_rows
 from common.kernels.triton_rows import silu_mul
 
 ROTATED_BYTES: Final = 800_000_000

@@ -18,7 +18,7 @@ from benchmarks.few_rows_configs import DTYPE, SHAPES, run_product
 from benchmarks.kernel_timing import READ_BYTES_PER_S, median_us, relative_error
 from common.kernels import triton_backend
 from common.kernels.batch import KVShape, Span
-from common.kernels.triton_linear import Launch, LinearTuning
+from common.kernels.linear_tuning import Launch, LinearTuning
 from common.kernels.triton_rows import silu_mul
 
 NUM_LAYERS: Final = 32

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import torch
 
 from common.kernels import triton_linear
-from common.kernels.triton_linear import Launch, LinearTuning, padded_rows
+from common.kernels.linear_tuning import Launch, LinearTuning, padded_rows
 
 SHARED_BYTES: Final = 225 << 10  # of a multiprocessor, less what the driver and barriers take
 MAX_STAGES: Final = 12

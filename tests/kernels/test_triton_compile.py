@@ -189,15 +189,15 @@ def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
 
 
 def product_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from common.kernels import triton_linear
+    from common.kernels import linear_tuning, triton_linear
 
-    for num_in, num_out, is_gated, rows in triton_linear.TUNED:
+    for num_in, num_out, is_gated, rows in linear_tuning.TUNED:
         x = torch.empty(rows, num_in, dtype=dtype)
         weight = torch.empty(2 * num_out if is_gated else num_out, num_in, dtype=dtype).t()
         yield partial(triton_linear.gate_up_silu_few if is_gated else triton_linear.linear_few, x, weight)
     hidden, intermediate = 4096, 14336
     down = torch.empty(hidden, intermediate, dtype=dtype).t()
-    untuned = triton_linear.LinearTuning(64, 64, split=2, num_stages=6)
+    untuned = linear_tuning.LinearTuning(64, 64, split=2, num_stages=6)
     for rows in (1, 32, 64):
         gated, residual = (torch.empty(rows, size, dtype=dtype) for size in (intermediate, hidden))
         yield partial(triton_linear.linear_add_few, gated, down, residual, untuned)

@@ -9,14 +9,12 @@ import torch
 from torch.nn import functional
 
 from common.errors import InternalError
+from common.kernels.linear_tuning import TUNED, LinearTuning, padded_rows
 from common.kernels.triton_linear import (
-    TUNED,
-    LinearTuning,
     gate_up_silu_few,
     is_ahead,
     linear_add_few,
     linear_few,
-    padded_rows,
     supports,
 )
 

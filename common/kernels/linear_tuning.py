@@ -1,0 +1,75 @@
+"""How products with few rows are cut up and launched: what was measured, and a guess for other shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+_MIN_ROWS: Final = 16  # of a tensor core's operand
+
+
+class Launch(IntEnum):
+    """How a product is launched relative to its neighbours in the stream."""
+
+    PLAIN = 0
+    AT_END = 1  # dependent; lets the next kernel start when its programs have read their weights
+    AT_START = 2  # dependent; lets the next kernel start as soon as all its programs run
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTuning:
+    """Choices that change speed alone (and, by the order of sums, the last bits)."""
+
+    block_n: int  # outputs of a program; of gate and of up, if it computes both
+    block_k: int  # inputs of a step
+    split: int  # parts that the inputs are cut into, one program each
+    num_stages: int
+    num_warps: int = 4
+    swap: bool = True  # weights as the left operand: what wgmma reads from shared memory; needs block_n >= 64 for that
+    use_tma: bool = True  # bulk tensor copies
+    launch: Launch = Launch.PLAIN
+    prefetch_bytes: int = 0  # of each weight row of a program, before waiting; only with a dependent launch
+
+
+def _swapped(block_k: int, split: int, num_stages: int, launch: Launch, use_tma: bool = True) -> LinearTuning:
+    return LinearTuning(64, block_k, split, num_stages, use_tma=use_tma, launch=launch, prefetch_bytes=512)
+
+
+def _narrow(block_k: int, num_stages: int) -> LinearTuning:
+    return LinearTuning(32, block_k, 1, num_stages, swap=False, launch=Launch.AT_START, prefetch_bytes=512)
+
+
+# What took the least time, by (inputs, outputs, is gated, padded rows); a step of an 8B model takes 1 to 2 % less with
+# all of them than with cuBLAS (`benchmarks.few_rows`, docs/performance.md). Other products stay with cuBLAS.
+TUNED: Final[dict[tuple[int, int, bool, int], LinearTuning]] = {
+    (4096, 6144, False, 16): _swapped(64, 4, 7, Launch.AT_START),
+    (4096, 6144, False, 32): _swapped(128, 2, 4, Launch.AT_END, use_tma=False),
+    (4096, 6144, False, 64): _narrow(128, 4),
+    (4096, 4096, False, 16): _swapped(128, 4, 5, Launch.AT_START),
+    (4096, 4096, False, 32): _swapped(128, 2, 9, Launch.AT_START),
+    (4096, 4096, False, 64): _narrow(256, 4),
+    (4096, 14336, True, 16): _swapped(128, 1, 3, Launch.AT_END),
+    (4096, 14336, True, 32): _swapped(128, 1, 2, Launch.AT_END),
+    (4096, 14336, True, 64): _swapped(128, 1, 2, Launch.AT_END),
+    (14336, 4096, False, 16): _swapped(128, 2, 11, Launch.AT_END, use_tma=False),
+    (14336, 4096, False, 32): _swapped(128, 2, 9, Launch.AT_START, use_tma=False),
+    (14336, 4096, False, 64): _narrow(128, 9),
+}
+
+
+def padded_rows(num_rows: int) -> int:
+    return max(_MIN_ROWS, 1 << (num_rows - 1).bit_length())
+
+
+def default_tuning(num_in: int, num_out: int, is_gated: bool, num_rows: int) -> LinearTuning:
+    """What measured best, or for another shape a guess: 256 programs or so, half of an H100's shared memory each."""
+    rows = padded_rows(num_rows)
+    tuned = TUNED.get((num_in, num_out, is_gated, rows))
+    if tuned is not None:
+        return tuned
+    tiles = -(-num_out // 64)
+    split = 1
+    while split < 8 and tiles * split * 2 <= 264 and num_in // (split * 2) >= 512:
+        split *= 2
+    return LinearTuning(block_n=64, block_k=64, split=split, num_stages=4 if is_gated else 6)
