@@ -28,7 +28,6 @@ _WRITE_HEADER: Final = 1
 _CHECK_HEADER: Final = 2
 _IF_CHECKED: Final = 3  # a scatter that does nothing unless the check before it found no fault
 HEADER_WORDS: Final = 8
-DIGEST_WORD: Final = 4
 REPORT_WORDS: Final = HEADER_WORDS + 2
 
 
