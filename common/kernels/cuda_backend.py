@@ -47,7 +47,6 @@ __all__ = [
     "rms_norm",
     "scatter_blocks",
     "scatter_slot",
-    "silu_mul",
 ]
 
 _HEAD = 16  # outputs to inputs of the head, at least; products of a layer have fewer

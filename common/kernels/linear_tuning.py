@@ -40,8 +40,9 @@ def _narrow(block_k: int, num_stages: int) -> LinearTuning:
     return LinearTuning(32, block_k, 1, num_stages, swap=False, launch=Launch.AT_START, prefetch_bytes=512)
 
 
-# What took the least time, by (inputs, outputs, is gated, padded rows); a step of an 8B model takes 1 to 2 % less with
-# all of them than with cuBLAS (`benchmarks.few_rows`, docs/performance.md). Other products stay with cuBLAS.
+# What took the least time on an H100, by (inputs, outputs, is gated, padded rows). A step of an 8B model takes 1 to 2 %
+# less with all of them than with cuBLAS (`benchmarks.few_rows`, docs/performance.md), though alone the product of 4096 by
+# 4096 is up to 4 % slower at most row counts. Other products stay with cuBLAS.
 TUNED: Final[dict[tuple[int, int, bool, int], LinearTuning]] = {
     (4096, 6144, False, 16): _swapped(64, 4, 7, Launch.AT_START),
     (4096, 6144, False, 32): _swapped(128, 2, 4, Launch.AT_END, use_tma=False),

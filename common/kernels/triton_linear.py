@@ -51,7 +51,7 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def is_ahead(x: torch.Tensor, weight: torch.Tensor, is_gated: bool) -> bool:
-    """Whether the product was measured here and found faster than with cuBLAS. x: [T, in]; weight: [in, out]."""
+    """Whether the product is one of those that together beat cuBLAS (`TUNED`). x: [T, in]; weight: [in, out]."""
     num_in, num_out = weight.shape
     key = num_in, num_out // 2 if is_gated else num_out, is_gated, padded_rows(x.shape[0])
     return key in TUNED and x.dtype == torch.bfloat16 and is_hopper(x.device) and supports(x, weight)
