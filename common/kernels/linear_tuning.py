@@ -41,8 +41,8 @@ def _narrow(block_k: int, num_stages: int) -> LinearTuning:
 
 
 # What took the least time on an H100, by (inputs, outputs, is gated, padded rows). A step of an 8B model takes 1 to 2 %
-# less with all of them than with cuBLAS (`benchmarks.few_rows`, docs/performance.md), though alone the product of 4096 by
-# 4096 is up to 4 % slower at most row counts. Other products stay with cuBLAS.
+# less with all of them than with cuBLAS (`benchmarks.few_rows`, docs/performance.md), though the product of 4096 by
+# 4096 alone is up to 4 % slower at most row counts. Other products stay with cuBLAS.
 TUNED: Final[dict[tuple[int, int, bool, int], LinearTuning]] = {
     (4096, 6144, False, 16): _swapped(64, 4, 7, Launch.AT_START),
     (4096, 6144, False, 32): _swapped(128, 2, 4, Launch.AT_END, use_tma=False),
