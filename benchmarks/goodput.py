@@ -42,7 +42,7 @@ from loadtest.workload import Workload
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "pystdlib-7m"
 SHAPES = Path(__file__).parent / "shapes"
-GPU_ARGS = ("--random-weights", "--slot-bytes", str((64 << 20) + 64), "--num-slots", "4")
+GPU_ARGS = ("--random-weights",)
 STEADY = ("--first-token", "steady", "--max-in-flight", "2048")
 READY_TIMEOUT_S = 180.0
 CLIENT_PROCESSES = 2

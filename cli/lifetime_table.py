@@ -10,9 +10,10 @@ _MS = 1e6
 _PHASES = (
     ("queue", "queue_ns", "waiting in the router and for prefill"),
     ("prefill", "prefill_ns", "first chunk to first token"),
-    ("grant", "grant_ns", "waiting for staging slots"),
+    ("grant", "grant_ns", "waiting for staging slots, partly while computing"),
     ("transfer", "transfer_ns", "gather and bytes on the wire"),
     ("verify", "verify_ns", "digest check and scatter"),
+    ("exposed", "exposed_handoff_ns", "first token sampled to hand-off done"),
     ("decode queue", "decode_queue_ns", "hand-off done to first decode step"),
     ("decode", "decode_ns", "first decode step to last token"),
 )

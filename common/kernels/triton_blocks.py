@@ -186,7 +186,7 @@ def _shift_down(word, BITS: tl.constexpr):
     return (word >> BITS) & ((1 << (64 - BITS)) - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids"])  # compiling another variant would hold up a hand-off
 def _move_kernel(
     kv_ptr, payload_ptr, block_ids_ptr, digest_ptr, num_words, run_words, kv_run_words, first_word, layer_words,
     num_ids, header_ptr, expected_ptr, report_ptr,

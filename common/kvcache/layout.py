@@ -1,8 +1,8 @@
 """Sizes of KV blocks, which rank owns which KV heads, and which rank sends what to whom.
 
-Heads are numbered globally. A *leg* is what one prefill rank sends to one decode rank for one chunk: all
-layers, K and V, of a run of heads. Knows neither memory nor transports; the order of bytes in a leg is the
-kernels' business.
+Heads are numbered globally. A *leg* is what one prefill rank sends to one decode rank for one chunk: K and V of a run
+of heads, of the layers and blocks of the chunk. Knows neither memory nor transports; the order of bytes in a leg is
+the kernels' business.
 """
 
 from __future__ import annotations
@@ -44,13 +44,17 @@ class KVLayout:
         """Bytes of one block of `num_heads` heads: all layers, K and V."""
         return self.num_layers * 2 * num_heads * self.block_size * self.head_dim * self.itemsize
 
-    def leg_bytes(self, num_blocks: int, num_heads: int) -> int:
-        """Bytes of one leg's message, header included."""
-        return HEADER_BYTES + num_blocks * self.block_bytes(num_heads)
+    def layer_block_bytes(self, num_heads: int) -> int:
+        """Bytes of one layer of one block of `num_heads` heads, K and V."""
+        return self.block_bytes(num_heads) // self.num_layers
 
-    def max_blocks_per_slot(self, slot_bytes: int, num_heads_on_rank: int, num_legs: int = 1) -> int:
-        """Blocks that fit into one rank's slot when its heads arrive in `num_legs` legs."""
-        return max(0, slot_bytes - num_legs * HEADER_BYTES) // self.block_bytes(num_heads_on_rank)
+    def leg_bytes(self, num_blocks: int, num_layers: int, num_heads: int) -> int:
+        """Bytes of one leg's message, header included."""
+        return HEADER_BYTES + num_blocks * num_layers * self.layer_block_bytes(num_heads)
+
+    def max_layer_blocks_per_slot(self, slot_bytes: int, num_heads_on_rank: int, num_legs: int = 1) -> int:
+        """Blocks times layers that fit into one rank's slot when its heads arrive in `num_legs` legs."""
+        return max(0, slot_bytes - num_legs * HEADER_BYTES) // self.layer_block_bytes(num_heads_on_rank)
 
     def fingerprint(self, model_digest: bytes, protocol_version: int) -> str:
         """Hex digest that two workers must share to be paired; their tensor-parallel sizes may differ."""

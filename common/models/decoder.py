@@ -6,6 +6,7 @@ devices is in the kernel backend. Knows neither requests nor sampling.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,11 +65,17 @@ class Decoder:
         return cls(config, shard, weights, kernels, group)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: BatchPlan, kv: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        plan: BatchPlan,
+        kv: torch.Tensor,
+        on_stored: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Run all layers and store the tokens' K and V.
 
         token_ids, positions: [T] int64; kv: [num_layers, num_blocks, 2, local KV heads, block_size, head_dim].
+        `on_stored` [none] is called for each layer, in order, behind what stores its K and V.
         Returns the hidden states before the final norm, [T, hidden].
         """
         rotation = self._rope.rotation(positions)
@@ -80,6 +87,8 @@ class Decoder:
             else:
                 x = self._reduce_add_norm(added, residual, layer.input_norm)
             x = self._attention(x, layer, window, rotation, kv_layer, plan)
+            if on_stored is not None:
+                on_stored()
             x = self._reduce_add_norm(x, residual, layer.post_norm)
             added = self._mlp(x, layer)
         return residual if added is None else residual.add_(self._group.all_reduce(added))

@@ -42,6 +42,8 @@ class TransportStats:
 class PostedReceive(Protocol):
     """A receive that has been posted. Owned by whoever posted it; the buffer is lent until it is complete."""
 
+    arrived_ns: int  # of `time.monotonic_ns`, when the message was there and bytes began to be written; 0: not yet
+
     @property
     def tag(self) -> int: ...
 

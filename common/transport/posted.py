@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import time
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,7 @@ class Receive:
     def __init__(self, tag: int, buffer: torch.Tensor, withdraw: Callable[[int], None]) -> None:
         self.buffer = buffer  # uint8 [num_bytes]
         self.state = ReceiveState.POSTED
+        self.arrived_ns = 0  # of `time.monotonic_ns`, when the first byte could be written; 0: not yet
         self._tag = tag
         self._withdraw = withdraw
         self._error: TransferError | Cancelled | None = None
@@ -49,6 +51,7 @@ class Receive:
         """The message is here and fits: bytes may be written from now on."""
         assert self.state is ReceiveState.POSTED
         self.state = ReceiveState.ARRIVING
+        self.arrived_ns = time.monotonic_ns()
 
     def complete(self) -> None:
         """All bytes are in the buffer, and none will follow."""

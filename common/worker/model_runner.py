@@ -17,6 +17,7 @@ from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
 from common.sampling.sampler import BatchSampler, SampleOutput
 from common.worker.row_table import RowLimits, RowTable
+from common.worker.step_marks import StepMarks
 from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan, StepResult
 
 
@@ -87,8 +88,17 @@ class PendingStep:
 class ModelRunner:
     """One rank's part of a worker's engine. Not thread-safe: everything is called from the step thread."""
 
-    def __init__(self, decoder: Decoder, storage: KVStorage, sampler: BatchSampler, max_rows: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        storage: KVStorage,
+        sampler: BatchSampler,
+        max_rows: int,
+        marks: StepMarks | None = None,
+    ) -> None:
+        """`marks` [none] learns which layers of a step have stored their K and V."""
         self._decoder = decoder
+        self._marks = marks
         self._storage = storage
         self._sampler = sampler
         self._shape = storage.shape
@@ -117,6 +127,15 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Enqueue a step on the device; on a device that runs asynchronously this returns before it is done."""
+        if self._marks is None:
+            return self._launch(plan)
+        self._marks.begin(plan.step_id)
+        try:
+            return self._launch(plan)
+        finally:
+            self._marks.end()
+
+    def _launch(self, plan: StepPlan) -> PendingStep:
         started_ns = time.perf_counter_ns()
         accepted, errors = self._rows.check(plan)
         runnable = [(segment, self._span(segment)) for segment in accepted]
@@ -140,7 +159,8 @@ class ModelRunner:
         plan = decoder.kernels.plan_batch(
             [span for _, span in batch], self._windows, self._shape, decoder.dtype, decoder.device
         )
-        return decoder.forward(self._input_ids(batch), self._tensor(positions), plan, self._storage.kv)
+        on_stored = None if self._marks is None else self._marks.stored
+        return decoder.forward(self._input_ids(batch), self._tensor(positions), plan, self._storage.kv, on_stored)
 
     def _input_ids(self, batch: list[tuple[Segment, Span]]) -> torch.Tensor:
         """[T] int64: given tokens from the plan, the others from what the rows sampled last."""

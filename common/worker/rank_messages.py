@@ -81,9 +81,10 @@ class ConnectDone(KVMessage, frozen=True, array_like=True, tag=True):
 
 
 class SendLeg(KVMessage, frozen=True, array_like=True, tag=True):
-    """Gather heads of blocks into [offset, offset + num_bytes) of a staging slot, then send that to a peer.
+    """Gather heads and layers of blocks into [offset, offset + num_bytes) of a staging slot, then send that to a peer.
 
-    `first_local_head` counts this rank's own KV heads.
+    `first_local_head` counts this rank's own KV heads. `step_id` is a plan that the rank has been or will be sent; the
+    gather begins when that step has stored the layers (-1: they are there).
     """
 
     address: str
@@ -94,14 +95,18 @@ class SendLeg(KVMessage, frozen=True, array_like=True, tag=True):
     block_ids: list[int]
     first_local_head: int
     num_heads: int
+    first_layer: int
+    num_layers: int
+    step_id: int
     timeout_s: float
 
 
 class SendDone(KVMessage, frozen=True, array_like=True, tag=True):
     """The slot may be reused if `slot_free`; if not, a `SlotDrained` with this op_id follows when it may.
 
-    `send_ns`: gather and bytes on the wire."""
+    `wait_ns`: until the step had stored the layers. `send_ns`: gather and bytes on the wire."""
 
+    wait_ns: int
     gather_ns: int
     send_ns: int
     slot_free: bool
@@ -112,7 +117,7 @@ class SendDone(KVMessage, frozen=True, array_like=True, tag=True):
 class PostReceive(KVMessage, frozen=True, array_like=True, tag=True):
     """Post a receive for one leg into [offset, offset + num_bytes) of a staging slot.
 
-    When it is complete and its digest is right, it is scattered to the given heads of the blocks.
+    When it is complete and its digest is right, it is scattered to the given heads and layers of the blocks.
     Answered by `ReceivePosted`, and if that has no error by `ReceiveDone` in the end.
     """
 
@@ -124,6 +129,8 @@ class PostReceive(KVMessage, frozen=True, array_like=True, tag=True):
     block_ids: list[int]
     first_local_head: int
     num_heads: int
+    first_layer: int
+    num_layers: int
     connect_timeout_s: float
 
 
@@ -138,7 +145,7 @@ class ReceiveDone(KVMessage, frozen=True, array_like=True, tag=True):
     """The leg is in the KV blocks, or it failed (`error_kind`, a class name of `common.errors`).
 
     After a failure, cancel the receive to learn what became of the slot.
-    `transfer_ns`: posted to complete. `verify_ns`: digest and scatter."""
+    `transfer_ns`: from the message's arrival to complete. `verify_ns`: digest and scatter."""
 
     transfer_ns: int
     verify_ns: int

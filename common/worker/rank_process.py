@@ -98,6 +98,8 @@ def run_rank(argv: list[str], make_kv_service: KVServiceFactory) -> int:
         return _step_loop(frames, start.rank, runtime)
     finally:
         kv_thread.stop()
+        if runtime.marks is not None:
+            runtime.marks.close()
 
 
 def _step_loop(frames: BlockingFrames, rank: int, runtime: RankRuntime) -> int:

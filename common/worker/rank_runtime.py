@@ -15,6 +15,7 @@ from common.parallel.group import TensorParallelGroup
 from common.sampling.sampler import BatchSampler
 from common.worker.model_runner import ModelRunner, Runner
 from common.worker.rank_messages import StartRank
+from common.worker.step_marks import StepMarks
 from common.worker.worker_model import read_worker_model
 
 _DEVICE_RUNNER: Final = "common.worker.device_runner"  # imports Triton, which processes without a GPU never load
@@ -32,6 +33,7 @@ class RankRuntime:
     storage: KVStorage
     layout_fingerprint: str
     num_parameters: int
+    marks: StepMarks | None = None  # where chunks of prompts are computed to be sent
 
     @property
     def kv_bytes(self) -> int:
@@ -59,20 +61,22 @@ def build_runtime(start: StartRank) -> RankRuntime:
         dtype=dtype,
         device=device,
     )
-    runner = _device_runner(decoder, storage, start) if device.type == "cuda" else _runner(decoder, storage, start)
-    return RankRuntime(device, runner, storage, model.fingerprint, decoder.num_parameters)
+    marks = None if start.captures_steps else StepMarks(device)
+    make_runner = _device_runner if device.type == "cuda" else _runner
+    runner = make_runner(decoder, storage, start, marks)
+    return RankRuntime(device, runner, storage, model.fingerprint, decoder.num_parameters, marks)
 
 
-def _runner(decoder: Decoder, storage: KVStorage, start: StartRank) -> Runner:
+def _runner(decoder: Decoder, storage: KVStorage, start: StartRank, marks: StepMarks | None) -> Runner:
     sampler = BatchSampler(decoder.config.vocab_size, start.max_rows, decoder.device)
-    return ModelRunner(decoder, storage, sampler, start.max_rows)
+    return ModelRunner(decoder, storage, sampler, start.max_rows, marks)
 
 
-def _device_runner(decoder: Decoder, storage: KVStorage, start: StartRank) -> Runner:
+def _device_runner(decoder: Decoder, storage: KVStorage, start: StartRank, marks: StepMarks | None) -> Runner:
     """Steps with one token a row are captured where they are the rule; larger ones are run once, to compile."""
     module = importlib.import_module(_DEVICE_RUNNER)
     graph_sizes = None if start.captures_steps else ()
-    runner = module.DeviceRunner(decoder, storage, start.max_rows, graph_sizes=graph_sizes)
+    runner = module.DeviceRunner(decoder, storage, start.max_rows, graph_sizes=graph_sizes, marks=marks)
     runner.warm_up(start.max_step_tokens)
     return cast(Runner, runner)
 

@@ -14,6 +14,7 @@ from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
 from common.worker.worker_model import WorkerModel, read_worker_model
 
 _SLOT_ALIGNMENT_BYTES = 64  # legs start at multiples of the element size
+_GPU_SLOT_BYTES = (64 << 20) + 4096  # 64 MiB and headers
 
 
 class WorkerConfig(ServiceConfig):
@@ -41,7 +42,7 @@ class WorkerConfig(ServiceConfig):
         "auto", description="How the transport is driven; auto is polling on GPUs, whose copies raise no event."
     )
     num_slots: int = Field(4, ge=1, le=256, description="Staging slots of each rank.")
-    slot_bytes: int = Field(8 << 20, ge=4096, description="Size of a staging slot, bytes.")
+    slot_bytes: int = Field(8 << 20, ge=4096, description="Size of a staging slot, bytes [on GPUs: 64 MiB].")
     connect_timeout_s: float = Field(5.0, gt=0, description="Time for two ranks to connect, seconds.")
     max_chunk_resends: int = Field(3, ge=0, description="How often one chunk is offered again after it failed.")
 
@@ -55,6 +56,14 @@ class WorkerConfig(ServiceConfig):
     otlp_endpoint: str = Field("", description=OTLP_ENDPOINT_HELP)
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description=TRACE_SAMPLE_RATIO_HELP)
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _enlarge_slots(cls, values: dict[str, object]) -> dict[str, object]:
+        """NVLink and RDMA are fast with messages of tens of MiB only: see docs/performance.md."""
+        if values.get("device") == "cuda":
+            return {"slot_bytes": _GPU_SLOT_BYTES, **values}
+        return values
 
     @model_validator(mode="after")
     def _check_slots(self) -> Self:

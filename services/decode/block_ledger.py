@@ -6,7 +6,7 @@ last hold; until then it is *dying*. Who gets blocks, and who gives way for them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from common.errors import InternalError, InvalidArgument
 from common.kvcache.block_hash import hash_block, hash_blocks, root_hash, tenant_salt
@@ -65,13 +65,19 @@ class BlockLedger:
         num_new = seq.num_handoff_blocks - len(seq.blocks.block_ids)
         return num_new + num_active <= self._kv.num_available and self._kv.extend(seq.blocks, seq.num_handoff_blocks)
 
-    def commit_verified(self, seq: DecodeSequence, first_block: int, num_blocks: int) -> None:
-        """Blocks of a hand-off are in place; a leading run of them is offered to the prefix cache at once."""
-        seq.verified.update(range(first_block, first_block + num_blocks))
+    def verify(self, seq: DecodeSequence, blocks: Iterable[int]) -> None:
+        """Blocks of a hand-off are in place; a leading run of them that is final is offered to the prefix cache."""
+        seq.verified.update(blocks)
         while seq.num_verified in seq.verified:
             seq.verified.remove(seq.num_verified)
             seq.num_verified += 1
-        self._kv.commit(seq.blocks, seq.hashes, min(seq.num_verified, len(seq.hashes)))
+        self._commit_handoff(seq)
+
+    def finalize(self, seq: DecodeSequence, num_blocks: int) -> None:
+        """So many leading blocks are what the model computes: before that, they must not be cached."""
+        if num_blocks > seq.num_final:
+            seq.num_final = num_blocks
+            self._commit_handoff(seq)
 
     def commit_computed(self, seq: DecodeSequence) -> None:
         """Offer the full blocks of the prompt that are in place to the prefix cache."""
@@ -92,6 +98,9 @@ class BlockLedger:
             parent = hash_block(parent, seq.token_ids[index * block_size : (index + 1) * block_size])
             seq.hashes.append(parent)
         self._kv.commit(seq.blocks, seq.hashes, num_full)
+
+    def _commit_handoff(self, seq: DecodeSequence) -> None:
+        self._kv.commit(seq.blocks, seq.hashes, min(seq.num_verified, seq.num_final, len(seq.hashes)))
 
     def hold(self, seq: DecodeSequence) -> None:
         """Something may touch the sequence's blocks from now on."""

@@ -1,6 +1,6 @@
 """One offer of one chunk on the decode end, from the reservation of blocks to the answer.
 
-    ChunkReady ─▶ blocks reserved ─▶ slot ─▶ receives posted ─▶ Grant ─▶ arrived ─▶ ChunkVerified
+    ChunkOffer ─▶ blocks reserved ─▶ slot ─▶ receives posted ─▶ Grant ─▶ arrived ─▶ ChunkVerified
                      └─────────────────┴────────────┴─────────────┴────▶ taken back ─▶ ChunkRejected
 
 It runs as a task of `HandoffContext.run`, not of its stream: cancelling it takes its receives back first, then frees
@@ -64,17 +64,17 @@ class ChunkOwner(Protocol):
     def fail(self, error: BatonError) -> None:
         """End the stream with an error."""
 
-    def chunk_verified(self, chunk: kv_pb2.ChunkReady) -> None:
-        """The chunk's blocks are in place."""
+    def chunk_verified(self, chunk: kv_pb2.ChunkOffer) -> None:
+        """The chunk is in place, and the answer that says so is queued."""
 
-    def chunk_rejected(self, chunk: kv_pb2.ChunkReady, reason: kv_pb2.ChunkRejectReason.ValueType, detail: str) -> None:
-        """The chunk's blocks may be offered again."""
+    def chunk_rejected(self, chunk: kv_pb2.ChunkOffer, reason: kv_pb2.ChunkRejectReason.ValueType, detail: str) -> None:
+        """The chunk may be offered again."""
 
 
 class ChunkReception:
     """One offer of one chunk, up to its answer. Cancelling `run` takes everything back and then answers, too."""
 
-    def __init__(self, context: HandoffContext, stream: ChunkOwner, chunk: kv_pb2.ChunkReady) -> None:
+    def __init__(self, context: HandoffContext, stream: ChunkOwner, chunk: kv_pb2.ChunkOffer) -> None:
         self._context = context
         self._stream = stream
         self._chunk = chunk
@@ -110,7 +110,8 @@ class ChunkReception:
             raise Cancelled("the sequence is gone")
         block_ids = blocks_of(seq, self._chunk.first_block, self._chunk.num_blocks)
         setup = self._context.setup
-        transfer = ChunkTransfer(group, setup.layout, handle, block_ids, setup.limits.cancel_timeout_s)
+        layers = range(self._chunk.first_layer, self._chunk.first_layer + self._chunk.num_layers)
+        transfer = ChunkTransfer(group, setup.layout, handle, block_ids, layers, setup.limits.cancel_timeout_s)
         engine.scheduler.hold(seq)
         try:
             await self._fill(transfer)
@@ -138,12 +139,11 @@ class ChunkReception:
         times = await transfer.arrive(limits.grant_timeout_s)
         self._context.counters.verified(transfer.num_bytes, times.transfer_ns, times.verify_ns)
         self._trace(granted_ns, times)
-        self._context.engine.scheduler.verify(self._stream.seq, self._chunk.first_block, self._chunk.num_blocks)
-        self._stream.chunk_verified(self._chunk)
         verified = kv_pb2.ChunkVerified(
             chunk_index=self._chunk.chunk_index, transfer_ns=times.transfer_ns, verify_ns=times.verify_ns
         )
         self._stream.send(kv_pb2.HandoffResponse(chunk_verified=verified))
+        self._stream.chunk_verified(self._chunk)
 
     def _trace(self, granted_ns: int, times: TransferTimes) -> None:
         span, now_ns, index = self._stream.span, time.monotonic_ns(), self._chunk.chunk_index

@@ -47,12 +47,19 @@ class ChunkTransfer:
     """All legs of one chunk. `post`, then `arrive`; whatever happens, `take_back` must follow."""
 
     def __init__(
-        self, group: RankGroup, layout: KVLayout, handle: SlotHandle, block_ids: Sequence[int], cancel_timeout_s: float
+        self,
+        group: RankGroup,
+        layout: KVLayout,
+        handle: SlotHandle,
+        block_ids: Sequence[int],
+        layers: range,
+        cancel_timeout_s: float,
     ) -> None:
         self._group = group
         self._layout = layout
         self._handle = handle
         self._block_ids = list(block_ids)
+        self._layers = layers
         self._cancel_timeout_s = cancel_timeout_s
         self._receives: list[_Receive] = []
         self.advertised = False  # whether the tags were told to the sender
@@ -68,7 +75,7 @@ class ChunkTransfer:
         fill_bytes: Counter[int] = Counter()
         for number, leg in enumerate(legs):
             rank = leg.decode_rank
-            num_bytes = self._layout.leg_bytes(len(self._block_ids), leg.num_heads)
+            num_bytes = self._layout.leg_bytes(len(self._block_ids), len(self._layers), leg.num_heads)
             message = PostReceive(
                 op_id=self._group.next_op_id(),
                 peer_name=peer_names[leg.prefill_rank],
@@ -79,6 +86,8 @@ class ChunkTransfer:
                 block_ids=self._block_ids,
                 first_local_head=leg.first_head - heads_of_rank(self._layout.num_kv_heads, decode_tp, rank).start,
                 num_heads=leg.num_heads,
+                first_layer=self._layers.start,
+                num_layers=len(self._layers),
                 connect_timeout_s=connect_timeout_s,
             )
             fill_bytes[rank] += num_bytes

@@ -1,16 +1,15 @@
 """One Handoff stream on the decode end: what a prefill worker says, in which order it may, and what it is answered.
 
-    Begin ─▶ claimed ─▶ for each ChunkReady: a `ChunkReception` ─▶ Finish ─▶ Joined
+    Begin ─▶ claimed ─▶ for each ChunkOffer: a `ChunkReception` ─▶ Finish, and all verified ─▶ Joined
 
-A stream that ends before Joined ends its sequence; what was verified stays in the prefix cache, so another Open finds
-it. Knows gRPC's messages, but not its calls.
+A stream that ends before Joined ends its sequence; what was verified, and is final, stays in the prefix cache, so
+another Open finds it. Knows gRPC's messages, but not its calls.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from baton.v1 import kv_pb2
@@ -21,6 +20,7 @@ from common.kvcache.layout import Leg, plan_legs
 from common.telemetry.tracing import Span
 from services.decode.chunk_reception import ChunkReception
 from services.decode.handoff_context import HandoffContext, HandoffSetup
+from services.decode.handoff_coverage import HandoffCoverage
 from services.decode.request import DecodeSequence
 
 _log = logging.getLogger(__name__)
@@ -38,19 +38,20 @@ class HandoffStream:
         self.peer_names: Sequence[str] = list(begin.rank_peer_names)
         legs = plan_legs(setup.layout.num_kv_heads, begin.prefill_tp_size, setup.tp_size)
         self.legs: Sequence[Leg] = legs
-        self.max_blocks_per_chunk = _max_blocks_per_chunk(setup, legs)
+        self.max_layer_blocks_per_chunk = _max_layer_blocks_per_chunk(setup, legs)
         self._context = context
         self._outgoing: asyncio.Queue[kv_pb2.HandoffResponse | BatonError] = asyncio.Queue()
         self._chunks: dict[int, asyncio.Task[None]] = {}
-        self._taken: set[int] = set(range(seq.blocks.num_cached_blocks))  # in place, or on their way
-        self._num_rejections: Counter[int] = Counter()  # by block: a peer may number its chunks as it likes
+        self._coverage = HandoffCoverage(seq.blocks.num_cached_blocks, setup.layout.num_layers)
+        self._finish: kv_pb2.HandoffFinish | None = None
         self._joined = False
         self.over = False  # nobody reads answers any more
 
     async def run(self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write) -> None:
         """Accept, then answer until Joined was written. Raises what ends the hand-off."""
         accepted = kv_pb2.HandoffAccepted(
-            num_blocks_reused=self.seq.blocks.num_cached_blocks, max_blocks_per_chunk=self.max_blocks_per_chunk
+            num_blocks_reused=self.seq.blocks.num_cached_blocks,
+            max_layer_blocks_per_chunk=self.max_layer_blocks_per_chunk,
         )
         await write(kv_pb2.HandoffResponse(accepted=accepted))
         reader = asyncio.create_task(self._read(requests))
@@ -82,15 +83,16 @@ class HandoffStream:
         """Queue an answer. Bounded by the chunks in flight."""
         self._outgoing.put_nowait(response)
 
-    def chunk_verified(self, chunk: kv_pb2.ChunkReady) -> None:
-        """The chunk's blocks are in place."""
+    def chunk_verified(self, chunk: kv_pb2.ChunkOffer) -> None:
+        """The chunk is in place, and the answer that says so is queued."""
         self._chunks.pop(chunk.chunk_index, None)
+        self._context.engine.scheduler.verify(self.seq, self._coverage.place(chunk))
+        self._try_join()
 
-    def chunk_rejected(self, chunk: kv_pb2.ChunkReady, reason: kv_pb2.ChunkRejectReason.ValueType, detail: str) -> None:
-        """The chunk's blocks may be offered again."""
+    def chunk_rejected(self, chunk: kv_pb2.ChunkOffer, reason: kv_pb2.ChunkRejectReason.ValueType, detail: str) -> None:
+        """The chunk may be offered again."""
         self._chunks.pop(chunk.chunk_index, None)
-        self._taken.difference_update(_block_range(chunk))
-        self._num_rejections.update(_block_range(chunk))
+        self._coverage.reject(chunk)
         rejected = kv_pb2.ChunkRejected(chunk_index=chunk.chunk_index, reason=reason, detail=detail)
         self.send(kv_pb2.HandoffResponse(chunk_rejected=rejected))
 
@@ -110,57 +112,68 @@ class HandoffStream:
         kind = request.WhichOneof("message")
         if self._joined:
             raise FailedPrecondition("the hand-off is over")
-        if kind == "chunk_ready":
-            self._offer(request.chunk_ready)
+        if kind == "chunk_offer":
+            self._offer(request.chunk_offer)
         elif kind == "chunk_aborted":
             task = self._chunks.get(request.chunk_aborted.chunk_index)
             if task is not None and not task.cancelling():
                 self._context.counters.inc("chunks_aborted")
                 task.cancel(request.chunk_aborted.reason)
         elif kind == "finish":
-            self._finish(request.finish)
+            self._take_finish(request.finish)
         else:
-            raise InvalidArgument("message", kind, "expected chunk_ready, chunk_aborted or finish")
+            raise InvalidArgument("message", kind, "expected chunk_offer, chunk_aborted or finish")
 
-    def _offer(self, chunk: kv_pb2.ChunkReady) -> None:
-        blocks = _block_range(chunk)
-        if not 1 <= chunk.num_blocks <= self.max_blocks_per_chunk:
-            raise InvalidArgument("chunk_ready.num_blocks", chunk.num_blocks, f"1 to {self.max_blocks_per_chunk}")
-        if blocks.stop > self.seq.num_handoff_blocks:
-            raise InvalidArgument("chunk_ready.first_block", chunk.first_block, "is beyond the sequence")
-        if chunk.chunk_index in self._chunks or not self._taken.isdisjoint(blocks):
-            # A block that is in place may be shared by now: nobody writes to it again.
+    def _offer(self, chunk: kv_pb2.ChunkOffer) -> None:
+        num_layers, num_blocks = self._context.setup.layout.num_layers, self.seq.num_handoff_blocks
+        if chunk.num_layers < 1 or chunk.first_layer + chunk.num_layers > num_layers:
+            raise InvalidArgument("chunk_offer.num_layers", chunk.num_layers, f"the model has {num_layers} layers")
+        if not 1 <= chunk.num_blocks * chunk.num_layers <= self.max_layer_blocks_per_chunk:
+            limit = f"1 to {self.max_layer_blocks_per_chunk // chunk.num_layers} of {chunk.num_layers} layers"
+            raise InvalidArgument("chunk_offer.num_blocks", chunk.num_blocks, limit)
+        if chunk.first_block + chunk.num_blocks > num_blocks:
+            raise InvalidArgument("chunk_offer.first_block", chunk.first_block, "is beyond the sequence")
+        if chunk.num_final_blocks > num_blocks:
+            raise InvalidArgument("chunk_offer.num_final_blocks", chunk.num_final_blocks, "is beyond the sequence")
+        if chunk.chunk_index in self._chunks or not self._coverage.take(chunk):
             raise FailedPrecondition(f"chunk {chunk.chunk_index} has blocks that are here or on their way")
-        num_rejections = max(self._num_rejections[block] for block in blocks)
+        num_rejections = self._coverage.num_rejections(chunk)
         if num_rejections > self._context.setup.limits.max_chunk_resends:
             raise TransferError(f"chunk {chunk.chunk_index} was rejected {num_rejections} times already")
-        self._taken.update(blocks)
+        self._context.engine.scheduler.finalize(self.seq, chunk.num_final_blocks)
         self._chunks[chunk.chunk_index] = self._context.spawn(ChunkReception(self._context, self, chunk).run())
 
-    def _finish(self, finish: kv_pb2.HandoffFinish) -> None:
-        engine, seq = self._context.engine, self.seq
-        if finish.num_blocks != seq.num_handoff_blocks:
-            raise InvalidArgument("finish.num_blocks", finish.num_blocks, f"the sequence has {seq.num_handoff_blocks}")
+    def _take_finish(self, finish: kv_pb2.HandoffFinish) -> None:
+        if self._finish is not None:
+            raise FailedPrecondition("the hand-off was finished before")
+        if finish.num_blocks != self.seq.num_handoff_blocks:
+            limit = f"the sequence has {self.seq.num_handoff_blocks}"
+            raise InvalidArgument("finish.num_blocks", finish.num_blocks, limit)
         if finish.first_token_id >= self._context.setup.vocab_size:
             raise InvalidArgument("finish.first_token_id", finish.first_token_id, "is not in the vocabulary")
-        engine.scheduler.join(seq, finish.first_token_id, engine.clock())
+        self._finish = finish
+        self._context.engine.scheduler.finalize(self.seq, finish.num_blocks)
+        self._try_join()
+
+    def _try_join(self) -> None:
+        """Join once everything is computed and in place."""
+        engine, seq = self._context.engine, self.seq
+        if self._finish is None or self._joined or seq.num_verified < seq.num_handoff_blocks:
+            return
+        engine.scheduler.join(seq, self._finish.first_token_id, engine.clock())
         self._joined = True
         self.send(kv_pb2.HandoffResponse(joined=kv_pb2.HandoffJoined()))
         engine.settle()
 
 
-def _max_blocks_per_chunk(setup: HandoffSetup, legs: list[Leg]) -> int:
-    """Blocks whose legs fit into the slot of every decode rank."""
+def _max_layer_blocks_per_chunk(setup: HandoffSetup, legs: list[Leg]) -> int:
+    """Blocks times layers of which the legs fit into the slot of every decode rank."""
     if len(legs) > MAX_LEGS:
         raise FailedPrecondition(f"the hand-off would take {len(legs)} legs, at most {MAX_LEGS} are possible")
     sizes = []
     for rank in range(setup.tp_size):
         own = [leg.num_heads for leg in legs if leg.decode_rank == rank]
-        sizes.append(setup.layout.max_blocks_per_slot(setup.slot_bytes, sum(own), len(own)))
+        sizes.append(setup.layout.max_layer_blocks_per_slot(setup.slot_bytes, sum(own), len(own)))
     if min(sizes) < 1:
-        raise FailedPrecondition(f"a staging slot of {setup.slot_bytes} bytes is smaller than one block")
+        raise FailedPrecondition(f"a staging slot of {setup.slot_bytes} bytes is smaller than one layer of a block")
     return min(sizes)
-
-
-def _block_range(chunk: kv_pb2.ChunkReady) -> range:
-    return range(chunk.first_block, chunk.first_block + chunk.num_blocks)

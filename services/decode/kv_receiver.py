@@ -100,12 +100,12 @@ class KVReceiver:
             return
         posted = operation.posted
         assert posted is not None
-        start_ns = time.monotonic_ns()
         self._reply(ReceivePosted(message.op_id))
-        arrived_ns = start_ns
+        transfer_ns = 0
         try:
             await posted.wait()
-            arrived_ns = time.monotonic_ns()
+            complete_ns = time.monotonic_ns()
+            transfer_ns = complete_ns - posted.arrived_ns
             if operation.cancelled:
                 return
             await self._scatter(operation)
@@ -113,11 +113,11 @@ class KVReceiver:
             return  # _cancel answers
         except (BatonError, RuntimeError) as error:
             # The operation stays: the front cancels it to learn about the slot.
-            self._reply(ReceiveDone(message.op_id, arrived_ns - start_ns, 0, *described(error)))
+            self._reply(ReceiveDone(message.op_id, transfer_ns, 0, *described(error)))
             return
         if not operation.cancelled:
             del self._operations[message.op_id]
-        self._reply(ReceiveDone(message.op_id, arrived_ns - start_ns, time.monotonic_ns() - arrived_ns))
+        self._reply(ReceiveDone(message.op_id, transfer_ns, time.monotonic_ns() - complete_ns))
 
     async def _post(self, operation: _Operation) -> None:
         message = operation.message
@@ -139,7 +139,12 @@ class KVReceiver:
         message = operation.message
         slot = self._slots[message.slot, message.offset : message.offset + message.num_bytes]
         return self._storage.start_scatter(
-            message.block_ids, message.first_local_head, message.num_heads, slot, message.tag
+            message.block_ids,
+            message.first_local_head,
+            message.num_heads,
+            slot,
+            message.tag,
+            range(message.first_layer, message.first_layer + message.num_layers),
         )
 
     async def _cancel(self, message: CancelReceive) -> None:

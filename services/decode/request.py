@@ -66,6 +66,7 @@ class DecodeSequence:
     num_holds: int = 0  # plans and transfers under way that may touch the blocks
     verified: set[int] = field(default_factory=set)  # verified blocks beyond the leading run
     num_verified: int = 0  # leading blocks that are in place
+    num_final: int = 0  # leading blocks of which prefill said that their computation was right
     is_announced: bool = False  # its router was told that its first step begins
     opened_s: float = 0.0
     scheduled_s: float = 0.0  # first chunk of a local sequence

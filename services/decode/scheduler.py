@@ -16,7 +16,7 @@ prefill worker; the oldest never does, so it finishes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from common.errors import FailedPrecondition, InternalError
 from common.kvcache.kv_cache_manager import KVCacheManager, KVCacheStats
@@ -196,10 +196,15 @@ class DecodeScheduler:
         self._blocks.drop_hold(seq)
         self._grant_waiting()
 
-    def verify(self, seq: DecodeSequence, first_block: int, num_blocks: int) -> None:
-        """Blocks of a hand-off are in place; a leading run of them is offered to the prefix cache at once."""
+    def verify(self, seq: DecodeSequence, blocks: Iterable[int]) -> None:
+        """Blocks of a hand-off are in place."""
         if seq.state is _State.RECEIVING:
-            self._blocks.commit_verified(seq, first_block, num_blocks)
+            self._blocks.verify(seq, blocks)
+
+    def finalize(self, seq: DecodeSequence, num_blocks: int) -> None:
+        """So many leading blocks of a hand-off were computed right: they may be cached once they are in place."""
+        if seq.state in (_State.OPEN, _State.RECEIVING):
+            self._blocks.finalize(seq, num_blocks)
 
     def join(self, seq: DecodeSequence, first_token_id: int, now_s: float) -> None:
         """Everything is in place: the sequence decodes when a row is free."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from baton.v1 import sampling_pb2
+
 from common import errors
 from common.telemetry.step_clock import StepClock
 from common.worker.rank_group import RankGroup
@@ -19,7 +21,15 @@ from common.worker.sequence import SequenceRequest
 from common.worker.step_plan import SampledToken, StepPlan
 from common.worker.step_watchdog import StepWatchdog
 from services.prefill.metrics import PrefillMetrics
-from services.prefill.request import BlocksReady, Event, FirstTokenSampled, Prompt, PromptFailed, Scheduled
+from services.prefill.request import (
+    BlocksReady,
+    BlocksUnderWay,
+    Event,
+    FirstTokenSampled,
+    Prompt,
+    PromptFailed,
+    Scheduled,
+)
 from services.prefill.scheduler import Scheduler
 
 MAX_PLANS_IN_FLIGHT = 2
@@ -35,6 +45,14 @@ class ComputedChunk:
     end_block: int
 
 
+@dataclass(frozen=True, slots=True)
+class SendableBlocks:
+    """Blocks up to `end_block` are ready, or are being computed in the step `step_id` (-1: ready)."""
+
+    end_block: int
+    step_id: int
+
+
 class PrefillJob:
     """One prompt in the engine, as its request awaits it. Times are of `time.monotonic_ns`; 0 until it happened."""
 
@@ -45,7 +63,8 @@ class PrefillJob:
         self.chunks: list[ComputedChunk] = []
         self.sampled_ns = 0
         self.num_cached_tokens = 0
-        self._num_ready_blocks = 0
+        self.num_ready_blocks = 0
+        self._under_way = SendableBlocks(0, -1)
         self._token: SampledToken | None = None
         self._error: errors.BatonError | None = None
         self._changed = asyncio.Event()
@@ -55,22 +74,30 @@ class PrefillJob:
         return self.prompt.num_blocks
 
     def block_ids(self, first_block: int, num_blocks: int) -> list[int]:
-        """Blocks of the prompt, by their index within it. Ready ones only."""
+        """Blocks of the prompt, by their index within it. Those that are ready or under way only."""
         assert self.prompt.blocks is not None
-        assert first_block + num_blocks <= self._num_ready_blocks
+        assert first_block + num_blocks <= max(self.num_ready_blocks, self._under_way.end_block)
         return self.prompt.blocks.block_ids[first_block : first_block + num_blocks]
 
-    async def ready_blocks(self, beyond: int) -> int:
-        """Wait until more than `beyond` leading blocks are ready; how many are. Raises what the job failed with."""
-        while self._num_ready_blocks <= beyond:
+    async def sendable_blocks(self, beyond: int) -> SendableBlocks:
+        """Wait until blocks beyond the first `beyond` are ready or under way. Raises what the job failed with."""
+        while True:
+            if self.num_ready_blocks > beyond:
+                return SendableBlocks(self.num_ready_blocks, -1)
+            if self._under_way.end_block > beyond:
+                return self._under_way
             await self._wait()
-        return self._num_ready_blocks
 
     async def first_token(self) -> SampledToken:
         """Wait for the token after the prompt. Raises what the job failed with."""
         while self._token is None:
             await self._wait()
         return self._token
+
+    def finish_reason(self, token: SampledToken) -> sampling_pb2.FinishReason.ValueType:
+        """Why the first token ends the output; unspecified if it does not."""
+        request = self.prompt.request
+        return request.finish_reason(token.token_id, request.num_output_tokens)
 
     async def watch(self) -> NoReturn:
         """Wait until the job fails, and raise what it failed with."""
@@ -87,8 +114,10 @@ class PrefillJob:
         if isinstance(event, Scheduled):
             self.scheduled_ns = now_ns
             self.num_cached_tokens = event.num_cached_tokens
+        elif isinstance(event, BlocksUnderWay):
+            self._under_way = SendableBlocks(event.end_block, event.step_id)
         elif isinstance(event, BlocksReady):
-            self._num_ready_blocks = event.end_block
+            self.num_ready_blocks = event.end_block
             if event.first_block or not self.num_cached_tokens:  # else: it was in the cache
                 self.chunks.append(ComputedChunk(now_ns - compute_ns, now_ns, event.first_block, event.end_block))
         elif isinstance(event, FirstTokenSampled):

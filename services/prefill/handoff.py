@@ -1,4 +1,4 @@
-"""The prefill end of one sequence's hand-off: offers chunks as they are computed, fills what decode grants.
+"""The prefill end of one sequence's hand-off: offers chunks while they are computed, fills what decode grants.
 
     offered ──Grant──► granted ──slot──► sending ──ChunkVerified──► done
        ▲                  │ no slot in time  │ leg failed
@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from baton.v1 import kv_pb2
 
 from common import errors
-from common.kvcache.layout import KVLayout
+from services.prefill.chunk_shapes import ChunkShape, cut_chunks
 from services.prefill.decode_peers import HandoffStream
 from services.prefill.engine import PrefillEngine, PrefillJob
+from services.prefill.handoff_setup import HandoffSetup
 from services.prefill.handoff_stats import HandoffStats, Shipment
 from services.prefill.legs import ChunkLegs
 from services.prefill.metrics import PrefillMetrics
@@ -40,25 +41,6 @@ _ERROR_BY_REASON: dict[int, type[errors.TransferError]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class HandoffSetup:
-    """What is the same for all hand-offs of one incarnation of the ranks."""
-
-    worker_id: str
-    incarnation: str
-    layout: KVLayout
-    layout_fingerprint: str
-    rank_peer_names: tuple[str, ...]
-    slot_bytes: int
-    max_chunks_in_flight: int
-    max_chunk_resends: int
-    connect_timeout_s: float
-
-    @property
-    def tp_size(self) -> int:
-        return len(self.rank_peer_names)
-
-
-@dataclass(frozen=True, slots=True)
 class _SendFailed:
     """Our own send of the attempt failed."""
 
@@ -71,13 +53,14 @@ _Answer = kv_pb2.ChunkGrant | kv_pb2.ChunkVerified | kv_pb2.ChunkRejected
 
 @dataclass(slots=True)
 class _Chunk:
-    """Blocks [first_block, first_block + num_blocks) on their way."""
+    """Layers of blocks on their way; `step_id` computes them (-1: they are ready)."""
 
     index: int
-    first_block: int
-    num_blocks: int
+    shape: ChunkShape
+    step_id: int
     inbox: asyncio.Queue[_Answer | _SendFailed]
     attempt: int = 0
+    computing_ns: int = 0  # how long the ranks waited for the step, in the last attempt
 
 
 class Handoff:
@@ -111,18 +94,27 @@ class Handoff:
         self._chunks: dict[int, _Chunk] = {}
 
     async def run(self) -> None:
-        """Hand off everything and return once decode has joined the sequence. Raises one error of the tree."""
+        """Hand off everything and return once decode has joined the sequence, or give up if its first token ends it.
+
+        Raises one error of the tree.
+        """
         try:
             async with asyncio.TaskGroup() as tasks:
                 reading = tasks.create_task(self._read())
                 watching = tasks.create_task(self._job.watch())
                 self._connecting = tasks.create_task(self._connect())
                 await self._stream.send(kv_pb2.HandoffRequest(begin=self._begin()))
-                await self._ship_all()
+                shipping = tasks.create_task(self._ship_all())
                 token = await self._job.first_token()
+                if self._job.finish_reason(token):  # nobody will decode: the stream may break
+                    for task in (reading, watching, shipping, self._connecting):
+                        task.cancel()
+                    return
                 finish = kv_pb2.HandoffFinish(first_token_id=token.token_id, num_blocks=self._job.num_blocks)
                 await self._stream.send(kv_pb2.HandoffRequest(finish=finish))
+                await shipping
                 await self._joined
+                self.stats.exposed_ns = self._now_ns() - self._job.sampled_ns
                 await self._stream.finish()
                 reading.cancel()
                 watching.cancel()
@@ -163,9 +155,10 @@ class Handoff:
 
     async def _ship_all(self) -> None:
         accepted = await self._accepted
-        size = min(accepted.max_blocks_per_chunk, self._legs.max_blocks(self._setup.slot_bytes))
-        if size < 1:
-            raise errors.FailedPrecondition("a staging slot is smaller than one block")
+        most = min(accepted.max_layer_blocks_per_chunk, self._legs.max_layer_blocks(self._setup.slot_bytes))
+        if most < 1:
+            raise errors.FailedPrecondition("a staging slot is smaller than one layer of a block")
+        wished = self._setup.chunk_bytes // self._legs.layer_block_bytes
         if accepted.num_blocks_reused > self._job.num_blocks:
             raise errors.TransferError(f"decode holds {accepted.num_blocks_reused} of {self._job.num_blocks} blocks")
         self.stats.num_blocks_reused = accepted.num_blocks_reused
@@ -173,13 +166,14 @@ class Handoff:
         first_block = accepted.num_blocks_reused
         async with asyncio.TaskGroup() as tasks:
             while first_block < self._job.num_blocks:
-                await in_flight.acquire()  # meanwhile blocks become ready, and travel together
-                num_ready = await self._job.ready_blocks(first_block)
-                num_blocks = min(size, num_ready - first_block)
-                chunk = _Chunk(len(self._chunks), first_block, num_blocks, asyncio.Queue())
-                self._chunks[chunk.index] = chunk
-                tasks.create_task(self._ship(chunk, in_flight))
-                first_block += num_blocks
+                blocks = await self._job.sendable_blocks(first_block)
+                num_layers = self._setup.layout.num_layers
+                for shape in cut_chunks(first_block, blocks.end_block, num_layers, wished, most):
+                    await in_flight.acquire()
+                    chunk = _Chunk(len(self._chunks), shape, blocks.step_id, asyncio.Queue())
+                    self._chunks[chunk.index] = chunk
+                    tasks.create_task(self._ship(chunk, in_flight))
+                first_block = blocks.end_block
 
     async def _ship(self, chunk: _Chunk, in_flight: asyncio.Semaphore) -> None:
         """Bring one chunk over, offering it again after failures that may pass."""
@@ -190,20 +184,29 @@ class Handoff:
             self.stats.num_chunks_resent += 1
             if isinstance(error, errors.PeerLost):
                 await self._connect()
-        self.stats.num_blocks_shipped += chunk.num_blocks
+        if chunk.shape.num_stored_layers == self._setup.layout.num_layers:
+            self.stats.num_blocks_shipped += chunk.shape.num_blocks
         in_flight.release()
 
     async def _attempt(self, chunk: _Chunk) -> errors.BatonError | None:
         """Offer the chunk once, fill the grant, and wait for the verdict. None: decode has it."""
-        offer = kv_pb2.ChunkReady(chunk_index=chunk.index, first_block=chunk.first_block, num_blocks=chunk.num_blocks)
+        shape = chunk.shape
+        offer = kv_pb2.ChunkOffer(
+            chunk_index=chunk.index,
+            first_block=shape.first_block,
+            num_blocks=shape.num_blocks,
+            first_layer=shape.first_layer,
+            num_layers=shape.num_layers,
+            num_final_blocks=self._job.num_ready_blocks,
+        )
         offered_ns = self._now_ns()
         self._metrics.num_offered += 1
         try:
-            await self._stream.send(kv_pb2.HandoffRequest(chunk_ready=offer))
+            await self._stream.send(kv_pb2.HandoffRequest(chunk_offer=offer))
             answer = await self._answer(chunk)
         finally:
             self._metrics.num_offered -= 1
-        granted_ns, num_bytes = 0, 0
+        granted_ns, num_bytes, chunk.computing_ns = 0, 0, 0
         self.stats.grant_ns += self._now_ns() - offered_ns
         if isinstance(answer, kv_pb2.ChunkGrant):
             granted_ns = self._now_ns()
@@ -212,7 +215,7 @@ class Handoff:
             deadline_s = asyncio.get_running_loop().time() + answer.timeout_ns / 1e9
             await self._fill(chunk, answer, deadline_s)
             answer = await self._verdict(chunk, deadline_s)
-            self.stats.transfer_ns += self._now_ns() - granted_ns
+            self.stats.transfer_ns += max(0, self._now_ns() - granted_ns - chunk.computing_ns)
         self._note(chunk, answer, offered_ns, granted_ns, num_bytes)
         if isinstance(answer, kv_pb2.ChunkRejected):
             return _ERROR_BY_REASON.get(answer.reason, errors.TransferError)(answer.detail)
@@ -227,10 +230,20 @@ class Handoff:
         now_ns = self._now_ns()
         verified = isinstance(answer, kv_pb2.ChunkVerified)
         self.stats.shipments.append(
-            Shipment(chunk.index, offered_ns, granted_ns, now_ns, chunk.num_blocks, num_bytes, verified)
+            Shipment(
+                chunk.index,
+                chunk.shape,
+                offered_ns,
+                granted_ns,
+                granted_ns + chunk.computing_ns,
+                now_ns,
+                num_bytes,
+                verified,
+            )
         )
         if isinstance(answer, kv_pb2.ChunkVerified):
-            self._metrics.verified(num_bytes, max(1, now_ns - granted_ns - answer.verify_ns), self.stats.transport)
+            transfer_ns = now_ns - granted_ns - chunk.computing_ns - answer.verify_ns
+            self._metrics.verified(num_bytes, max(1, transfer_ns), self.stats.transport)
         elif isinstance(answer, kv_pb2.ChunkRejected):
             self._metrics.rejected(answer.reason)
 
@@ -252,7 +265,7 @@ class Handoff:
 
     async def _fill(self, chunk: _Chunk, grant: kv_pb2.ChunkGrant, deadline_s: float) -> None:
         """Take a slot and start the send. If none is free in time, give the grant back."""
-        legs = self._legs.pack(chunk.num_blocks, grant.legs)
+        legs = self._legs.pack(chunk.shape.num_blocks, chunk.shape.num_layers, grant.legs)
         assert self._connecting is not None
         try:
             async with asyncio.timeout_at(deadline_s):
@@ -269,9 +282,12 @@ class Handoff:
         self._sends.start(
             handle,
             legs,
-            self._job.block_ids(chunk.first_block, chunk.num_blocks),
+            chunk.shape,
+            self._job.block_ids(chunk.shape.first_block, chunk.shape.num_blocks),
+            chunk.step_id,
             max(0.0, deadline_s - asyncio.get_running_loop().time()),
             on_read_done=lambda: self._engine.end_read(self._job),
+            on_sent=lambda wait_ns: setattr(chunk, "computing_ns", wait_ns),
             on_failure=lambda error: chunk.inbox.put_nowait(_SendFailed(attempt, error)),
         )
 

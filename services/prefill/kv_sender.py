@@ -1,8 +1,11 @@
 """A prefill rank's side of the hand-off: gathers heads of KV blocks into a send slot and puts the slot on the wire.
 
-    SendLeg ─▶ gathering ─▶ sending ─▶ SendDone(slot_free)
-                               │ time is up, or the peer is lost
-                               └─▶ SendDone(in doubt) ─▶ connection closed and drained ─▶ SlotDrained
+    SendLeg ─▶ waiting for its step ─▶ gathering ─▶ sending ─▶ SendDone(slot_free)
+                                                       │ time is up, or the peer is lost
+                                                       └─▶ SendDone(in doubt) ─▶ connection drained ─▶ SlotDrained
+
+The layers of a step leave while it computes the next ones, so that little is left to send when it is over (as Splitwise
+does, arXiv 2311.18677, section IV-C).
 
 Obeys the front: which slot, which blocks and when to try again are not decided here.
 """
@@ -43,6 +46,7 @@ class KVSender:
         self._endpoint = context.endpoint
         self._slots = context.slots  # uint8 [num_slots, slot_bytes]
         self._storage = context.runtime.storage
+        self._marks = context.runtime.marks
         self._reply = context.reply
         self._scheme = context.start.transport_url.partition("://")[0]
         self._corrupt_every = context.start.corrupt_every
@@ -110,11 +114,14 @@ class KVSender:
         return connection
 
     async def _send(self, message: SendLeg) -> None:
-        start_ns = time.monotonic_ns()
         deadline_s = time.monotonic() + message.timeout_s
-        connection = self._connections.get(message.address)
-        gathered_ns = 0
+        told_ns = start_ns = time.monotonic_ns()
+        wait_ns = gathered_ns = 0
         try:
+            await self._stored(message, deadline_s)
+            start_ns = time.monotonic_ns()
+            wait_ns = start_ns - told_ns
+            connection = self._connections.get(message.address)
             if connection is None or not connection.alive:
                 raise PeerLost(f"there is no connection to {message.address}")
             slot = self._slot(message)
@@ -124,19 +131,31 @@ class KVSender:
             if time.monotonic() >= deadline_s:
                 raise TransferTimeout("the time of the grant was over before the leg was gathered")
         except (BatonError, RuntimeError) as error:
-            self._reply(SendDone(message.op_id, gathered_ns, 0, True, *described(error)))
+            self._reply(SendDone(message.op_id, wait_ns, gathered_ns, 0, True, *described(error)))
             return
         failure = await _carry(connection, message.tag, slot, deadline_s - time.monotonic())
         sent_ns = time.monotonic_ns() - start_ns
         if failure is None:
-            self._reply(SendDone(message.op_id, gathered_ns, sent_ns, True))
+            self._reply(SendDone(message.op_id, wait_ns, gathered_ns, sent_ns, True))
             return
-        self._reply(SendDone(message.op_id, gathered_ns, sent_ns, False, *described(failure)))
+        self._reply(SendDone(message.op_id, wait_ns, gathered_ns, sent_ns, False, *described(failure)))
         # Bytes that are under way cannot be recalled. Nothing but the end of the connection ends the doubt; its other
         # sends fail, and are offered again.
         await connection.close()
         await connection.drained()
         self._reply(SlotDrained(message.op_id))
+
+    async def _stored(self, message: SendLeg, deadline_s: float) -> None:
+        """Wait until the layers are there. Raises `TransferTimeout`."""
+        if message.step_id < 0:
+            return
+        if self._marks is None:
+            raise InternalError(f"step {message.step_id} leaves no marks on this rank")
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                await self._marks.reached(message.step_id, message.first_layer + message.num_layers)
+        except TimeoutError as error:
+            raise TransferTimeout("the time of the grant was over before the leg was computed") from error
 
     def _slot(self, message: SendLeg) -> torch.Tensor:
         """uint8 [message.num_bytes]"""
@@ -148,11 +167,12 @@ class KVSender:
 
     def _gather(self, message: SendLeg, slot: torch.Tensor) -> DeviceWork:
         """Fill slot, uint8 [message.num_bytes]."""
-        num_bytes = self._storage.leg_bytes(len(message.block_ids), message.num_heads)
+        layers = range(message.first_layer, message.first_layer + message.num_layers)
+        num_bytes = self._storage.leg_bytes(len(message.block_ids), message.num_heads, layers)
         if num_bytes != message.num_bytes:
             raise InternalError(f"a leg of {num_bytes} bytes was granted {message.num_bytes}")
         return self._storage.start_gather(
-            message.block_ids, message.first_local_head, message.num_heads, slot, message.tag
+            message.block_ids, message.first_local_head, message.num_heads, slot, message.tag, layers
         )
 
     def _corrupt(self, slot: torch.Tensor) -> None:

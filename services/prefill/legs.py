@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from baton.v1 import kv_pb2
 
 from common.errors import TransferError
-from common.kvcache.layout import HEADER_BYTES, KVLayout, Leg, heads_of_rank, plan_legs
+from common.kvcache.layout import KVLayout, Leg, heads_of_rank, plan_legs
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +42,28 @@ class ChunkLegs:
         pairs = sorted({(leg.prefill_rank, leg.decode_rank) for leg in self._legs})
         return [(rank, self._addresses[peer]) for rank, peer in pairs]
 
-    def max_blocks(self, slot_bytes: int) -> int:
-        """Blocks of which all legs of each rank fit into its slot."""
+    @property
+    def layer_block_bytes(self) -> int:
+        """What one layer of one block takes on the wire, over all legs, without headers."""
+        return self._layout.layer_block_bytes(sum(leg.num_heads for leg in self._legs))
+
+    def max_layer_blocks(self, slot_bytes: int) -> int:
+        """Blocks times layers of which all legs of each rank fit into its slot."""
         capacities = []
         for rank in {leg.prefill_rank for leg in self._legs}:
             own = [leg for leg in self._legs if leg.prefill_rank == rank]
             # A head that several decode ranks hold is gathered once for each of them.
-            block_bytes = self._layout.block_bytes(sum(leg.num_heads for leg in own))
-            capacities.append((slot_bytes - len(own) * HEADER_BYTES) // block_bytes)
+            num_heads = sum(leg.num_heads for leg in own)
+            capacities.append(self._layout.max_layer_blocks_per_slot(slot_bytes, num_heads, len(own)))
         return min(capacities)
 
-    def pack(self, num_blocks: int, granted: Sequence[kv_pb2.LegGrant]) -> list[RankLeg]:
+    def pack(self, num_blocks: int, num_layers: int, granted: Sequence[kv_pb2.LegGrant]) -> list[RankLeg]:
         """The legs of a grant, each in its place.
 
         Raises `TransferError` if they are not the expected ones: a rank must never be told to send what is not there.
         """
         legs = [Leg(leg.prefill_rank, leg.decode_rank, leg.first_head, leg.num_heads) for leg in granted]
-        sizes = [self._layout.leg_bytes(num_blocks, leg.num_heads) for leg in granted]
+        sizes = [self._layout.leg_bytes(num_blocks, num_layers, leg.num_heads) for leg in granted]
         if sorted(legs, key=_order) != sorted(self._legs, key=_order) or sizes != [leg.num_bytes for leg in granted]:
             raise TransferError("the grant has other legs than the layout says")
         ends = [0] * self._tp_size

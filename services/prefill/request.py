@@ -66,6 +66,16 @@ class Scheduled:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksUnderWay:
+    """The ranks compute the content of blocks [first_block, end_block) of the prompt now, in the step `step_id`."""
+
+    prompt: Prompt
+    first_block: int
+    end_block: int
+    step_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class BlocksReady:
     """Blocks [first_block, end_block) of the prompt hold their final content."""
 
@@ -90,7 +100,7 @@ class PromptFailed:
     reason: str
 
 
-Event = Scheduled | BlocksReady | FirstTokenSampled | PromptFailed
+Event = Scheduled | BlocksUnderWay | BlocksReady | FirstTokenSampled | PromptFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,10 @@ class Chunk:
     @property
     def is_last(self) -> bool:
         return self.end == self.prompt.num_tokens
+
+    def blocks(self, block_size: int) -> range:
+        """Those that it fills: chunks end at a block's border, or with the prompt."""
+        return range(self.begin // block_size, -(-self.end // block_size))
 
 
 @dataclass(slots=True)

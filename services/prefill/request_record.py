@@ -67,10 +67,11 @@ class PrefillRecord:
         for sent in self.stats.shipments:
             self._span.child(
                 "transfer",
-                sent.offered_ns,
+                sent.begun_ns or sent.offered_ns,
                 sent.ended_ns,
                 chunk=sent.chunk_index,
-                num_blocks=sent.num_blocks,
+                num_blocks=sent.shape.num_blocks,
+                num_layers=sent.shape.num_layers,
                 num_bytes=sent.num_bytes,
                 grant_wait_ns=sent.granted_ns - sent.offered_ns if sent.granted_ns else 0,
                 lane=self.stats.transport,
@@ -95,6 +96,7 @@ class PrefillRecord:
             grant_ms=milliseconds(stats.grant_ns),
             transfer_ms=milliseconds(max(0, stats.transfer_ns)),
             verify_ms=milliseconds(stats.verify_ns),
+            exposed_ms=milliseconds(stats.exposed_ns),
             total_ms=milliseconds(ended_ns - self._received_ns),
             blocks_shipped=stats.num_blocks_shipped,
             blocks_reused=stats.num_blocks_reused,

@@ -22,6 +22,7 @@ from common.worker.step_plan import RemoveRow, SampledToken, Segment, StepPlan, 
 from services.prefill.admission import Admission, Refusal, SchedulerLimits
 from services.prefill.request import (
     BlocksReady,
+    BlocksUnderWay,
     Chunk,
     Event,
     FirstTokenSampled,
@@ -125,6 +126,8 @@ class Scheduler:
         for chunk in step.chunks:
             self._complete_chunk(chunk, answers.get(chunk.row))
         self._measure(result.compute_ns, sum(chunk.end - chunk.begin for chunk in step.chunks))
+        if self._in_flight:
+            self._begin(self._in_flight[0])
 
     def release(self, prompt: Prompt) -> None:
         """The prompt is handed off or given up: it leaves the queue, its row and, as soon as no plan and no send
@@ -220,6 +223,15 @@ class Scheduler:
         self._num_steps += 1
         self._in_flight.append(step)
         self._outbox.append(StepPlan(step.step_id, segments))
+        if len(self._in_flight) == 1:
+            self._begin(step)
+
+    def _begin(self, step: StepInFlight) -> None:
+        """It is the oldest in flight: the ranks compute it."""
+        for chunk in step.chunks:
+            blocks = chunk.blocks(self.kv.block_size)
+            if not chunk.prompt.failed:
+                self._events.append(BlocksUnderWay(chunk.prompt, blocks.start, blocks.stop, step.step_id))
 
     def _complete_chunk(self, chunk: Chunk, answer: SampledToken | None) -> None:
         prompt = chunk.prompt
@@ -240,11 +252,10 @@ class Scheduler:
         self._free_if_unused(prompt)
 
     def _commit(self, chunk: Chunk) -> None:
-        prompt, block_size = chunk.prompt, self.kv.block_size
+        prompt, blocks = chunk.prompt, chunk.blocks(self.kv.block_size)
         assert prompt.blocks is not None
-        self.kv.commit(prompt.blocks, prompt.block_hashes, chunk.end // block_size)
-        end_block = prompt.num_blocks if chunk.is_last else chunk.end // block_size
-        self._events.append(BlocksReady(prompt, chunk.begin // block_size, end_block))
+        self.kv.commit(prompt.blocks, prompt.block_hashes, chunk.end // self.kv.block_size)
+        self._events.append(BlocksReady(prompt, blocks.start, blocks.stop))
 
     def _leave_queue(self, prompt: Prompt) -> None:
         del self._waiting[prompt]

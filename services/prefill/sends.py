@@ -20,6 +20,7 @@ from common.kvcache.grant import SlotHandle
 from common.worker.rank_group import Operation, RankGroup, error_of
 from common.worker.rank_messages import ConnectDone, ConnectPeer, RankKVMessage, SendDone, SendLeg
 from common.worker.staging_slots import StagingSlots
+from services.prefill.chunk_shapes import ChunkShape
 from services.prefill.legs import RankLeg
 from services.prefill.metrics import PrefillMetrics
 
@@ -63,15 +64,19 @@ class Sends:
         self,
         handle: SlotHandle,
         legs: Sequence[RankLeg],
+        shape: ChunkShape,
         block_ids: Sequence[int],
+        step_id: int,
         timeout_s: float,
         on_read_done: Callable[[], None],
+        on_sent: Callable[[int], None],
         on_failure: Callable[[errors.BatonError], None],
     ) -> None:
-        """Gather the blocks into the slot and send them; the slot comes back by itself.
+        """Gather layers of the blocks into the slot and send them; the slot comes back by itself.
 
-        `on_read_done` is called exactly once, when no rank reads the blocks any more; `on_failure` if the legs did
-        not all leave.
+        Ranks begin when the step `step_id` has stored the layers (-1: they are there). `on_read_done` is called exactly
+        once, when no rank reads the blocks any more; then `on_sent` with the nanoseconds that the slowest rank waited
+        for the step, or `on_failure` if the legs did not all leave.
         """
         if self._tasks is None:
             on_read_done()
@@ -88,12 +93,15 @@ class Sends:
                 list(block_ids),
                 leg.first_local_head,
                 leg.num_heads,
+                shape.first_layer,
+                shape.num_layers,
+                step_id,
                 timeout_s,
             )
             for leg in legs
         ]
         ranks = [leg.rank for leg in legs]
-        self._tasks.create_task(self._send(handle, ranks, messages, on_read_done, on_failure))
+        self._tasks.create_task(self._send(handle, ranks, messages, on_read_done, on_sent, on_failure))
 
     async def _send(
         self,
@@ -101,6 +109,7 @@ class Sends:
         ranks: Sequence[int],
         messages: Sequence[SendLeg],
         on_read_done: Callable[[], None],
+        on_sent: Callable[[int], None],
         on_failure: Callable[[errors.BatonError], None],
     ) -> None:
         operations: list[Operation] = []
@@ -114,6 +123,8 @@ class Sends:
             failed = next((reply for reply in replies if reply.error_kind), None)
             if failed is not None:
                 on_failure(error_of(failed.error_kind, failed.detail))
+            else:
+                on_sent(max(reply.wait_ns for reply in replies))
             doubtful = [op for op, reply in zip(operations, replies, strict=True) if not reply.slot_free]
             await self._settle(handle, doubtful)
         except errors.Unavailable as error:

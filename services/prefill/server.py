@@ -73,14 +73,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
             finish_reason = sampling_pb2.FINISH_REASON_UNSPECIFIED
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    handing_off = tasks.create_task(handoff.run())
+                    tasks.create_task(handoff.run())
                     token = await job.first_token()
-                    finish_reason = job.prompt.request.finish_reason(
-                        token.token_id, job.prompt.request.num_output_tokens
-                    )
+                    finish_reason = job.finish_reason(token)
                     await _write(context, _first_token(token, finish_reason))
-                    if finish_reason:
-                        handing_off.cancel()
             except* errors.BatonError as group:
                 # A hand-off that was cancelled because the output ended may say that its stream broke.
                 if not finish_reason:
@@ -145,5 +141,6 @@ def _completed(job: PrefillJob, stats: HandoffStats) -> prefill_pb2.PrefillRespo
         num_cached_tokens=job.num_cached_tokens,
         num_chunks_resent=stats.num_chunks_resent,
         transport=stats.transport,
+        exposed_handoff_ns=stats.exposed_ns,
     )
     return prefill_pb2.PrefillResponse(completed=completed)

@@ -21,7 +21,7 @@ from common.worker.worker_front import StartGroup, WorkerFront
 from common.worker.worker_model import WorkerModel
 from services.prefill.config import PrefillConfig
 from services.prefill.engine import PrefillEngine
-from services.prefill.handoff import HandoffSetup
+from services.prefill.handoff_setup import HandoffSetup
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.scheduler import Scheduler
 from services.prefill.sends import Sends
@@ -130,6 +130,7 @@ class PrefillWorker(WorkerFront[PrefillConfig, PrefillMetrics]):
             layout_fingerprint=self.model.fingerprint,
             rank_peer_names=tuple(self.peer_name(rank) for rank in range(config.tp_size)),
             slot_bytes=config.slot_bytes,
+            chunk_bytes=config.chunk_bytes,
             max_chunks_in_flight=config.max_chunks_in_flight,
             max_chunk_resends=config.max_chunk_resends,
             connect_timeout_s=config.connect_timeout_s,

@@ -17,6 +17,7 @@ _SUMMED_FIELDS = (
     "num_blocks_reused",
     "num_cached_tokens",
     "num_chunks_resent",
+    "exposed_handoff_ns",
 )
 
 

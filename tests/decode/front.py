@@ -23,7 +23,8 @@ from tests.decode.requests import VOCAB_SIZE
 
 BLOCK_SIZE = 4
 PATIENCE_S = 5.0  # of tests: reached only by a failure
-LAYOUT = KVLayout(num_layers=1, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")
+NUM_LAYERS = 2
+LAYOUT = KVLayout(num_layers=NUM_LAYERS, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, dtype="float32")
 
 
 def make_model() -> WorkerModel:
@@ -32,7 +33,7 @@ def make_model() -> WorkerModel:
         vocab_size=VOCAB_SIZE,
         hidden_size=16,
         intermediate_size=16,
-        num_layers=1,
+        num_layers=NUM_LAYERS,
         num_heads=2,
         num_kv_heads=2,
         head_dim=8,
@@ -44,7 +45,7 @@ def make_model() -> WorkerModel:
         mlp_bias=False,
         qk_norm=False,
         tie_word_embeddings=True,
-        windows=(None,),
+        windows=(None,) * NUM_LAYERS,
         dtype="float32",
         eos_token_ids=(0,),
     )
@@ -218,9 +219,24 @@ class Prefill:
     def send(self, **message: object) -> None:
         self._requests.put_nowait(kv_pb2.HandoffRequest(**message))  # type: ignore[arg-type]
 
-    def offer(self, index: int, first_block: int, num_blocks: int) -> None:
-        chunk = kv_pb2.ChunkReady(chunk_index=index, first_block=first_block, num_blocks=num_blocks)
-        self.send(chunk_ready=chunk)
+    def offer(
+        self,
+        index: int,
+        first_block: int,
+        num_blocks: int,
+        first_layer: int = 0,
+        num_layers: int = NUM_LAYERS,
+        num_final_blocks: int = 0,
+    ) -> None:
+        chunk = kv_pb2.ChunkOffer(
+            chunk_index=index,
+            first_block=first_block,
+            num_blocks=num_blocks,
+            first_layer=first_layer,
+            num_layers=num_layers,
+            num_final_blocks=num_final_blocks,
+        )
+        self.send(chunk_offer=chunk)
 
     def finish(self, num_blocks: int, first_token_id: int = 1) -> None:
         self.send(finish=kv_pb2.HandoffFinish(first_token_id=first_token_id, num_blocks=num_blocks))
@@ -257,9 +273,16 @@ async def next_post(front: Front) -> tuple[int, PostReceive]:
         return await front.group.posts.get()
 
 
-async def ship(front: Front, prefill: Prefill, index: int, first_block: int, num_blocks: int) -> None:
+async def ship(
+    front: Front,
+    prefill: Prefill,
+    index: int,
+    first_block: int,
+    num_blocks: int,
+    layers: range = range(NUM_LAYERS),
+) -> None:
     """Offer one chunk and let it arrive."""
-    prefill.offer(index, first_block, num_blocks)
+    prefill.offer(index, first_block, num_blocks, layers.start, len(layers))
     grant = (await prefill.receive("grant")).grant
     for _ in grant.legs:
         _, post = await next_post(front)

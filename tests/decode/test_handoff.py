@@ -16,7 +16,7 @@ from common.errors import (
     TransferError,
     Unavailable,
 )
-from tests.decode.front import Front, Prefill, Router, next_post, running_front, ship
+from tests.decode.front import LAYOUT, Front, Prefill, Router, next_post, running_front, ship
 from tests.decode.requests import token_of
 
 
@@ -25,7 +25,7 @@ async def test_chunks_arrive_the_sequence_joins_and_its_tokens_come() -> None:
         router = await Router(front).subscribed()
         prefill = Prefill(front, router.open(7, num_tokens=10, max_tokens=4))
         accepted = (await prefill.receive("accepted")).accepted
-        assert (accepted.num_blocks_reused, accepted.max_blocks_per_chunk > 0) == (0, True)
+        assert (accepted.num_blocks_reused, accepted.max_layer_blocks_per_chunk > 0) == (0, True)
         await ship(front, prefill, 0, 0, 2)
         await ship(front, prefill, 1, 2, 1)
         prefill.finish(num_blocks=3)
@@ -35,6 +35,28 @@ async def test_chunks_arrive_the_sequence_joins_and_its_tokens_come() -> None:
         assert router.tokens[7] == [token_of(1, index) for index in (1, 2, 3)]
         await front.until_free()
         assert front.group.num_operations == 0
+        await router.leave()
+
+
+async def test_layers_of_a_block_come_in_chunks_of_their_own_and_after_finish() -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(7, num_tokens=10, max_tokens=4))
+        await prefill.receive("accepted")
+        prefill.finish(num_blocks=3)
+        await ship(front, prefill, 0, 0, 3, range(1, 2))
+        await ship(front, prefill, 1, 0, 2, range(1))
+        prefill.offer(2, 2, 1, 0, 1)
+        await prefill.receive("grant")
+        _, post = await next_post(front)
+        assert (post.first_layer, post.num_layers, len(post.block_ids)) == (0, 1, 1)
+        assert post.num_bytes == LAYOUT.leg_bytes(1, 1, 2)
+        front.group.finish(post)
+        await prefill.receive("chunk_verified")
+        await prefill.receive("joined")
+        await prefill.over()
+        assert await router.end_of(7) == "FINISHED"
+        await front.until_free()
         await router.leave()
 
 
@@ -86,6 +108,9 @@ async def test_what_was_verified_before_the_break_need_not_be_sent_again() -> No
         prefill = Prefill(front, router.open(1))
         await prefill.receive("accepted")
         await ship(front, prefill, 0, 0, 2)
+        prefill.offer(1, 2, 1, num_final_blocks=2)
+        await prefill.receive("grant")
+        await next_post(front)
         await prefill.break_off()
         again = router.open(1)
         assert again.num_blocks_reused == 2
@@ -333,7 +358,23 @@ async def test_workers_that_do_not_fit_are_refused_at_begin(mistake: str, error:
         await router.leave()
 
 
-@pytest.mark.parametrize("mistake", ["again", "beyond", "too many", "empty", "unfinished", "token", "silence"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "again",
+        "beyond",
+        "too many",
+        "empty",
+        "no layer",
+        "beyond the layers",
+        "layer again",
+        "final beyond",
+        "unfinished",
+        "finished twice",
+        "token",
+        "silence",
+    ],
+)
 async def test_a_peer_that_breaks_the_protocol_loses_its_stream_only(mistake: str) -> None:
     async with running_front() as front:
         router = await Router(front).subscribed()
@@ -350,6 +391,19 @@ async def test_a_peer_that_breaks_the_protocol_loses_its_stream_only(mistake: st
             prefill.offer(1, 2, 0)
         elif mistake == "unfinished":
             prefill.finish(3)
+            prefill.half_close()
+        elif mistake == "finished twice":
+            prefill.finish(3)
+            prefill.finish(3)
+        elif mistake == "no layer":
+            prefill.offer(1, 2, 1, 0, 0)
+        elif mistake == "beyond the layers":
+            prefill.offer(1, 2, 1, 1, 2)
+        elif mistake == "layer again":
+            await ship(front, prefill, 1, 2, 1, range(1))
+            prefill.offer(2, 2, 1)
+        elif mistake == "final beyond":
+            prefill.offer(1, 2, 1, num_final_blocks=4)
         elif mistake == "token":
             await ship(front, prefill, 1, 2, 1)
             prefill.finish(3, first_token_id=1 << 20)

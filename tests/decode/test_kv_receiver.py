@@ -65,7 +65,9 @@ class Rank:
     def post(self, op_id: int = 1, slot: int = 0, connect_timeout_s: float = 5.0) -> None:
         """Head 1 of three blocks."""
         self.receiver.handle(
-            PostReceive(op_id, "prefill/0", slot, 64, self.num_bytes, TAG, BLOCKS_RECEIVED, 1, 1, connect_timeout_s)
+            PostReceive(
+                op_id, "prefill/0", slot, 64, self.num_bytes, TAG, BLOCKS_RECEIVED, 1, 1, 0, 2, connect_timeout_s
+            )
         )
 
     def gathered(self) -> torch.Tensor:

@@ -31,7 +31,7 @@ def hand_off(scheduler: DecodeScheduler, sequence_id: int, num_tokens: int) -> D
     request = make_request(sequence_id, [sequence_id % 7, *range(num_tokens - 1)], max_tokens=8)
     seq = scheduler.open(ROUTER, request, ticket_id=sequence_id)
     assert scheduler.reserve(seq)
-    scheduler.verify(seq, 0, seq.num_handoff_blocks)
+    scheduler.verify(seq, range(seq.num_handoff_blocks))
     scheduler.join(seq, 1, 2.0)
     return seq
 

@@ -23,7 +23,7 @@ def make_scheduler(num_blocks: int = 16, max_rows: int = 4, max_open: int = 8) -
 def join(scheduler: DecodeScheduler, seq: DecodeSequence, first_token: int = 1) -> DecodeSequence:
     """The whole hand-off."""
     assert scheduler.reserve(seq)
-    scheduler.verify(seq, seq.num_verified, seq.num_handoff_blocks - seq.num_verified)
+    scheduler.verify(seq, range(seq.num_verified, seq.num_handoff_blocks))
     scheduler.join(seq, first_token, 0.0)
     return seq
 
@@ -194,7 +194,8 @@ def test_two_that_received_the_same_prompt_at_once_do_not_wedge_the_pool() -> No
     for seq in twins:
         assert scheduler.reserve(seq)
     for seq in twins:
-        scheduler.verify(seq, 0, 1)
+        scheduler.finalize(seq, 1)
+        scheduler.verify(seq, [0])
         scheduler.join(seq, 1, 0.0)
     scheduler.close(twins[0].key)
     for _ in range(24):
@@ -210,8 +211,23 @@ def test_verified_blocks_of_a_broken_hand_off_are_found_by_the_next() -> None:
     scheduler = make_scheduler()
     seq = scheduler.open(ROUTER, make_request(1, range(14)), ticket_id=1)
     scheduler.reserve(seq)
-    scheduler.verify(seq, 0, 1)
-    scheduler.verify(seq, 2, 1)  # out of order: block 1 is missing
+    scheduler.finalize(seq, 4)
+    scheduler.verify(seq, [0])
+    scheduler.verify(seq, [2])  # out of order: block 1 is missing
+    scheduler.close(seq.key)
+    again = scheduler.open(ROUTER, make_request(2, range(14)), ticket_id=2)
+    assert again.blocks.num_cached_blocks == 1
+
+
+@pytest.mark.parametrize("is_final_first", [True, False])
+def test_only_blocks_whose_computation_was_right_are_cached(is_final_first: bool) -> None:
+    scheduler = make_scheduler()
+    seq = scheduler.open(ROUTER, make_request(1, range(14)), ticket_id=1)
+    scheduler.reserve(seq)
+    if is_final_first:
+        scheduler.finalize(seq, 1)
+    scheduler.verify(seq, [0, 1, 2])
+    scheduler.finalize(seq, 1)
     scheduler.close(seq.key)
     again = scheduler.open(ROUTER, make_request(2, range(14)), ticket_id=2)
     assert again.blocks.num_cached_blocks == 1
@@ -262,7 +278,7 @@ def test_join_needs_every_block() -> None:
     scheduler = make_scheduler()
     seq = scheduler.open(ROUTER, make_request(1, range(9)), ticket_id=1)
     scheduler.reserve(seq)
-    scheduler.verify(seq, 0, 2)
+    scheduler.verify(seq, [0, 1])
     with pytest.raises(FailedPrecondition, match="2 of 3 blocks"):
         scheduler.join(seq, 1, 0.0)
 
@@ -296,7 +312,7 @@ def test_times_of_queue_and_decode_come_with_the_end() -> None:
     scheduler = make_scheduler()
     seq = scheduler.open(ROUTER, make_request(1, range(3), max_tokens=2), ticket_id=1)
     scheduler.reserve(seq)
-    scheduler.verify(seq, 0, 1)
+    scheduler.verify(seq, [0])
     scheduler.join(seq, 1, now_s=10.0)
     plan = scheduler.plan(12.0)
     scheduler.complete(result_of(plan, 5), 15.0)

@@ -128,7 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if arrives and self.ended.get(seq.key) is not End.LOST:
             # It may still write when the sequence is gone: until the hold ends, the blocks are its own.
             self.ranks.write(blocks_of(seq, first, count), first, seq.request.token_ids)
-            self.scheduler.verify(seq, first, count)
+            self.scheduler.verify(seq, range(first, first + count))
         elif not arrives:
             self.transfers = [other for other in self.transfers if not (other[0] is seq and self._give_back(other))]
         self.scheduler.release_hold(seq)
@@ -159,7 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         first, count = seq.num_verified, seq.num_handoff_blocks - seq.num_verified
         self.ranks.write(blocks_of(seq, first, count), first, seq.request.token_ids)
-        self.scheduler.verify(seq, first, count)
+        self.scheduler.verify(seq, range(first, first + count))
         self._join(seq)
 
     @rule()

@@ -108,8 +108,9 @@ async def test_random_checkpoint_matches_transformers(
     family: str, prefill_tp: int, decode_tp: int, load: Load, tmp_path: Path
 ) -> None:
     model = write_tiny_checkpoint(family, tmp_path / family, seed=3)
+    prefill_args = FLOAT32 if load is FULL else (*FLOAT32, "--chunk-bytes", "1")  # then every layer travels by itself
     spec = DeploymentSpec(
-        model=model, prefill_tp=prefill_tp, decode_tp=decode_tp, prefill_args=FLOAT32, decode_args=FLOAT32
+        model=model, prefill_tp=prefill_tp, decode_tp=decode_tp, prefill_args=prefill_args, decode_args=FLOAT32
     )
     await _compare(spec, Reference(model), load)
 

@@ -26,16 +26,17 @@ def test_dtypes_have_their_size(dtype: str, itemsize: int) -> None:
 
 
 def test_a_leg_is_its_blocks_and_one_header() -> None:
-    assert LAYOUT.leg_bytes(num_blocks=5, num_heads=2) == 64 + 5 * LAYOUT.block_bytes(2)
+    assert LAYOUT.leg_bytes(num_blocks=5, num_layers=3, num_heads=2) == 64 + 5 * LAYOUT.block_bytes(2)
+    assert LAYOUT.leg_bytes(num_blocks=5, num_layers=1, num_heads=2) == 64 + 5 * LAYOUT.layer_block_bytes(2)
 
 
 @settings(deadline=None, max_examples=100, derandomize=True, database=None)
 @given(st.integers(0, 100_000), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]))
 def test_a_slot_takes_as_many_blocks_as_fit(slot_bytes: int, num_heads: int, num_legs: int) -> None:
-    num_blocks = LAYOUT.max_blocks_per_slot(slot_bytes, num_heads, num_legs)
-    used = num_legs * HEADER_BYTES + num_blocks * LAYOUT.block_bytes(num_heads)
-    assert num_blocks == 0 or used <= slot_bytes
-    assert used + LAYOUT.block_bytes(num_heads) > slot_bytes
+    num_layer_blocks = LAYOUT.max_layer_blocks_per_slot(slot_bytes, num_heads, num_legs)
+    used = num_legs * HEADER_BYTES + num_layer_blocks * LAYOUT.layer_block_bytes(num_heads)
+    assert num_layer_blocks == 0 or used <= slot_bytes
+    assert used + LAYOUT.layer_block_bytes(num_heads) > slot_bytes
 
 
 @pytest.mark.parametrize("field", ["num_layers", "num_kv_heads", "head_dim", "block_size"])

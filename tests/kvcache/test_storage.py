@@ -62,7 +62,7 @@ def test_the_payload_is_the_blocks_in_the_order_asked_for(dtype: torch.dtype) ->
     payload = slot[HEADER_BYTES:num_bytes].view(dtype).view(LAYERS, 3, 2, 2, BLOCK_SIZE, HEAD_DIM)
     assert torch.equal(payload, source.kv[:, [7, 2, 9], :, 1:3])
     layout = KVLayout(LAYERS, 4, HEAD_DIM, BLOCK_SIZE, str(dtype).removeprefix("torch."))
-    assert num_bytes == layout.leg_bytes(3, 2) == source.leg_bytes(3, 2)
+    assert num_bytes == layout.leg_bytes(3, layout.num_layers, 2) == source.leg_bytes(3, 2)
 
 
 def test_scatter_writes_only_the_heads_and_blocks_named() -> None:

@@ -116,7 +116,7 @@ class FakeRanks(RankGroup):
     def finish_send(self, error_kind: str = "", is_in_doubt: bool = False) -> tuple[SendLeg, Operation]:
         """The oldest leg that is held arrives, or fails."""
         message, operation = self.held.pop(0)
-        operation.deliver(SendDone(message.op_id, 1, 2, not is_in_doubt, error_kind, "by the test"))
+        operation.deliver(SendDone(message.op_id, 0, 1, 2, not is_in_doubt, error_kind, "by the test"))
         if not error_kind:
             self.wire.deliver(message.tag)
         return message, operation
@@ -153,12 +153,12 @@ class FakeDecode(decode_pb2_grpc.DecodeServicer):
     wire: Wire
     tp_size: int = 1
     num_blocks_reused: int = 0
-    max_blocks_per_chunk: int = 3
+    max_layer_blocks_per_chunk: int = 0  # 0: three whole blocks
     stage: Stage = field(default_factory=Stage)
     verdicts: list[kv_pb2.ChunkRejectReason.ValueType] = field(default_factory=list)
     change_grant: Callable[[kv_pb2.ChunkGrant], None] = lambda _: None
     grant_timeout_s: float = 30.0
-    offers: list[kv_pb2.ChunkReady] = field(default_factory=list)
+    offers: list[kv_pb2.ChunkOffer] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
     begin: kv_pb2.HandoffBegin | None = None
     finish: kv_pb2.HandoffFinish | None = None
@@ -182,7 +182,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServicer):
             async with asyncio.TaskGroup() as tasks:
                 async for request in request_iterator:
                     await stream.take(request, tasks)
-                    if request.HasField("finish"):
+                    if stream.joined:
                         break
         finally:
             self.num_streams -= 1
@@ -199,6 +199,9 @@ class _Stream:
         self._context = context
         self._writing = asyncio.Lock()
         self._aborts: dict[int, asyncio.Event] = {}
+        self._missing: set[tuple[int, int]] | None = None  # blocks and layers, once finish has said how many
+        self._verified: set[tuple[int, int]] = set()
+        self.joined = False
 
     async def take(self, request: kv_pb2.HandoffRequest, tasks: asyncio.TaskGroup) -> None:
         decode = self._decode
@@ -207,23 +210,31 @@ class _Stream:
             decode.begin = request.begin
             await self._pass("begin")
             accepted = kv_pb2.HandoffAccepted(
-                num_blocks_reused=decode.num_blocks_reused, max_blocks_per_chunk=decode.max_blocks_per_chunk
+                num_blocks_reused=decode.num_blocks_reused,
+                max_layer_blocks_per_chunk=decode.max_layer_blocks_per_chunk or 3 * decode.layout.num_layers,
             )
             await self._write(kv_pb2.HandoffResponse(accepted=accepted))
-        elif kind == "chunk_ready":
-            decode.offers.append(request.chunk_ready)
-            self._aborts[request.chunk_ready.chunk_index] = asyncio.Event()
+        elif kind == "chunk_offer":
+            decode.offers.append(request.chunk_offer)
+            self._aborts[request.chunk_offer.chunk_index] = asyncio.Event()
             decode.max_chunks_in_flight = max(decode.max_chunks_in_flight, len(self._aborts))
-            tasks.create_task(self._receive(request.chunk_ready))
+            tasks.create_task(self._receive(request.chunk_offer))
         elif kind == "chunk_aborted":
             decode.aborted.append(request.chunk_aborted.chunk_index)
             self._aborts[request.chunk_aborted.chunk_index].set()
         else:
             decode.finish = request.finish
             await self._pass("finish")
+            blocks = range(decode.num_blocks_reused, request.finish.num_blocks)
+            self._missing = {(block, layer) for block in blocks for layer in range(decode.layout.num_layers)}
+            await self._join()
+
+    async def _join(self) -> None:
+        if self._missing is not None and self._missing <= self._verified:
+            self.joined = True
             await self._write(kv_pb2.HandoffResponse(joined=kv_pb2.HandoffJoined()))
 
-    async def _receive(self, chunk: kv_pb2.ChunkReady) -> None:
+    async def _receive(self, chunk: kv_pb2.ChunkOffer) -> None:
         decode = self._decode
         await self._pass("offered")
         grant = self._grant(chunk)
@@ -247,8 +258,13 @@ class _Stream:
         else:
             verified = kv_pb2.ChunkVerified(chunk_index=chunk.chunk_index, transfer_ns=10, verify_ns=5)
             await self._write(kv_pb2.HandoffResponse(chunk_verified=verified))
+            for block in range(chunk.first_block, chunk.first_block + chunk.num_blocks):
+                for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers):
+                    assert (block, layer) not in self._verified
+                    self._verified.add((block, layer))
+            await self._join()
 
-    def _grant(self, chunk: kv_pb2.ChunkReady) -> kv_pb2.ChunkGrant:
+    def _grant(self, chunk: kv_pb2.ChunkOffer) -> kv_pb2.ChunkGrant:
         decode = self._decode
         assert decode.begin is not None
         grant = kv_pb2.ChunkGrant(chunk_index=chunk.chunk_index, timeout_ns=round(decode.grant_timeout_s * 1e9))
@@ -259,7 +275,7 @@ class _Stream:
                 first_head=leg.first_head,
                 num_heads=leg.num_heads,
                 tag=len(decode.offers) << 8 | len(grant.legs),
-                num_bytes=decode.layout.leg_bytes(chunk.num_blocks, leg.num_heads),
+                num_bytes=decode.layout.leg_bytes(chunk.num_blocks, chunk.num_layers, leg.num_heads),
             )
         return grant
 

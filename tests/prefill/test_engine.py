@@ -11,7 +11,7 @@ import pytest
 from common.errors import InternalError, Unavailable
 from common.worker.step_plan import StepResult
 from common.worker.step_watchdog import StepWatchdog
-from services.prefill.engine import PrefillEngine
+from services.prefill.engine import PrefillEngine, SendableBlocks
 from services.prefill.metrics import PrefillMetrics
 from tests.prefill.builders import make_request, make_scheduler
 from tests.prefill.fakes import FIRST_TOKEN, FakeRanks, Wire
@@ -72,15 +72,21 @@ async def test_prompt_that_comes_while_a_step_runs_is_planned_at_once() -> None:
 async def test_job_learns_of_its_blocks_and_its_token() -> None:
     async with running() as (engine, ranks):
         job = engine.submit(make_request(22))
-        waiting = asyncio.create_task(job.ready_blocks(0))
+        waiting = asyncio.create_task(job.sendable_blocks(0))
         token = asyncio.create_task(job.first_token())
-        await turn()
         assert not waiting.done()
-        ranks.answer_step()
-        assert await waiting == 4
+        await turn()
+        assert await waiting == SendableBlocks(4, ranks.plans[0].step_id)
         assert len(job.block_ids(1, 3)) == 3
+        later = asyncio.create_task(job.sendable_blocks(4))
+        await turn()
+        assert not later.done(), "the next step is planned, but not under way"
         ranks.answer_step()
-        assert await job.ready_blocks(4) == 6
+        assert await later == SendableBlocks(6, ranks.plans[0].step_id)
+        assert await job.sendable_blocks(0) == SendableBlocks(4, -1)
+        ranks.answer_step()
+        await turn()
+        assert await job.sendable_blocks(4) == SendableBlocks(6, -1)
         assert (await token).token_id == FIRST_TOKEN
         assert job.received_ns <= job.scheduled_ns < job.sampled_ns
 
@@ -88,7 +94,7 @@ async def test_job_learns_of_its_blocks_and_its_token() -> None:
 async def test_lost_ranks_fail_jobs_now_and_later() -> None:
     async with running() as (engine, ranks):
         job = engine.submit(make_request(22))
-        waits = [asyncio.create_task(job.ready_blocks(0)), asyncio.create_task(job.watch())]
+        waits = [asyncio.create_task(job.sendable_blocks(4)), asyncio.create_task(job.watch())]
         await turn()
         ranks.lose("rank 0 died")
         for wait in waits:

@@ -29,6 +29,7 @@ from common.worker.rank_messages import (
 )
 from common.worker.rank_process import KVContext
 from common.worker.rank_runtime import RankRuntime
+from common.worker.step_marks import StepMarks
 from services.prefill.kv_sender import KVSender
 
 NUM_HEADS = 4
@@ -56,6 +57,7 @@ class Rank:
     network: InprocNetwork
     decode: InprocEndpoint
     slots: torch.Tensor  # uint8 [2, SLOT_BYTES]
+    marks: StepMarks
     replies: asyncio.Queue[RankKVMessage] = field(default_factory=asyncio.Queue)
 
     async def reply(self, kind: type[ReplyT]) -> ReplyT:
@@ -69,17 +71,39 @@ class Rank:
         assert (await self.reply(ConnectDone)).error_kind == ""
 
     def leg(
-        self, *, block_ids: tuple[int, ...] = (5, 1), op_id: int = 7, offset: int = 0, timeout_s: float = 5.0
+        self,
+        *,
+        block_ids: tuple[int, ...] = (5, 1),
+        op_id: int = 7,
+        offset: int = 0,
+        timeout_s: float = 5.0,
+        layers: range = range(2),
+        step_id: int = -1,
     ) -> SendLeg:
         """Heads 1 and 2 of some blocks."""
-        num_bytes = self.storage.leg_bytes(len(block_ids), 2)
-        return SendLeg(op_id, DECODE, 1, offset, num_bytes, TAG, list(block_ids), 1, 2, timeout_s)
+        num_bytes = self.storage.leg_bytes(len(block_ids), 2, layers)
+        return SendLeg(
+            op_id,
+            DECODE,
+            1,
+            offset,
+            num_bytes,
+            TAG,
+            list(block_ids),
+            1,
+            2,
+            layers.start,
+            len(layers),
+            step_id,
+            timeout_s,
+        )
 
 
 @asynccontextmanager
 async def running(faults: FaultScript = no_faults, corrupt_every: int = 0) -> AsyncIterator[Rank]:
     network = InprocNetwork(faults)
     endpoint, decode = network.open("inproc://prefill", "prefill"), network.open(DECODE, "decode")
+    marks = StepMarks(torch.device("cpu"))
     storage, slots = make_storage(seed=1), torch.zeros((2, SLOT_BYTES), dtype=torch.uint8)
     replies: asyncio.Queue[RankKVMessage] = asyncio.Queue()
     start = StartRank(
@@ -87,10 +111,10 @@ async def running(faults: FaultScript = no_faults, corrupt_every: int = 0) -> As
         max_rows=1, max_step_tokens=8, num_slots=2, slot_bytes=SLOT_BYTES, transport_url="inproc://",
         transport_progress="event", peer_name="prefill", corrupt_every=corrupt_every,
     )  # fmt: skip
-    runtime = cast(RankRuntime, SimpleNamespace(storage=storage))
+    runtime = cast(RankRuntime, SimpleNamespace(storage=storage, marks=marks))
     sender = KVSender(KVContext(endpoint, runtime, slots, start, replies.put_nowait))
     try:
-        yield Rank(sender, storage, network, decode, slots, replies)
+        yield Rank(sender, storage, network, decode, slots, marks, replies)
     finally:
         await sender.close()
         await endpoint.close()
@@ -123,6 +147,34 @@ async def test_leg_arrives_and_its_slot_is_free() -> None:
         assert not target.kv[:, :, :, 0].any()
         assert not rank.slots[0].any()
         assert not rank.slots[1, :128].any()
+
+
+async def test_layers_leave_when_their_step_has_stored_them() -> None:
+    async with running() as rank:
+        await rank.connect()
+        leg = rank.leg(layers=range(1, 2), step_id=3)
+        receiving = asyncio.create_task(receive(rank, leg.num_bytes))
+        rank.sender.handle(leg)
+        rank.marks.begin(3)
+        rank.marks.stored()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not receiving.done(), "one layer is stored, the leg has the second"
+        rank.storage.kv[1, 5] = 4.0
+        rank.marks.stored()
+        assert (await rank.reply(SendDone)).error_kind == ""
+        target = make_storage()
+        target.scatter([2, 3], 1, 2, await receiving, TAG, range(1, 2))
+        assert torch.equal(target.kv[1, [2, 3], :, 1:3], rank.storage.kv[1, [5, 1], :, 1:3])
+        assert not target.kv[0].any()
+
+
+async def test_leg_whose_step_takes_too_long_is_given_up_and_its_slot_is_free() -> None:
+    async with running() as rank:
+        await rank.connect()
+        rank.sender.handle(rank.leg(step_id=3, timeout_s=0.01))
+        done = await rank.reply(SendDone)
+        assert (done.error_kind, done.slot_free) == ("TransferTimeout", True)
 
 
 async def test_connecting_is_idempotent_and_shared() -> None:
@@ -210,6 +262,8 @@ async def test_connection_lost_in_the_middle_is_in_doubt_until_drained() -> None
         {"num_bytes": 100},
         {"block_ids": [8]},
         {"first_local_head": 3},
+        {"first_layer": 1},
+        {"num_layers": 1},
     ],
 )
 async def test_leg_that_does_not_fit_is_refused_and_sends_nothing(wrong: dict[str, object]) -> None:

@@ -18,7 +18,9 @@ def make_layout(num_kv_heads: int) -> KVLayout:
     return KVLayout(num_layers=3, num_kv_heads=num_kv_heads, head_dim=4, block_size=2, dtype="bfloat16")
 
 
-def grant(layout: KVLayout, prefill_tp: int, decode_tp: int, num_blocks: int) -> list[kv_pb2.LegGrant]:
+def grant(
+    layout: KVLayout, prefill_tp: int, decode_tp: int, num_blocks: int, num_layers: int = 1
+) -> list[kv_pb2.LegGrant]:
     return [
         kv_pb2.LegGrant(
             prefill_rank=leg.prefill_rank,
@@ -26,7 +28,7 @@ def grant(layout: KVLayout, prefill_tp: int, decode_tp: int, num_blocks: int) ->
             first_head=leg.first_head,
             num_heads=leg.num_heads,
             tag=index,
-            num_bytes=layout.leg_bytes(num_blocks, leg.num_heads),
+            num_bytes=layout.leg_bytes(num_blocks, num_layers, leg.num_heads),
         )
         for index, leg in enumerate(plan_legs(layout.num_kv_heads, prefill_tp, decode_tp))
     ]
@@ -40,10 +42,10 @@ def test_largest_chunk_fills_no_slot_beyond_its_end(
     layout = make_layout(num_kv_heads)
     legs = ChunkLegs(layout, prefill_tp, [f"decode-{rank}" for rank in range(decode_tp)])
     slot_bytes = spare_bytes + layout.block_bytes(num_kv_heads) * 16 + 64 * 16
-    num_blocks = legs.max_blocks(slot_bytes)
+    num_blocks = legs.max_layer_blocks(slot_bytes)  # of one layer
     assert num_blocks >= 1
     ends = [0] * prefill_tp
-    for leg in legs.pack(num_blocks, grant(layout, prefill_tp, decode_tp, num_blocks)):
+    for leg in legs.pack(num_blocks, 1, grant(layout, prefill_tp, decode_tp, num_blocks)):
         assert leg.offset == ends[leg.rank]
         ends[leg.rank] += leg.num_bytes
         assert leg.first_local_head >= 0
@@ -65,10 +67,11 @@ def test_missing_leg_is_refused() -> None:
     layout = make_layout(4)
     legs = ChunkLegs(layout, 2, ["a", "b"])
     with pytest.raises(TransferError):
-        legs.pack(2, grant(layout, 2, 2, 2)[:1])
+        legs.pack(2, 1, grant(layout, 2, 2, 2)[:1])
 
 
-def test_grant_for_another_number_of_blocks_is_refused() -> None:
+@pytest.mark.parametrize(("num_blocks", "num_layers"), [(3, 1), (2, 2)])
+def test_grant_for_another_number_of_blocks_or_layers_is_refused(num_blocks: int, num_layers: int) -> None:
     layout = make_layout(4)
     with pytest.raises(TransferError):
-        ChunkLegs(layout, 1, ["a"]).pack(2, grant(layout, 1, 1, 3))
+        ChunkLegs(layout, 1, ["a"]).pack(2, 1, grant(layout, 1, 1, num_blocks, num_layers))

@@ -7,7 +7,15 @@ import pytest
 from common.errors import InternalError, InvalidArgument, ResourceExhausted
 from common.worker.step_plan import AddRow, RemoveRow, SampledToken, StepPlan, StepResult
 from services.prefill.admission import Policy, SchedulerLimits
-from services.prefill.request import BlocksReady, FirstTokenSampled, Prompt, PromptFailed, PromptState, Scheduled
+from services.prefill.request import (
+    BlocksReady,
+    BlocksUnderWay,
+    FirstTokenSampled,
+    Prompt,
+    PromptFailed,
+    PromptState,
+    Scheduled,
+)
 from services.prefill.scheduler import Scheduler
 from tests.prefill.builders import BLOCK_SIZE, answer, make_request, make_scheduler
 
@@ -55,9 +63,11 @@ def test_prompt_is_computed_in_aligned_chunks_and_reported() -> None:
     assert (segment.position, segment.num_tokens, segment.sample) == (0, 16, False)
     assert len(segment.new_block_ids) == 6
     scheduler.complete(answer(plan))
-    assert scheduler.take_events() == [Scheduled(prompt, 0), BlocksReady(prompt, 0, 4)]
+    under_way = BlocksUnderWay(prompt, 0, 4, plan.step_id)
+    assert scheduler.take_events() == [Scheduled(prompt, 0), under_way, BlocksReady(prompt, 0, 4)]
     last = next_plan(scheduler)
     assert last is not None
+    assert scheduler.take_events() == [BlocksUnderWay(prompt, 4, 6, last.step_id)]
     (segment,) = last.segments
     assert (segment.position, segment.num_tokens, segment.sample) == (16, 6, True)
     assert segment.new_block_ids == []
@@ -81,6 +91,8 @@ def test_plans_run_ahead_of_their_results() -> None:
     assert second is not None
     assert [segment.position for plan in (first, second) for segment in plan.segments] == [0, 16]
     assert scheduler.num_in_flight == 2
+    under_way = [event.step_id for event in scheduler.take_events() if isinstance(event, BlocksUnderWay)]
+    assert under_way == [first.step_id], "the second waits for the first"
     with pytest.raises(InternalError, match="not the oldest"):
         scheduler.complete(answer(second))
 
@@ -106,7 +118,8 @@ def test_cached_prefix_is_not_computed_again_and_ready_at_once() -> None:
     assert plan is not None
     (segment,) = plan.segments
     assert (segment.position, segment.num_tokens) == (12, 4)  # the last token is computed in any case
-    assert scheduler.take_events() == [Scheduled(again, 12), BlocksReady(again, 0, 3)]
+    under_way = BlocksUnderWay(again, 3, 4, plan.step_id)
+    assert scheduler.take_events() == [Scheduled(again, 12), BlocksReady(again, 0, 3), under_way]
 
 
 def test_tenants_do_not_share_blocks() -> None:

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from common import errors
+from common.kvcache.grant import SlotHandle
+from services.prefill.chunk_shapes import ChunkShape
 from services.prefill.legs import RankLeg
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sends import Sends
@@ -29,6 +31,20 @@ async def running(num_slots: int = 1) -> AsyncIterator[tuple[Sends, FakeRanks]]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def start(sends: Sends, handle: SlotHandle, reads_done: list[int], failures: list[errors.BatonError]) -> None:
+    sends.start(
+        handle,
+        LEGS,
+        ChunkShape(0, 2, 0, 1),
+        block_ids=[1, 2],
+        step_id=-1,
+        timeout_s=1.0,
+        on_read_done=lambda: reads_done.append(1),
+        on_sent=lambda _: None,
+        on_failure=failures.append,
+    )
 
 
 async def turn() -> None:
@@ -70,8 +86,8 @@ async def test_slot_that_meets_a_cancelled_waiter_goes_to_the_next(is_cancelled_
 
 async def test_blocks_are_read_until_every_leg_is_done() -> None:
     async with running() as (sends, ranks):
-        reads_done, failures = [], list[errors.BatonError]()
-        sends.start(await sends.slots.acquire(), LEGS, [1, 2], 1.0, lambda: reads_done.append(1), failures.append)
+        reads_done, failures = list[int](), list[errors.BatonError]()
+        start(sends, await sends.slots.acquire(), reads_done, failures)
         await turn()
         ranks.finish_send()
         await turn()
@@ -83,8 +99,8 @@ async def test_blocks_are_read_until_every_leg_is_done() -> None:
 
 async def test_one_failed_leg_fails_the_send_once() -> None:
     async with running() as (sends, ranks):
-        reads_done, failures = [], list[errors.BatonError]()
-        sends.start(await sends.slots.acquire(), LEGS, [1, 2], 1.0, lambda: reads_done.append(1), failures.append)
+        reads_done, failures = list[int](), list[errors.BatonError]()
+        start(sends, await sends.slots.acquire(), reads_done, failures)
         await turn()
         ranks.finish_send("PeerLost")
         ranks.finish_send("PeerLost")
@@ -95,8 +111,8 @@ async def test_one_failed_leg_fails_the_send_once() -> None:
 
 async def test_lost_ranks_end_a_send() -> None:
     async with running() as (sends, ranks):
-        reads_done, failures = [], list[errors.BatonError]()
-        sends.start(await sends.slots.acquire(), LEGS, [1, 2], 1.0, lambda: reads_done.append(1), failures.append)
+        reads_done, failures = list[int](), list[errors.BatonError]()
+        start(sends, await sends.slots.acquire(), reads_done, failures)
         await turn()
         ranks.lose("rank 1 died")
         await turn()
@@ -106,6 +122,6 @@ async def test_lost_ranks_end_a_send() -> None:
 async def test_send_after_the_end_fails_at_once() -> None:
     async with running() as (sends, _):
         handle = await sends.slots.acquire()
-    reads_done, failures = [], list[errors.BatonError]()
-    sends.start(handle, LEGS, [1], 1.0, lambda: reads_done.append(1), failures.append)
+    reads_done, failures = list[int](), list[errors.BatonError]()
+    start(sends, handle, reads_done, failures)
     assert (reads_done, [type(failure) for failure in failures]) == ([1], [errors.Unavailable])

@@ -21,14 +21,15 @@ async def test_prompt_is_computed_shipped_and_joined() -> None:
         assert (first.token_id, first.finish_reason) == (FIRST_TOKEN, sampling_pb2.FINISH_REASON_UNSPECIFIED)
         assert not first.HasField("logprobs")
         assert harness.decode.finish == kv_pb2.HandoffFinish(first_token_id=FIRST_TOKEN, num_blocks=6)
-        assert sum(offer.num_blocks for offer in harness.decode.offers) == 6
-        assert all(offer.num_blocks <= 3 for offer in harness.decode.offers)
+        assert sum(offer.num_blocks * offer.num_layers for offer in harness.decode.offers) == 6 * 2
+        assert all(offer.num_blocks * offer.num_layers <= 6 for offer in harness.decode.offers)
         assert completed.num_blocks_shipped == 6
         assert completed.bytes_shipped == sum(leg.num_bytes for _, leg in harness.ranks.sends)
         assert (completed.num_blocks_reused, completed.num_cached_tokens, completed.num_chunks_resent) == (0, 0, 0)
         assert completed.verify_ns == 5 * len(harness.decode.offers)
         assert min(completed.queue_ns, completed.prefill_ns, completed.grant_ns, completed.transfer_ns) > 0
         assert completed.transport == "fake:lane"
+        assert completed.exposed_handoff_ns > 0
         status = await harness.settled()
         assert status.num_blocks_cached == 5
         assert status.counters["requests_completed"] == 1
@@ -65,15 +66,22 @@ async def test_only_the_tail_is_computed_and_sent_if_all_else_is_there() -> None
         await harness.settled()
 
 
-async def test_finished_chunks_travel_while_the_rest_is_computed() -> None:
+async def test_layers_are_granted_and_told_to_the_ranks_while_their_step_computes() -> None:
     async with running() as harness:
         harness.ranks.is_manual = True
         call = asyncio.create_task(harness.prefill(harness.request(40)))
         await harness.ranks.on_plan.wait()
-        harness.ranks.answer_step()
         async with asyncio.timeout(5):
             await harness.ranks.on_held.wait()
-        assert harness.decode.offers[0].num_blocks == 3
+        step_id = harness.ranks.plans[0].step_id
+        leg = harness.ranks.sends[0][1]
+        assert (leg.step_id, leg.first_layer, leg.num_layers, len(leg.block_ids)) == (step_id, 0, 1, 4)
+        harness.ranks.answer_step()
+        async with asyncio.timeout(5):
+            while harness.ranks.sends[-1][1].step_id == step_id:
+                harness.ranks.on_held.clear()
+                await harness.ranks.on_held.wait()
+        assert {offer.num_final_blocks for offer in harness.decode.offers if offer.first_block >= 4} == {4}
         assert not call.done()
         harness.ranks.is_manual = False
         while harness.ranks.plans:
@@ -84,10 +92,10 @@ async def test_finished_chunks_travel_while_the_rest_is_computed() -> None:
 
 async def test_at_most_four_chunks_travel_at_once() -> None:
     async with running(num_slots=4) as harness:
-        harness.decode.max_blocks_per_chunk = 1
+        harness.decode.max_layer_blocks_per_chunk = 1
         await harness.prefill(harness.request(60))
         assert harness.decode.max_chunks_in_flight == 4
-        assert len(harness.decode.offers) == 15
+        assert len(harness.decode.offers) == 15 * 2
         await harness.settled()
 
 
@@ -101,7 +109,7 @@ async def test_legs_are_packed_into_the_slots_of_their_ranks(prefill_tp: int, de
             for rank, leg in harness.ranks.sends
         ]
         num_heads = 4 // max(prefill_tp, decode_tp)
-        size = layout.leg_bytes(2, num_heads)
+        size = layout.leg_bytes(2, layout.num_layers, num_heads)
         per_rank = max(1, decode_tp // prefill_tp)
         expected = []
         for index in range(max(prefill_tp, decode_tp)):
@@ -115,11 +123,10 @@ async def test_legs_are_packed_into_the_slots_of_their_ranks(prefill_tp: int, de
 
 async def test_chunk_is_never_larger_than_our_own_slot() -> None:
     async with running(slot_bytes=4096 + 64) as harness:
-        harness.decode.max_blocks_per_chunk = 100
+        harness.decode.max_layer_blocks_per_chunk = 100
         await harness.prefill(harness.request(60))
-        largest = harness.worker.model.layout.max_blocks_per_slot(4096 + 64, 4)
-        assert largest < 15
-        assert max(offer.num_blocks for offer in harness.decode.offers) <= largest
+        largest = harness.worker.model.layout.max_layer_blocks_per_slot(4096 + 64, 4)
+        assert max(offer.num_blocks * offer.num_layers for offer in harness.decode.offers) <= largest
         assert all(leg.offset + leg.num_bytes <= 4096 + 64 for _, leg in harness.ranks.sends)
         await harness.settled()
 
@@ -139,7 +146,7 @@ async def test_rejected_chunk_is_sent_again(reason: kv_pb2.ChunkRejectReason.Val
         _, completed = await harness.prefill(harness.request(8))
         assert [offer.chunk_index for offer in harness.decode.offers] == [0, 0]
         assert (completed.num_chunks_resent, completed.num_blocks_shipped) == (1, 2)
-        assert completed.bytes_shipped == 2 * harness.worker.model.layout.leg_bytes(2, 4)
+        assert completed.bytes_shipped == 2 * harness.worker.model.layout.leg_bytes(2, 2, 4)
         num_connects = 2 if reason == kv_pb2.CHUNK_REJECT_REASON_PEER_LOST else 1
         assert len(harness.ranks.connects) == num_connects
         await harness.settled()

@@ -55,8 +55,8 @@ def _spans_come_in_order(spans: list[CollectedSpan], num_tokens: int) -> None:
         return
     transfers = [span for span in spans if span.name == "transfer"]
     assert counts["baton-decode", "receive"] == counts["baton-decode", "verify"] == len(transfers) >= 1
-    # Only what was cached can be sent before a chunk was computed.
-    num_early = sum(int(span.attributes["baton.num_blocks"]) for span in transfers if span.start_ns < chunk.end_ns)
+    # Only what was cached can be sent before a chunk is being computed.
+    num_early = sum(int(span.attributes["baton.num_blocks"]) for span in transfers if span.start_ns < chunk.start_ns)
     assert num_early <= int(chunk.attributes["baton.first_block"])
     assert all(
         span.attributes["baton.lane"] == "ucx:tcp" and span.attributes["baton.is_verified"] for span in transfers

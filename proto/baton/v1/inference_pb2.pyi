@@ -321,12 +321,13 @@ class Lifetime(_message.Message):
     NUM_MIGRATIONS_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_NS_FIELD_NUMBER: _builtins.int
     TOTAL_NS_FIELD_NUMBER: _builtins.int
+    EXPOSED_HANDOFF_NS_FIELD_NUMBER: _builtins.int
     queue_ns: _builtins.int
     """In the router's and the prefill worker's queue."""
     prefill_ns: _builtins.int
     """First chunk scheduled to first token sampled."""
     grant_ns: _builtins.int
-    """Waiting for the decode worker to grant slots, summed over chunks."""
+    """Chunk offered to granted, summed over chunks; most of it while the chunk is computed."""
     transfer_ns: _builtins.int
     """Bytes on the wire, gathering included, summed over chunks."""
     verify_ns: _builtins.int
@@ -357,6 +358,8 @@ class Lifetime(_message.Message):
     """Request received to first token sent to the client."""
     total_ns: _builtins.int
     """Request received to last token sent to the client."""
+    exposed_handoff_ns: _builtins.int
+    """First token sampled to the hand-off complete: what the sequence waited for it before it could decode."""
     def __init__(
         self,
         *,
@@ -378,10 +381,11 @@ class Lifetime(_message.Message):
         num_migrations: _builtins.int = ...,
         time_to_first_token_ns: _builtins.int = ...,
         total_ns: _builtins.int = ...,
+        exposed_handoff_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_shipped", b"bytes_shipped", "decode_ns", b"decode_ns", "decode_queue_ns", b"decode_queue_ns", "decode_worker", b"decode_worker", "grant_ns", b"grant_ns", "num_blocks_reused", b"num_blocks_reused", "num_blocks_shipped", b"num_blocks_shipped", "num_cached_tokens", b"num_cached_tokens", "num_chunks_resent", b"num_chunks_resent", "num_migrations", b"num_migrations", "prefill_ns", b"prefill_ns", "prefill_worker", b"prefill_worker", "queue_ns", b"queue_ns", "time_to_first_token_ns", b"time_to_first_token_ns", "total_ns", b"total_ns", "transfer_ns", b"transfer_ns", "transport", b"transport", "verify_ns", b"verify_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_shipped", b"bytes_shipped", "decode_ns", b"decode_ns", "decode_queue_ns", b"decode_queue_ns", "decode_worker", b"decode_worker", "exposed_handoff_ns", b"exposed_handoff_ns", "grant_ns", b"grant_ns", "num_blocks_reused", b"num_blocks_reused", "num_blocks_shipped", b"num_blocks_shipped", "num_cached_tokens", b"num_cached_tokens", "num_chunks_resent", b"num_chunks_resent", "num_migrations", b"num_migrations", "prefill_ns", b"prefill_ns", "prefill_worker", b"prefill_worker", "queue_ns", b"queue_ns", "time_to_first_token_ns", b"time_to_first_token_ns", "total_ns", b"total_ns", "transfer_ns", b"transfer_ns", "transport", b"transport", "verify_ns", b"verify_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

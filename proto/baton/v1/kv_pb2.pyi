@@ -7,13 +7,15 @@ control messages; the bytes travel between ranks over the transport, into stagin
   prefill                         decode
   Begin            ─────────────►            pairing is checked, the ticket is claimed
                    ◄─────────────  Accepted  blocks [0, num_blocks_reused) need not be sent
-  ChunkReady(i)    ─────────────►            blocks and a slot are reserved, receives are posted
+  ChunkOffer(i)    ─────────────►            blocks and a slot are reserved, receives are posted
                    ◄─────────────  Grant(i)
   (bytes of i)     ═════════════►            digest and coverage are checked, blocks are scattered
                    ◄─────────────  ChunkVerified(i) | ChunkRejected(i), which may be offered again
-  Finish           ─────────────►            the sequence joins the running batch
+  Finish           ─────────────►            the sequence joins the running batch once every chunk is verified
                    ◄─────────────  Joined
 
+A chunk is a run of blocks, and of each a run of layers. It may be offered while it is being computed, so that the
+grant is there when its bytes are; Finish may come before the last verdicts.
 Every grant is answered exactly once, by ChunkVerified or ChunkRejected; ChunkAborted only hastens the latter.
 A stream that breaks before Joined releases everything that the ticket holds.
 """
@@ -122,7 +124,7 @@ class HandoffRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BEGIN_FIELD_NUMBER: _builtins.int
-    CHUNK_READY_FIELD_NUMBER: _builtins.int
+    CHUNK_OFFER_FIELD_NUMBER: _builtins.int
     CHUNK_ABORTED_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -130,8 +132,8 @@ class HandoffRequest(_message.Message):
         """First message of the stream."""
 
     @_builtins.property
-    def chunk_ready(self) -> Global___ChunkReady:
-        """Blocks are computed and can be sent."""
+    def chunk_offer(self) -> Global___ChunkOffer:
+        """Blocks are computed, or are being computed."""
 
     @_builtins.property
     def chunk_aborted(self) -> Global___ChunkAborted:
@@ -139,21 +141,21 @@ class HandoffRequest(_message.Message):
 
     @_builtins.property
     def finish(self) -> Global___HandoffFinish:
-        """Everything was sent; the sequence may decode."""
+        """Everything is computed; the sequence may decode when all of it is verified."""
 
     def __init__(
         self,
         *,
         begin: Global___HandoffBegin | None = ...,
-        chunk_ready: Global___ChunkReady | None = ...,
+        chunk_offer: Global___ChunkOffer | None = ...,
         chunk_aborted: Global___ChunkAborted | None = ...,
         finish: Global___HandoffFinish | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk_aborted", b"chunk_aborted", "chunk_ready", b"chunk_ready", "finish", b"finish", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk_aborted", b"chunk_aborted", "chunk_offer", b"chunk_offer", "finish", b"finish", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk_aborted", b"chunk_aborted", "chunk_ready", b"chunk_ready", "finish", b"finish", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "chunk_aborted", b"chunk_aborted", "chunk_offer", b"chunk_offer", "finish", b"finish", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "chunk_ready", "chunk_aborted", "finish"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "chunk_offer", "chunk_aborted", "finish"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -176,7 +178,7 @@ class HandoffResponse(_message.Message):
 
     @_builtins.property
     def grant(self) -> Global___ChunkGrant:
-        """Answer to chunk_ready."""
+        """Answer to chunk_offer."""
 
     @_builtins.property
     def chunk_verified(self) -> Global___ChunkVerified:
@@ -260,54 +262,68 @@ class HandoffAccepted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_BLOCKS_REUSED_FIELD_NUMBER: _builtins.int
-    MAX_BLOCKS_PER_CHUNK_FIELD_NUMBER: _builtins.int
+    MAX_LAYER_BLOCKS_PER_CHUNK_FIELD_NUMBER: _builtins.int
     num_blocks_reused: _builtins.int
     """Leading blocks that decode holds; the first chunk starts here."""
-    max_blocks_per_chunk: _builtins.int
-    """A chunk has at most so many blocks."""
+    max_layer_blocks_per_chunk: _builtins.int
+    """Blocks of a chunk times its layers, at most."""
     def __init__(
         self,
         *,
         num_blocks_reused: _builtins.int = ...,
-        max_blocks_per_chunk: _builtins.int = ...,
+        max_layer_blocks_per_chunk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_blocks_per_chunk", b"max_blocks_per_chunk", "num_blocks_reused", b"num_blocks_reused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_layer_blocks_per_chunk", b"max_layer_blocks_per_chunk", "num_blocks_reused", b"num_blocks_reused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandoffAccepted: _TypeAlias = HandoffAccepted  # noqa: Y015
 
 @_typing.final
-class ChunkReady(_message.Message):
-    """Blocks [first_block, first_block + num_blocks) of the sequence are computed."""
+class ChunkOffer(_message.Message):
+    """Layers [first_layer, first_layer + num_layers) of blocks [first_block, first_block + num_blocks) of the sequence are
+    computed, or are being computed: the sender fills a grant when they are there.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CHUNK_INDEX_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    NUM_FINAL_BLOCKS_FIELD_NUMBER: _builtins.int
     chunk_index: _builtins.int
     """Counts up from 0; a chunk that is offered again keeps its index."""
     first_block: _builtins.int
     """Index of the first block within the sequence."""
     num_blocks: _builtins.int
     """Number of blocks."""
+    first_layer: _builtins.int
+    """The first layer."""
+    num_layers: _builtins.int
+    """Number of layers."""
+    num_final_blocks: _builtins.int
+    """Leading blocks of the sequence whose computation is over and was right: once verified they may be cached."""
     def __init__(
         self,
         *,
         chunk_index: _builtins.int = ...,
         first_block: _builtins.int = ...,
         num_blocks: _builtins.int = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        num_final_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_index", b"chunk_index", "first_block", b"first_block", "num_blocks", b"num_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_index", b"chunk_index", "first_block", b"first_block", "first_layer", b"first_layer", "num_blocks", b"num_blocks", "num_final_blocks", b"num_final_blocks", "num_layers", b"num_layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ChunkReady: _TypeAlias = ChunkReady  # noqa: Y015
+Global___ChunkOffer: _TypeAlias = ChunkOffer  # noqa: Y015
 
 @_typing.final
 class ChunkAborted(_message.Message):
@@ -447,7 +463,7 @@ class ChunkVerified(_message.Message):
     chunk_index: _builtins.int
     """The chunk."""
     transfer_ns: _builtins.int
-    """Receives posted to bytes complete, on the slowest rank."""
+    """First byte to last, on the slowest rank."""
     verify_ns: _builtins.int
     """Digest check and scatter, on the slowest rank."""
     def __init__(

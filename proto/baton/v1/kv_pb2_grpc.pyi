@@ -7,13 +7,15 @@ control messages; the bytes travel between ranks over the transport, into stagin
   prefill                         decode
   Begin            ─────────────►            pairing is checked, the ticket is claimed
                    ◄─────────────  Accepted  blocks [0, num_blocks_reused) need not be sent
-  ChunkReady(i)    ─────────────►            blocks and a slot are reserved, receives are posted
+  ChunkOffer(i)    ─────────────►            blocks and a slot are reserved, receives are posted
                    ◄─────────────  Grant(i)
   (bytes of i)     ═════════════►            digest and coverage are checked, blocks are scattered
                    ◄─────────────  ChunkVerified(i) | ChunkRejected(i), which may be offered again
-  Finish           ─────────────►            the sequence joins the running batch
+  Finish           ─────────────►            the sequence joins the running batch once every chunk is verified
                    ◄─────────────  Joined
 
+A chunk is a run of blocks, and of each a run of layers. It may be offered while it is being computed, so that the
+grant is there when its bytes are; Finish may come before the last verdicts.
 Every grant is answered exactly once, by ChunkVerified or ChunkRejected; ChunkAborted only hastens the latter.
 A stream that breaks before Joined releases everything that the ticket holds.
 """

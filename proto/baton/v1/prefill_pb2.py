@@ -26,7 +26,7 @@ from baton.v1 import kv_pb2 as baton_dot_v1_dot_kv__pb2
 from baton.v1 import sampling_pb2 as baton_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x11\x62\x61ton/v1/kv.proto\x1a\x17\x62\x61ton/v1/sampling.proto\"X\n\x0ePrefillRequest\x12$\n\x08sequence\x18\x01 \x01(\x0b\x32\x12.baton.v1.Sequence\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\"z\n\x0fPrefillResponse\x12+\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x14.baton.v1.FirstTokenH\x00\x12/\n\tcompleted\x18\x02 \x01(\x0b\x32\x1a.baton.v1.PrefillCompletedH\x00\x42\t\n\x07message\"\x8d\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x31\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1a.baton.v1.PositionLogprobsH\x00\x88\x01\x01\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReasonB\x0b\n\t_logprobs\"\x89\x02\n\x10PrefillCompleted\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nprefill_ns\x18\x02 \x01(\x04\x12\x10\n\x08grant_ns\x18\x03 \x01(\x04\x12\x13\n\x0btransfer_ns\x18\x04 \x01(\x04\x12\x11\n\tverify_ns\x18\x05 \x01(\x04\x12\x1a\n\x12num_blocks_shipped\x18\x06 \x01(\r\x12\x15\n\rbytes_shipped\x18\x07 \x01(\x04\x12\x19\n\x11num_blocks_reused\x18\x08 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\t \x01(\r\x12\x19\n\x11num_chunks_resent\x18\n \x01(\r\x12\x11\n\ttransport\x18\x0b \x01(\t2K\n\x07Prefill\x12@\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x11\x62\x61ton/v1/kv.proto\x1a\x17\x62\x61ton/v1/sampling.proto\"X\n\x0ePrefillRequest\x12$\n\x08sequence\x18\x01 \x01(\x0b\x32\x12.baton.v1.Sequence\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\"z\n\x0fPrefillResponse\x12+\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x14.baton.v1.FirstTokenH\x00\x12/\n\tcompleted\x18\x02 \x01(\x0b\x32\x1a.baton.v1.PrefillCompletedH\x00\x42\t\n\x07message\"\x8d\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x31\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1a.baton.v1.PositionLogprobsH\x00\x88\x01\x01\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReasonB\x0b\n\t_logprobs\"\xa5\x02\n\x10PrefillCompleted\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nprefill_ns\x18\x02 \x01(\x04\x12\x10\n\x08grant_ns\x18\x03 \x01(\x04\x12\x13\n\x0btransfer_ns\x18\x04 \x01(\x04\x12\x11\n\tverify_ns\x18\x05 \x01(\x04\x12\x1a\n\x12num_blocks_shipped\x18\x06 \x01(\r\x12\x15\n\rbytes_shipped\x18\x07 \x01(\x04\x12\x19\n\x11num_blocks_reused\x18\x08 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\t \x01(\r\x12\x19\n\x11num_chunks_resent\x18\n \x01(\r\x12\x11\n\ttransport\x18\x0b \x01(\t\x12\x1a\n\x12\x65xposed_handoff_ns\x18\x0c \x01(\x04\x32K\n\x07Prefill\x12@\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,7 +40,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FIRSTTOKEN']._serialized_start=295
   _globals['_FIRSTTOKEN']._serialized_end=436
   _globals['_PREFILLCOMPLETED']._serialized_start=439
-  _globals['_PREFILLCOMPLETED']._serialized_end=704
-  _globals['_PREFILL']._serialized_start=706
-  _globals['_PREFILL']._serialized_end=781
+  _globals['_PREFILLCOMPLETED']._serialized_end=732
+  _globals['_PREFILL']._serialized_start=734
+  _globals['_PREFILL']._serialized_end=809
 # @@protoc_insertion_point(module_scope)

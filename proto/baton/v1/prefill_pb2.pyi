@@ -131,14 +131,15 @@ class PrefillCompleted(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_CHUNKS_RESENT_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    EXPOSED_HANDOFF_NS_FIELD_NUMBER: _builtins.int
     queue_ns: _builtins.int
     """Received to first chunk scheduled."""
     prefill_ns: _builtins.int
     """First chunk scheduled to first token sampled."""
     grant_ns: _builtins.int
-    """Chunk ready to granted, summed over chunks."""
+    """Chunk offered to granted, summed over chunks."""
     transfer_ns: _builtins.int
-    """Granted to complete at the receiver, summed over chunks."""
+    """Granted, and computed, to complete at the receiver, summed over chunks."""
     verify_ns: _builtins.int
     """As the receiver measured, summed over chunks."""
     num_blocks_shipped: _builtins.int
@@ -153,6 +154,8 @@ class PrefillCompleted(_message.Message):
     """Chunks sent again."""
     transport: _builtins.str
     """Scheme and lane."""
+    exposed_handoff_ns: _builtins.int
+    """First token sampled to joined."""
     def __init__(
         self,
         *,
@@ -167,10 +170,11 @@ class PrefillCompleted(_message.Message):
         num_cached_tokens: _builtins.int = ...,
         num_chunks_resent: _builtins.int = ...,
         transport: _builtins.str = ...,
+        exposed_handoff_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_shipped", b"bytes_shipped", "grant_ns", b"grant_ns", "num_blocks_reused", b"num_blocks_reused", "num_blocks_shipped", b"num_blocks_shipped", "num_cached_tokens", b"num_cached_tokens", "num_chunks_resent", b"num_chunks_resent", "prefill_ns", b"prefill_ns", "queue_ns", b"queue_ns", "transfer_ns", b"transfer_ns", "transport", b"transport", "verify_ns", b"verify_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_shipped", b"bytes_shipped", "exposed_handoff_ns", b"exposed_handoff_ns", "grant_ns", b"grant_ns", "num_blocks_reused", b"num_blocks_reused", "num_blocks_shipped", b"num_blocks_shipped", "num_cached_tokens", b"num_cached_tokens", "num_chunks_resent", b"num_chunks_resent", "prefill_ns", b"prefill_ns", "queue_ns", b"queue_ns", "transfer_ns", b"transfer_ns", "transport", b"transport", "verify_ns", b"verify_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,47 @@
+"""Into which chunks the blocks of one step are cut for the hand-off. Pure.
+
+         blocks ──────────────►
+layers   ┌──────────────┐
+   │     │   chunk 0    │    a step stores layer after layer, for all of its tokens: so chunks are runs of layers of
+   │     ├──────────────┤    all blocks of the step, and leave while it computes the next layers. Few blocks make one
+   ▼     │   chunk 1    │    chunk of all layers; more blocks than a slot holds of one layer are cut as well.
+         └──────────────┘
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkShape:
+    """`num_layers` layers from `first_layer` on, of `num_blocks` blocks of a sequence from `first_block` on."""
+
+    first_block: int
+    num_blocks: int
+    first_layer: int
+    num_layers: int
+
+    @property
+    def num_stored_layers(self) -> int:
+        """How many layers a step must have stored before the chunk can be sent."""
+        return self.first_layer + self.num_layers
+
+
+def cut_chunks(
+    first_block: int, end_block: int, num_layers: int, wished_layer_blocks: int, max_layer_blocks: int
+) -> list[ChunkShape]:
+    """Chunks of blocks [first_block, end_block), in the order in which a step stores them.
+
+    `max_layer_blocks` >= 1: blocks times layers of a chunk. A chunk has about `wished_layer_blocks`, up to twice as
+    many, where that is less: large enough to be worth a message, small enough to leave early.
+    """
+    num_blocks = min(end_block - first_block, max_layer_blocks)
+    wished = max(num_blocks, min(wished_layer_blocks, max_layer_blocks))
+    num_groups = max(1, num_layers * num_blocks // wished)
+    group = min(-(-num_layers // num_groups), max_layer_blocks // num_blocks)
+    return [
+        ChunkShape(block, min(num_blocks, end_block - block), layer, min(group, num_layers - layer))
+        for layer in range(0, num_layers, group)
+        for block in range(first_block, end_block, num_blocks)
+    ]

@@ -1,0 +1,30 @@
+"""Sizes, names and bounds of hand-offs, as a prefill worker was configured. A plain value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.kvcache.layout import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffSetup:
+    """What is the same for all hand-offs of one incarnation of the ranks.
+
+    `slot_bytes`: of a send slot. `chunk_bytes`: what a chunk should have at least, if there is as much to send.
+    """
+
+    worker_id: str
+    incarnation: str
+    layout: KVLayout
+    layout_fingerprint: str
+    rank_peer_names: tuple[str, ...]
+    slot_bytes: int
+    chunk_bytes: int
+    max_chunks_in_flight: int
+    max_chunk_resends: int
+    connect_timeout_s: float
+
+    @property
+    def tp_size(self) -> int:
+        return len(self.rank_peer_names)

@@ -1,0 +1,48 @@
+"""Chunks of a step: each layer of each block once, within the slot, in the order in which layers are stored."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.prefill.chunk_shapes import ChunkShape, cut_chunks
+
+
+@settings(deadline=None, max_examples=300, derandomize=True, database=None)
+@given(
+    first_block=st.integers(0, 5),
+    num_blocks=st.integers(1, 70),
+    num_layers=st.integers(1, 80),
+    wished=st.integers(0, 300),
+    most=st.integers(1, 300),
+)
+def test_every_layer_of_every_block_once(
+    first_block: int, num_blocks: int, num_layers: int, wished: int, most: int
+) -> None:
+    chunks = cut_chunks(first_block, first_block + num_blocks, num_layers, wished, most)
+    cells = [
+        (block, layer)
+        for chunk in chunks
+        for block in range(chunk.first_block, chunk.first_block + chunk.num_blocks)
+        for layer in range(chunk.first_layer, chunk.num_stored_layers)
+    ]
+    blocks = range(first_block, first_block + num_blocks)
+    assert sorted(cells) == [(block, layer) for block in blocks for layer in range(num_layers)]
+    assert all(chunk.num_blocks * chunk.num_layers <= most for chunk in chunks)
+    assert [chunk.num_stored_layers for chunk in chunks] == sorted(chunk.num_stored_layers for chunk in chunks)
+
+
+def test_few_blocks_are_one_chunk_and_many_are_layers_of_all_of_them() -> None:
+    assert cut_chunks(3, 6, num_layers=32, wished_layer_blocks=128, max_layer_blocks=256) == [ChunkShape(3, 3, 0, 32)]
+    many = cut_chunks(0, 32, num_layers=32, wished_layer_blocks=128, max_layer_blocks=256)
+    assert many == [ChunkShape(0, 32, layer, 4) for layer in range(0, 32, 4)]
+
+
+def test_more_blocks_than_a_slot_has_of_one_layer_are_cut_too() -> None:
+    shapes = cut_chunks(0, 5, num_layers=2, wished_layer_blocks=100, max_layer_blocks=3)
+    assert [(shape.first_layer, shape.first_block, shape.num_blocks) for shape in shapes] == [
+        (0, 0, 3),
+        (0, 3, 2),
+        (1, 0, 3),
+        (1, 3, 2),
+    ]
