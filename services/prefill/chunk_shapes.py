@@ -23,6 +23,10 @@ class ChunkShape:
     num_layers: int
 
     @property
+    def end_block(self) -> int:
+        return self.first_block + self.num_blocks
+
+    @property
     def num_stored_layers(self) -> int:
         """How many layers a step must have stored before the chunk can be sent."""
         return self.first_layer + self.num_layers

@@ -88,6 +88,11 @@ class PrefillJob:
                 return self._under_way
             await self._wait()
 
+    async def ready(self, num_blocks: int) -> None:
+        """Wait until so many leading blocks are ready. Raises what the job failed with."""
+        while self.num_ready_blocks < num_blocks:
+            await self._wait()
+
     async def first_token(self) -> SampledToken:
         """Wait for the token after the prompt. Raises what the job failed with."""
         while self._token is None:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from baton.v1 import kv_pb2
 
 from common import errors
-from services.prefill.chunk_shapes import ChunkShape, cut_chunks
+from services.prefill.chunk_shapes import cut_chunks
 from services.prefill.decode_peers import HandoffStream
 from services.prefill.engine import PrefillEngine, PrefillJob
+from services.prefill.handoff_chunk import Answer, Chunk, SendFailed
 from services.prefill.handoff_setup import HandoffSetup
 from services.prefill.handoff_stats import HandoffStats, Shipment
 from services.prefill.legs import ChunkLegs
@@ -38,29 +38,6 @@ _ERROR_BY_REASON: dict[int, type[errors.TransferError]] = {
     kv_pb2.CHUNK_REJECT_REASON_TIMEOUT: errors.TransferTimeout,
     kv_pb2.CHUNK_REJECT_REASON_PEER_LOST: errors.PeerLost,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _SendFailed:
-    """Our own send of the attempt failed."""
-
-    attempt: int
-    error: errors.BatonError
-
-
-_Answer = kv_pb2.ChunkGrant | kv_pb2.ChunkVerified | kv_pb2.ChunkRejected
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """Layers of blocks on their way; `step_id` computes them (-1: they are ready)."""
-
-    index: int
-    shape: ChunkShape
-    step_id: int
-    inbox: asyncio.Queue[_Answer | _SendFailed]
-    attempt: int = 0
-    computing_ns: int = 0  # how long the ranks waited for the step, in the last attempt
 
 
 class Handoff:
@@ -91,7 +68,7 @@ class Handoff:
         self._accepted: asyncio.Future[kv_pb2.HandoffAccepted] = loop.create_future()
         self._joined: asyncio.Future[None] = loop.create_future()
         self._connecting: asyncio.Task[None] | None = None
-        self._chunks: dict[int, _Chunk] = {}
+        self._chunks: dict[int, Chunk] = {}
 
     async def run(self) -> None:
         """Hand off everything and return once decode has joined the sequence, or give up if its first token ends it.
@@ -140,7 +117,7 @@ class Handoff:
             elif kind == "joined":
                 self._joined.set_result(None)
             elif kind in ("grant", "chunk_verified", "chunk_rejected"):
-                answer: _Answer = getattr(response, kind)
+                answer: Answer = getattr(response, kind)
                 chunk = self._chunks.get(answer.chunk_index)
                 if chunk is not None:  # else: about an attempt that ended otherwise
                     chunk.inbox.put_nowait(answer)
@@ -170,12 +147,12 @@ class Handoff:
                 num_layers = self._setup.layout.num_layers
                 for shape in cut_chunks(first_block, blocks.end_block, num_layers, wished, most):
                     await in_flight.acquire()
-                    chunk = _Chunk(len(self._chunks), shape, blocks.step_id, asyncio.Queue())
+                    chunk = Chunk(len(self._chunks), shape, blocks.step_id, asyncio.Queue())
                     self._chunks[chunk.index] = chunk
                     tasks.create_task(self._ship(chunk, in_flight))
                 first_block = blocks.end_block
 
-    async def _ship(self, chunk: _Chunk, in_flight: asyncio.Semaphore) -> None:
+    async def _ship(self, chunk: Chunk, in_flight: asyncio.Semaphore) -> None:
         """Bring one chunk over, offering it again after failures that may pass."""
         while (error := await self._attempt(chunk)) is not None:
             if chunk.attempt >= self._setup.max_chunk_resends:
@@ -184,21 +161,14 @@ class Handoff:
             self.stats.num_chunks_resent += 1
             if isinstance(error, errors.PeerLost):
                 await self._connect()
+            await self._job.ready(chunk.shape.end_block)  # a grant may have run out while a slow step computed
         if chunk.shape.num_stored_layers == self._setup.layout.num_layers:
             self.stats.num_blocks_shipped += chunk.shape.num_blocks
         in_flight.release()
 
-    async def _attempt(self, chunk: _Chunk) -> errors.BatonError | None:
+    async def _attempt(self, chunk: Chunk) -> errors.BatonError | None:
         """Offer the chunk once, fill the grant, and wait for the verdict. None: decode has it."""
-        shape = chunk.shape
-        offer = kv_pb2.ChunkOffer(
-            chunk_index=chunk.index,
-            first_block=shape.first_block,
-            num_blocks=shape.num_blocks,
-            first_layer=shape.first_layer,
-            num_layers=shape.num_layers,
-            num_final_blocks=self._job.num_ready_blocks,
-        )
+        offer = chunk.offer(num_final_blocks=self._job.num_ready_blocks)
         offered_ns = self._now_ns()
         self._metrics.num_offered += 1
         try:
@@ -225,7 +195,7 @@ class Handoff:
         self.stats.verify_ns += answer.verify_ns
         return None
 
-    def _note(self, chunk: _Chunk, answer: _Answer, offered_ns: int, granted_ns: int, num_bytes: int) -> None:
+    def _note(self, chunk: Chunk, answer: Answer, offered_ns: int, granted_ns: int, num_bytes: int) -> None:
         """An attempt is over."""
         now_ns = self._now_ns()
         verified = isinstance(answer, kv_pb2.ChunkVerified)
@@ -247,23 +217,23 @@ class Handoff:
         elif isinstance(answer, kv_pb2.ChunkRejected):
             self._metrics.rejected(answer.reason)
 
-    async def _answer(self, chunk: _Chunk) -> _Answer:
+    async def _answer(self, chunk: Chunk) -> Answer:
         """The next message of decode about the chunk; a failure of our own send is passed on as ChunkAborted."""
         while True:
             answer = await chunk.inbox.get()
-            if not isinstance(answer, _SendFailed):
+            if not isinstance(answer, SendFailed):
                 return answer
             if answer.attempt == chunk.attempt:
                 await self._abort(chunk, str(answer.error))
 
-    async def _verdict(self, chunk: _Chunk, deadline_s: float) -> _Answer:
+    async def _verdict(self, chunk: Chunk, deadline_s: float) -> Answer:
         try:
             async with asyncio.timeout_at(deadline_s + ANSWER_GRACE_S):
                 return await self._answer(chunk)
         except TimeoutError as error:
             raise errors.TransferTimeout(f"decode did not say what became of chunk {chunk.index}") from error
 
-    async def _fill(self, chunk: _Chunk, grant: kv_pb2.ChunkGrant, deadline_s: float) -> None:
+    async def _fill(self, chunk: Chunk, grant: kv_pb2.ChunkGrant, deadline_s: float) -> None:
         """Take a slot and start the send. If none is free in time, give the grant back."""
         legs = self._legs.pack(chunk.shape.num_blocks, chunk.shape.num_layers, grant.legs)
         assert self._connecting is not None
@@ -288,10 +258,10 @@ class Handoff:
             max(0.0, deadline_s - asyncio.get_running_loop().time()),
             on_read_done=lambda: self._engine.end_read(self._job),
             on_sent=lambda wait_ns: setattr(chunk, "computing_ns", wait_ns),
-            on_failure=lambda error: chunk.inbox.put_nowait(_SendFailed(attempt, error)),
+            on_failure=lambda error: chunk.inbox.put_nowait(SendFailed(attempt, error)),
         )
 
-    async def _abort(self, chunk: _Chunk, reason: str) -> None:
+    async def _abort(self, chunk: Chunk, reason: str) -> None:
         aborted = kv_pb2.ChunkAborted(chunk_index=chunk.index, reason=reason)
         await self._stream.send(kv_pb2.HandoffRequest(chunk_aborted=aborted))
 

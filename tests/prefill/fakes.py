@@ -163,6 +163,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServicer):
     begin: kv_pb2.HandoffBegin | None = None
     finish: kv_pb2.HandoffFinish | None = None
     num_streams: int = 0
+    num_rejected: int = 0
     max_chunks_in_flight: int = 0
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     stream_over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -255,6 +256,7 @@ class _Stream:
         if reason:
             rejected = kv_pb2.ChunkRejected(chunk_index=chunk.chunk_index, reason=reason, detail="by the test")
             await self._write(kv_pb2.HandoffResponse(chunk_rejected=rejected))
+            decode.num_rejected += 1
         else:
             verified = kv_pb2.ChunkVerified(chunk_index=chunk.chunk_index, transfer_ns=10, verify_ns=5)
             await self._write(kv_pb2.HandoffResponse(chunk_verified=verified))

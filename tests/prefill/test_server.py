@@ -90,6 +90,25 @@ async def test_layers_are_granted_and_told_to_the_ranks_while_their_step_compute
         await harness.settled()
 
 
+async def test_chunk_whose_grant_ran_out_is_offered_again_once_it_is_computed() -> None:
+    async with running() as harness:
+        harness.ranks.is_manual = harness.ranks.holds_sends = True
+        call = asyncio.create_task(harness.prefill(harness.request(8)))
+        async with asyncio.timeout(5):
+            await harness.ranks.on_held.wait()
+            harness.ranks.finish_send("TransferTimeout")
+            while not harness.decode.num_rejected:
+                await asyncio.sleep(0)
+        assert [offer.num_final_blocks for offer in harness.decode.offers] == [0]
+        harness.ranks.holds_sends = False
+        harness.ranks.is_manual = False
+        harness.ranks.answer_step()
+        _, completed = await call
+        assert [offer.num_final_blocks for offer in harness.decode.offers] == [0, 2]
+        assert completed.num_chunks_resent == 1
+        await harness.settled()
+
+
 async def test_at_most_four_chunks_travel_at_once() -> None:
     async with running(num_slots=4) as harness:
         harness.decode.max_layer_blocks_per_chunk = 1
