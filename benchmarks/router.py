@@ -79,7 +79,8 @@ class InstantWorkers(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServi
         self, request_iterator: AsyncIterator[decode_pb2.SessionRequest], context: Any
     ) -> None:
         await anext(request_iterator)
-        await context.write(decode_pb2.SessionResponse())
+        tickets = kv_pb2.Ticket(handoff_address="nowhere:1", rank_addresses=["fake://0"])
+        await context.write(decode_pb2.SessionResponse(tickets=tickets))
         async with asyncio.TaskGroup() as tasks:
             writing = asyncio.Lock()  # a stream takes one message at a time
             tasks.create_task(self._send_steps(context, writing))
@@ -114,7 +115,7 @@ class InstantWorkers(worker_pb2_grpc.WorkerServicer, decode_pb2_grpc.DecodeServi
         sequence = request.sequence
         if sequence.sampling.max_tokens > 1:
             self._running[sequence.sequence_id] = [1, sequence.sampling.max_tokens]
-        return decode_pb2.OpenResponse(sequence_id=sequence.sequence_id, ticket=kv_pb2.Ticket(ticket_id=1))
+        return decode_pb2.OpenResponse(sequence_id=sequence.sequence_id)
 
     def Handoff(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError

@@ -17,7 +17,8 @@ class StartRank(StepMessage, frozen=True, array_like=True, tag=True):
     `transport_url`: where to listen, or to connect from. `peer_name`: how this rank names itself to peers.
     `corrupt_every`: fault injection for tests, flips a bit in every n-th leg that is sent (0: never). `first_device`:
     rank i takes the device `first_device` + i. `random_weights`: draw them instead of reading them. `captures_steps`:
-    most steps have one token a row, so a GPU captures those.
+    most steps have one token a row, so a GPU captures those; beside them so many tokens of prompts as
+    `captured_chunk_tokens` says (0: none).
     """
 
     rank: int
@@ -39,6 +40,7 @@ class StartRank(StepMessage, frozen=True, array_like=True, tag=True):
     first_device: int = 0
     random_weights: bool = False
     captures_steps: bool = False
+    captured_chunk_tokens: int = 0
 
 
 class RankReady(StepMessage, frozen=True, array_like=True, tag=True):
@@ -104,9 +106,8 @@ class SendLeg(KVMessage, frozen=True, array_like=True, tag=True):
 class SendDone(KVMessage, frozen=True, array_like=True, tag=True):
     """The slot may be reused if `slot_free`; if not, a `SlotDrained` with this op_id follows when it may.
 
-    `wait_ns`: until the step had stored the layers. `send_ns`: gather and bytes on the wire."""
+    `send_ns`: gather and bytes on the wire."""
 
-    wait_ns: int
     gather_ns: int
     send_ns: int
     slot_free: bool

@@ -22,6 +22,10 @@ class DecodeConfig(WorkerConfig):
     chunk_tokens: int = Field(
         256, ge=1, description="Prompt tokens of one step, beside its decoding rows, where prompts are computed here."
     )
+    capture_chunks: bool = Field(
+        False,
+        description="On GPUs: capture steps with prompt tokens as well, where computing prompts here is the rule.",
+    )
     max_open: int = Field(512, ge=1, description="Sequences in all states; more are refused.")
     grant_timeout_s: float = Field(5.0, gt=0, description="Time for the bytes of one chunk, seconds.")
     cancel_timeout_s: float = Field(0.5, gt=0, description="After this a receive under way is in doubt, seconds.")

@@ -5,7 +5,9 @@ Knows gRPC's messages, but not its calls.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from typing import Final
 
 from baton.v1 import kv_pb2
 
@@ -18,12 +20,15 @@ from common.errors import (
     InvalidArgument,
     NotFound,
     Preempted,
+    ResourceExhausted,
     Unavailable,
 )
 from common.telemetry.tracing import NO_SPAN, Span
 from services.decode.handoff_context import HandoffContext
 from services.decode.handoff_stream import HandoffStream, Write
 from services.decode.request import BlocksReserved, DecodeSequence, End, SequenceEnded
+
+MAX_EARLY: Final = 4096
 
 
 class Handoffs:
@@ -32,11 +37,17 @@ class Handoffs:
     def __init__(self, context: HandoffContext) -> None:
         self._context = context
         self._streams: dict[int, HandoffStream] = {}  # by ticket
+        self._early: dict[int, asyncio.Future[None]] = {}  # by ticket, of sequences that are not open yet
         context.engine.on_ticket = self._on_ticket
 
     @property
     def num_streams(self) -> int:
         return len(self._streams)
+
+    @property
+    def num_early(self) -> int:
+        """Hand-offs that wait for their sequences to be opened."""
+        return len(self._early)
 
     async def serve(self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write, span: Span = NO_SPAN) -> None:
         """One stream, from Begin to Joined; `span` is the sender's. Raises one error of the tree. Cancelling it ends
@@ -45,7 +56,7 @@ class Handoffs:
         if request is None or request.WhichOneof("message") != "begin":
             raise InvalidArgument("message", None, "a hand-off starts with begin")
         begin = request.begin
-        seq = self._check(begin)
+        seq = await self._claim(begin)
         stream = self._streams[begin.ticket_id] = HandoffStream(self._context, seq, begin, span)
         try:
             await stream.run(requests, write)
@@ -53,21 +64,46 @@ class Handoffs:
             del self._streams[begin.ticket_id]
             stream.stop()
 
-    def _check(self, begin: kv_pb2.HandoffBegin) -> DecodeSequence:
+    def opened(self, seq: DecodeSequence) -> None:
+        """A sequence was opened: its hand-off may wait for that already."""
+        early = self._early.get(seq.ticket_id)
+        if early is not None and not early.done():
+            early.set_result(None)
+
+    async def _claim(self, begin: kv_pb2.HandoffBegin) -> DecodeSequence:
         self._context.require_ranks()
         fingerprint = self._context.setup.layout_fingerprint
         if begin.layout_fingerprint != fingerprint:
             raise FailedPrecondition(
                 f"layout fingerprint {begin.layout_fingerprint} of {begin.prefill_worker_id} differs from {fingerprint}"
             )
-        seq = self._context.engine.scheduler.find_ticket(begin.ticket_id)
+        if not 1 <= begin.prefill_tp_size == len(begin.rank_peer_names):
+            raise InvalidArgument("begin.rank_peer_names", len(begin.rank_peer_names), "one per prefill rank")
+        find = self._context.engine.scheduler.find_ticket
+        seq = find(begin.ticket_id)
+        if seq is None:
+            await self._wait_for_open(begin.ticket_id)
+            seq = find(begin.ticket_id)
         if seq is None:
             raise NotFound("the ticket is not, or no longer, of this worker")
         if begin.ticket_id in self._streams:
             raise FailedPrecondition("another hand-off of this ticket is under way")
-        if not 1 <= begin.prefill_tp_size == len(begin.rank_peer_names):
-            raise InvalidArgument("begin.rank_peer_names", len(begin.rank_peer_names), "one per prefill rank")
         return seq
+
+    async def _wait_for_open(self, ticket_id: int) -> None:
+        """The router tells both workers at once, so that a hand-off may begin before its sequence is open here."""
+        if ticket_id in self._early:
+            raise FailedPrecondition("another hand-off of this ticket is under way")
+        if len(self._early) >= MAX_EARLY:
+            raise ResourceExhausted(f"{MAX_EARLY} hand-offs wait for their sequences to be opened")
+        self._early[ticket_id] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._context.setup.limits.open_grace_s):
+                await self._early[ticket_id]
+        except TimeoutError:
+            return
+        finally:
+            del self._early[ticket_id]
 
     def _on_ticket(self, event: BlocksReserved | SequenceEnded) -> None:
         stream = self._streams.get(event.ticket_id)

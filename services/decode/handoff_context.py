@@ -21,6 +21,7 @@ from services.decode.metrics import DecodeMetrics
 class HandoffLimits:
     """Times and bounds of hand-offs. `grant_timeout_s`: for the bytes of one chunk. `connect_timeout_s`: for a prefill
     rank to appear on the transport. `cancel_timeout_s`: after which a receive that cannot be cancelled is in doubt.
+    `open_grace_s`: for the router to open a sequence whose hand-off began before that.
     `max_chunk_resends`: offers of one chunk after its first; counted per chunk, so that a long prompt over a lossy
     path is not ended by a total. Prefill workers give up by their own setting of that name; this one bounds a peer
     that does not."""
@@ -28,6 +29,7 @@ class HandoffLimits:
     grant_timeout_s: float = 5.0
     connect_timeout_s: float = 5.0
     cancel_timeout_s: float = 0.5
+    open_grace_s: float = 1.0
     max_waiting_chunks: int = 4096
     max_chunk_resends: int = 3
 

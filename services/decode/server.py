@@ -79,7 +79,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             if request.compute_locally:
                 worker.open_local(session.session_id, request.sequence, span)
             else:
-                response.ticket.CopyFrom(worker.open(session.session_id, request.sequence, span))
+                response.num_blocks_reused = worker.open(session.session_id, request.sequence, request.ticket_id, span)
         except BatonError as error:
             response.error.CopyFrom(to_status(error))
         except Exception:

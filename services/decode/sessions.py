@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-from baton.v1 import decode_pb2, sampling_pb2
+from baton.v1 import decode_pb2, kv_pb2, sampling_pb2
 
 from common.errors import (
     BatonError,
@@ -33,8 +33,9 @@ _PROTO_END = {
 class Session:
     """One router process while its stream stands."""
 
-    def __init__(self, session_id: str, max_pending: int) -> None:
+    def __init__(self, session_id: str, max_pending: int, tickets: kv_pb2.Ticket | None) -> None:
         self.session_id = session_id
+        self._tickets = tickets  # to be told
         self._max_pending = max_pending
         self._pending: dict[int, decode_pb2.SequenceTokens] = {}
         self._answers: list[decode_pb2.OpenResponse] = []
@@ -47,8 +48,9 @@ class Session:
         return self._error is not None
 
     async def responses(self) -> AsyncIterator[decode_pb2.SessionResponse]:
-        """An empty one, then what is new after each `flush` and `answer`. Raises what ended the session."""
-        yield decode_pb2.SessionResponse()
+        """One that says that the session stands, then what is new. Raises what ended the session."""
+        tickets, self._tickets = self._tickets, None
+        yield decode_pb2.SessionResponse(tickets=tickets)
         while True:
             await self._flushed.wait()
             self._flushed.clear()
@@ -56,7 +58,13 @@ class Session:
                 raise self._error
             pending, self._pending = self._pending, {}
             answers, self._answers = self._answers, []
-            yield decode_pb2.SessionResponse(sequences=pending.values(), opened=answers)
+            tickets, self._tickets = self._tickets, None
+            yield decode_pb2.SessionResponse(sequences=pending.values(), opened=answers, tickets=tickets)
+
+    def tell_tickets(self, tickets: kv_pb2.Ticket) -> None:
+        """Say what tickets say from now on."""
+        self._tickets = tickets
+        self._flushed.set()
 
     def answer(self, response: decode_pb2.OpenResponse) -> None:
         """Say what became of an Open."""
@@ -121,6 +129,7 @@ class Sessions:
         self._max_pending = max_pending
         self._max_sessions = max_sessions
         self._sessions: dict[str, Session] = {}
+        self._tickets: kv_pb2.Ticket | None = None
 
     def begin(self, session_id: str) -> Session:
         """Open a session; one of the same name ends with `Cancelled`."""
@@ -131,8 +140,14 @@ class Sessions:
             previous.end(Cancelled("another stream of this session replaced this one"))
         if len(self._sessions) >= self._max_sessions:
             raise ResourceExhausted(f"{self._max_sessions} routers are subscribed")
-        session = self._sessions[session_id] = Session(session_id, self._max_pending)
+        session = self._sessions[session_id] = Session(session_id, self._max_pending, self._tickets)
         return session
+
+    def tell_tickets(self, tickets: kv_pb2.Ticket) -> None:
+        """Say to every router, now and later, what tickets of this worker say but for their ids."""
+        self._tickets = tickets
+        for session in self._sessions.values():
+            session.tell_tickets(tickets)
 
     def finish(self, session: Session) -> bool:
         """The stream is over. False if another had replaced it."""

@@ -49,6 +49,7 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
     ) -> None:
         super().__init__(config, model, DecodeMetrics(), on_change, start_ranks)
         self.advertise = config.advertise or config.listen
+        self.captured_chunk_tokens = config.chunk_tokens if config.capture_chunks else 0
         self.scheduler = DecodeScheduler(
             lambda: KVCacheManager(self.num_blocks, config.block_size, config.prefix_cache),
             config.max_rows,
@@ -111,34 +112,28 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
                 self.scheduler.close_session(session_id)
                 self.engine.settle()
 
-    def open(self, session_id: str, sequence: kv_pb2.Sequence, span: Span = NO_SPAN) -> kv_pb2.Ticket:
-        """Register a sequence that will be handed off. Raises `InvalidArgument`, `ResourceExhausted`, `Unavailable`,
-        `DeadlineExceeded`, or `FailedPrecondition` without a session."""
-        seq = self._register(session_id, sequence, span, is_local=False)
-        group = self._group
-        assert group is not None
-        return kv_pb2.Ticket(
-            ticket_id=seq.ticket_id,
-            decode_worker_id=self.config.worker_id,
-            decode_incarnation=self.incarnation,
-            handoff_address=self.advertise,
-            rank_addresses=[info.transport_address for info in group.infos],
-            layout_fingerprint=self.model.fingerprint,
-            num_blocks_reused=seq.blocks.num_cached_blocks,
-        )
+    def open(self, session_id: str, sequence: kv_pb2.Sequence, ticket_id: int, span: Span = NO_SPAN) -> int:
+        """Register a sequence that will be handed off; how many of its blocks are here already. Raises
+        `InvalidArgument`, `ResourceExhausted`, `Unavailable`, `DeadlineExceeded`, or `FailedPrecondition` without a
+        session."""
+        seq = self._register(session_id, sequence, ticket_id, span, is_local=False)
+        self.handoffs.opened(seq)
+        return seq.blocks.num_cached_blocks
 
     def open_local(self, session_id: str, sequence: kv_pb2.Sequence, span: Span = NO_SPAN) -> None:
         """Register a sequence whose prompt is computed here. Raises what `open` raises."""
-        seq = self._register(session_id, sequence, span, is_local=True)
+        seq = self._register(session_id, sequence, secrets.randbits(64), span, is_local=True)
         self.counters.inc("sequences_local")
         self.counters.inc("local_prompt_tokens", seq.num_unplanned_tokens)
 
-    def _register(self, session_id: str, sequence: kv_pb2.Sequence, span: Span, is_local: bool) -> DecodeSequence:
+    def _register(
+        self, session_id: str, sequence: kv_pb2.Sequence, ticket_id: int, span: Span, is_local: bool
+    ) -> DecodeSequence:
         self.require_ready()
         self.sessions.require(session_id)
         now_s = self.engine.clock()
         request = SequenceRequest.from_proto(sequence, now_s, self._limits)
-        seq = self.scheduler.open(session_id, request, secrets.randbits(64), is_local=is_local, now_s=now_s)
+        seq = self.scheduler.open(session_id, request, ticket_id, is_local=is_local, now_s=now_s)
         self.engine.records.opened(seq, self.config.block_size, span)
         self.engine.settle()
         return seq
@@ -200,6 +195,15 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
         self._transport_totals.clear()
         self.handoff_context.on_ready(group)
         self.engine.on_ready(group)
+        self.sessions.tell_tickets(
+            kv_pb2.Ticket(
+                decode_worker_id=self.config.worker_id,
+                decode_incarnation=self.incarnation,
+                handoff_address=self.advertise,
+                rank_addresses=[info.transport_address for info in group.infos],
+                layout_fingerprint=self.model.fingerprint,
+            )
+        )
         _log.info("%s is ready: %d ranks, layout %s", self.config.worker_id, len(group.pids), self.model.fingerprint)
 
     def on_lost(self, reason: str) -> None:
@@ -208,6 +212,7 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
         self.counters.inc("ranks_lost")
         self.handoff_context.on_lost(reason)
         self.engine.on_lost()
+        self.sessions.tell_tickets(kv_pb2.Ticket())
 
     def _count_transport(self, rank: int, reply: TransportStatsReply) -> None:
         """Add what is new since the last reply: the ranks count from their own start."""

@@ -176,46 +176,32 @@ class Handoff:
             answer = await self._answer(chunk)
         finally:
             self._metrics.num_offered -= 1
-        granted_ns, num_bytes, chunk.computing_ns = 0, 0, 0
+        granted_ns, begun_ns, num_bytes = 0, 0, 0
         self.stats.grant_ns += self._now_ns() - offered_ns
         if isinstance(answer, kv_pb2.ChunkGrant):
-            granted_ns = self._now_ns()
+            granted_ns = begun_ns = self._now_ns()
             num_bytes = sum(leg.num_bytes for leg in answer.legs)
             self._metrics.granted(granted_ns - offered_ns)
             deadline_s = asyncio.get_running_loop().time() + answer.timeout_ns / 1e9
-            await self._fill(chunk, answer, deadline_s)
+            begun = await self._fill(chunk, answer, deadline_s)
             answer = await self._verdict(chunk, deadline_s)
-            self.stats.transfer_ns += max(0, self._now_ns() - granted_ns - chunk.computing_ns)
-        self._note(chunk, answer, offered_ns, granted_ns, num_bytes)
+            if isinstance(answer, kv_pb2.ChunkVerified) and begun is not None:
+                begun_ns = max(granted_ns, await begun)  # our ranks may say later than decode that it was sent
+        ended_ns = self._now_ns()
+        is_verified = isinstance(answer, kv_pb2.ChunkVerified)
+        self.stats.shipments.append(
+            Shipment(chunk.index, chunk.shape, offered_ns, granted_ns, begun_ns, ended_ns, num_bytes, is_verified)
+        )
         if isinstance(answer, kv_pb2.ChunkRejected):
+            self._metrics.rejected(answer.reason)
             return _ERROR_BY_REASON.get(answer.reason, errors.TransferError)(answer.detail)
         if not isinstance(answer, kv_pb2.ChunkVerified):
             raise errors.TransferError(f"decode granted chunk {chunk.index} twice")
-        self.stats.transfer_ns -= answer.verify_ns  # that part of the time is reported as its own
+        transfer_ns = max(1, ended_ns - begun_ns - answer.verify_ns)
+        self.stats.transfer_ns += transfer_ns
         self.stats.verify_ns += answer.verify_ns
+        self._metrics.verified(num_bytes, transfer_ns, self.stats.transport)
         return None
-
-    def _note(self, chunk: Chunk, answer: Answer, offered_ns: int, granted_ns: int, num_bytes: int) -> None:
-        """An attempt is over."""
-        now_ns = self._now_ns()
-        verified = isinstance(answer, kv_pb2.ChunkVerified)
-        self.stats.shipments.append(
-            Shipment(
-                chunk.index,
-                chunk.shape,
-                offered_ns,
-                granted_ns,
-                granted_ns + chunk.computing_ns,
-                now_ns,
-                num_bytes,
-                verified,
-            )
-        )
-        if isinstance(answer, kv_pb2.ChunkVerified):
-            transfer_ns = now_ns - granted_ns - chunk.computing_ns - answer.verify_ns
-            self._metrics.verified(num_bytes, max(1, transfer_ns), self.stats.transport)
-        elif isinstance(answer, kv_pb2.ChunkRejected):
-            self._metrics.rejected(answer.reason)
 
     async def _answer(self, chunk: Chunk) -> Answer:
         """The next message of decode about the chunk; a failure of our own send is passed on as ChunkAborted."""
@@ -233,8 +219,11 @@ class Handoff:
         except TimeoutError as error:
             raise errors.TransferTimeout(f"decode did not say what became of chunk {chunk.index}") from error
 
-    async def _fill(self, chunk: Chunk, grant: kv_pb2.ChunkGrant, deadline_s: float) -> None:
-        """Take a slot and start the send. If none is free in time, give the grant back."""
+    async def _fill(self, chunk: Chunk, grant: kv_pb2.ChunkGrant, deadline_s: float) -> asyncio.Future[int] | None:
+        """Take a slot and start the send; returns when that will have begun to gather, known once it is over.
+
+        If no slot is free in time, gives the grant back.
+        """
         legs = self._legs.pack(chunk.shape.num_blocks, chunk.shape.num_layers, grant.legs)
         assert self._connecting is not None
         try:
@@ -243,8 +232,14 @@ class Handoff:
                 handle = await self._sends.slots.acquire()
         except TimeoutError:
             await self._abort(chunk, "no send slot was free in time")
-            return
+            return None
         attempt = chunk.attempt
+        begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def fail(error: errors.BatonError) -> None:
+            begun.set_result(0)
+            chunk.inbox.put_nowait(SendFailed(attempt, error))
+
         num_bytes = sum(leg.num_bytes for leg in legs)
         self.stats.bytes_shipped += num_bytes
         self._metrics.inc("bytes_shipped", num_bytes)
@@ -257,9 +252,10 @@ class Handoff:
             chunk.step_id,
             max(0.0, deadline_s - asyncio.get_running_loop().time()),
             on_read_done=lambda: self._engine.end_read(self._job),
-            on_sent=lambda wait_ns: setattr(chunk, "computing_ns", wait_ns),
-            on_failure=lambda error: chunk.inbox.put_nowait(SendFailed(attempt, error)),
+            on_sent=lambda send_ns: begun.set_result(self._now_ns() - send_ns),
+            on_failure=fail,
         )
+        return begun
 
     async def _abort(self, chunk: Chunk, reason: str) -> None:
         aborted = kv_pb2.ChunkAborted(chunk_index=chunk.index, reason=reason)

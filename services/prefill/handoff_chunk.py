@@ -31,7 +31,6 @@ class Chunk:
     step_id: int
     inbox: asyncio.Queue[Answer | SendFailed]
     attempt: int = 0
-    computing_ns: int = 0  # how long the ranks waited for the step, in the last attempt
 
     def offer(self, num_final_blocks: int) -> kv_pb2.ChunkOffer:
         """The message that offers it. `num_final_blocks`: leading blocks of the sequence that are computed."""

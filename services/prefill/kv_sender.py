@@ -115,12 +115,11 @@ class KVSender:
 
     async def _send(self, message: SendLeg) -> None:
         deadline_s = time.monotonic() + message.timeout_s
-        told_ns = start_ns = time.monotonic_ns()
-        wait_ns = gathered_ns = 0
+        start_ns = time.monotonic_ns()
+        gathered_ns = 0
         try:
             await self._stored(message, deadline_s)
             start_ns = time.monotonic_ns()
-            wait_ns = start_ns - told_ns
             connection = self._connections.get(message.address)
             if connection is None or not connection.alive:
                 raise PeerLost(f"there is no connection to {message.address}")
@@ -131,14 +130,14 @@ class KVSender:
             if time.monotonic() >= deadline_s:
                 raise TransferTimeout("the time of the grant was over before the leg was gathered")
         except (BatonError, RuntimeError) as error:
-            self._reply(SendDone(message.op_id, wait_ns, gathered_ns, 0, True, *described(error)))
+            self._reply(SendDone(message.op_id, gathered_ns, 0, True, *described(error)))
             return
         failure = await _carry(connection, message.tag, slot, deadline_s - time.monotonic())
         sent_ns = time.monotonic_ns() - start_ns
         if failure is None:
-            self._reply(SendDone(message.op_id, wait_ns, gathered_ns, sent_ns, True))
+            self._reply(SendDone(message.op_id, gathered_ns, sent_ns, True))
             return
-        self._reply(SendDone(message.op_id, wait_ns, gathered_ns, sent_ns, False, *described(failure)))
+        self._reply(SendDone(message.op_id, gathered_ns, sent_ns, False, *described(failure)))
         # Bytes that are under way cannot be recalled. Nothing but the end of the connection ends the doubt; its other
         # sends fail, and are offered again.
         await connection.close()

@@ -75,8 +75,8 @@ class Sends:
         """Gather layers of the blocks into the slot and send them; the slot comes back by itself.
 
         Ranks begin when the step `step_id` has stored the layers (-1: they are there). `on_read_done` is called exactly
-        once, when no rank reads the blocks any more; then `on_sent` with the nanoseconds that the slowest rank waited
-        for the step, or `on_failure` if the legs did not all leave.
+        once, when no rank reads the blocks any more; then `on_sent` with the nanoseconds that the slowest rank took to
+        gather and send, or `on_failure` if the legs did not all leave.
         """
         if self._tasks is None:
             on_read_done()
@@ -124,7 +124,7 @@ class Sends:
             if failed is not None:
                 on_failure(error_of(failed.error_kind, failed.detail))
             else:
-                on_sent(max(reply.wait_ns for reply in replies))
+                on_sent(max(reply.send_ns for reply in replies))
             doubtful = [op for op, reply in zip(operations, replies, strict=True) if not reply.slot_free]
             await self._settle(handle, doubtful)
         except errors.Unavailable as error:

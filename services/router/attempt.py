@@ -1,4 +1,4 @@
-"""One attempt at one sequence: Open on decode and Prefill on prefill, as one structured task.
+"""One attempt at one sequence: Open on decode and Prefill on prefill, at once and as one structured task.
 
 If either leg fails, times out, or the client goes away, the other is cancelled and decode is told to Close. Where
 decode computes the prompt itself there is no second leg. An attempt ends with the output finished, with `Moved` (the
@@ -108,13 +108,12 @@ class Attempts:
             pair.decode.session.add(sequence_id, receiver)
             was_opened = True
             async with asyncio.TaskGroup() as legs:
-                opened = await self._open(plan, pair, sequence)
-                prefilling = None
+                prefilling, ticket = None, None
                 if pair.prefill is not None:
-                    leg = self._prefill(
-                        plan, pair.prefill, pair.decode, sequence, opened.ticket, receiver, on_prefilled
-                    )
+                    ticket = pair.decode.session.new_ticket()
+                    leg = self._prefill(plan, pair.prefill, pair.decode, sequence, ticket, receiver, on_prefilled)
                     prefilling = legs.create_task(leg)
+                await self._open(plan, pair.decode, sequence, ticket)
                 ending = await receiver.ended
                 _raise_unless_finished(ending, pair.decode)
                 if not ending.by_worker:
@@ -162,16 +161,21 @@ class Attempts:
         sequence.token_ids.extend(choice.tokens)
         return sequence
 
-    async def _open(self, plan: RequestPlan, pair: Pair, sequence: kv_pb2.Sequence) -> decode_pb2.OpenResponse:
-        decode = pair.decode
+    async def _open(
+        self, plan: RequestPlan, decode: Worker, sequence: kv_pb2.Sequence, ticket: kv_pb2.Ticket | None
+    ) -> None:
+        """Without a ticket, decode computes the prompt itself."""
         request = decode_pb2.OpenRequest(
-            sequence=sequence, compute_locally=pair.prefill is None, traceparent=plan.record.traceparent
+            sequence=sequence,
+            compute_locally=ticket is None,
+            traceparent=plan.record.traceparent,
+            ticket_id=0 if ticket is None else ticket.ticket_id,
         )
         remaining_s = plan.remaining_s()
         start_ns = time.monotonic_ns()
         try:
             async with asyncio.timeout(min(remaining_s, OPEN_TIMEOUT_S)):
-                opened = await decode.session.open(request)
+                await decode.session.open(request)
         except TimeoutError as error:
             if remaining_s <= OPEN_TIMEOUT_S:
                 raise DeadlineExceeded("the request's deadline has passed") from error
@@ -180,7 +184,6 @@ class Attempts:
         except BatonError as error:
             raise _leg_failure(error, decode) from error
         plan.record.opened(sequence.choice, start_ns, decode.name)
-        return opened
 
     async def _prefill(
         self,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 import grpc
-from baton.v1 import decode_pb2, decode_pb2_grpc
+from baton.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
 from common.errors import BatonError, InvalidArgument, Unavailable
 from common.rpc.status import error_from_rpc, error_from_status
@@ -62,6 +63,7 @@ class DecodeSession:
         self._outgoing: deque[decode_pb2.SessionRequest] = deque()
         self._has_outgoing = asyncio.Event()
         self._call: _Call | None = None
+        self._tickets: kv_pb2.Ticket | None = None  # without an id
         self.stands = False
 
     def add(self, sequence_id: int, receiver: TokenReceiver) -> None:
@@ -72,6 +74,19 @@ class DecodeSession:
     def remove(self, sequence_id: int) -> None:
         """Forget a sequence; what still arrives for it is dropped."""
         self._receivers.pop(sequence_id, None)
+
+    @property
+    def takes_handoffs(self) -> bool:
+        """Whether it stands and the worker has said what tickets say."""
+        return self.stands and self._tickets is not None
+
+    def new_ticket(self) -> kv_pb2.Ticket:
+        """For a sequence that will be handed off. Raises `Unavailable` while the worker takes none."""
+        if self._tickets is None:
+            raise Unavailable(f"{self._address} takes no hand-offs")
+        ticket = kv_pb2.Ticket(ticket_id=secrets.randbits(64))
+        ticket.MergeFrom(self._tickets)
+        return ticket
 
     async def open(self, request: decode_pb2.OpenRequest) -> decode_pb2.OpenResponse:
         """Register a sequence and wait for the answer. Raises what it was refused for, and `Unavailable` if the stream
@@ -127,6 +142,9 @@ class DecodeSession:
                 if not self.stands:
                     self.stands = True
                     self._on_change()
+                if response.HasField("tickets"):
+                    self._tickets = response.tickets if response.tickets.rank_addresses else None
+                    self._on_change()
                 self._route(response)
         except asyncio.CancelledError:
             # Either the call was cancelled, by `_send`, or this task.
@@ -172,6 +190,7 @@ class DecodeSession:
 
     def _lose_all(self) -> None:
         self.stands = False
+        self._tickets = None
         receivers, self._receivers = self._receivers, {}
         for receiver in receivers.values():
             receiver.on_lost()

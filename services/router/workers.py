@@ -69,7 +69,7 @@ class Worker:
             return None
         if self.role is Role.PREFILL:
             load = status.num_waiting_tokens
-        elif self.session.stands:
+        elif self.session.takes_handoffs:
             load = status.num_open
         else:
             return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from baton.v1 import decode_pb2, kv_pb2, sampling_pb2
 
@@ -52,6 +54,13 @@ def make_model() -> WorkerModel:
     return WorkerModel("tiny", config, "float32", LAYOUT, b"model", "layout")
 
 
+class OpenTicket(NamedTuple):
+    """What a router knows of a sequence that it opened."""
+
+    ticket_id: int
+    num_blocks_reused: int = 0
+
+
 class Front:
     """The worker, its ranks, and a way to wait for a state without sleeping."""
 
@@ -74,6 +83,7 @@ class Front:
             }
         )
         self._changed = asyncio.Event()
+        self.ticket_ids = itertools.count(1)
         self.worker = DecodeWorker(config, make_model(), self._changed.set, start_ranks)
         self.group = FakeGroup(tp_size)
 
@@ -161,9 +171,10 @@ class Router:
         seed: int = 1,
         timeout_s: float = 60.0,
         span: Span = NO_SPAN,
-    ) -> kv_pb2.Ticket:
+    ) -> OpenTicket:
         sequence = self._sequence(sequence_id, num_tokens, max_tokens, seed, timeout_s)
-        return self._front.worker.open(self.session_id, sequence, span)
+        ticket_id = next(self._front.ticket_ids)
+        return OpenTicket(ticket_id, self._front.worker.open(self.session_id, sequence, ticket_id, span))
 
     def open_local(self, sequence_id: int, span: Span = NO_SPAN) -> None:
         """A sequence whose prompt is computed by the worker itself: all of its tokens come over the stream."""
@@ -194,7 +205,7 @@ class Prefill:
     def __init__(
         self,
         front: Front,
-        ticket: kv_pb2.Ticket,
+        ticket: OpenTicket,
         tp_size: int = 1,
         fingerprint: str = "layout",
         span: Span = NO_SPAN,

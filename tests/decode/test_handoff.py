@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from baton.v1 import kv_pb2
 
@@ -16,7 +18,7 @@ from common.errors import (
     TransferError,
     Unavailable,
 )
-from tests.decode.front import LAYOUT, Front, Prefill, Router, next_post, running_front, ship
+from tests.decode.front import LAYOUT, Front, OpenTicket, Prefill, Router, next_post, running_front, ship
 from tests.decode.requests import token_of
 
 
@@ -36,6 +38,28 @@ async def test_chunks_arrive_the_sequence_joins_and_its_tokens_come() -> None:
         await front.until_free()
         assert front.group.num_operations == 0
         await router.leave()
+
+
+async def test_a_hand_off_may_begin_before_its_sequence_is_open() -> None:
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefills = [Prefill(front, OpenTicket(ticket_id)) for ticket_id in (2, 1)]
+        await asyncio.sleep(0)
+        assert front.worker.status().num_open == 0
+        for sequence_id in (1, 2):
+            router.open(sequence_id)
+        for prefill in prefills:
+            await prefill.receive("accepted")
+            await prefill.break_off()
+        await front.until_free()
+        await router.leave()
+
+
+async def test_a_hand_off_whose_sequence_is_never_opened_is_refused() -> None:
+    async with running_front() as front:
+        with pytest.raises(NotFound):
+            await Prefill(front, OpenTicket(1)).over()
+        assert not front.worker.handoffs.num_early
 
 
 async def test_layers_of_a_block_come_in_chunks_of_their_own_and_after_finish() -> None:
@@ -344,7 +368,7 @@ async def test_workers_that_do_not_fit_are_refused_at_begin(mistake: str, error:
         if mistake == "fingerprint":
             other = Prefill(front, ticket, fingerprint="another layout")
         elif mistake == "ticket":
-            other = Prefill(front, kv_pb2.Ticket(ticket_id=ticket.ticket_id ^ 1))
+            other = Prefill(front, OpenTicket(ticket.ticket_id + 100))
         elif mistake == "uneven heads":
             await first.break_off()
             other = Prefill(front, router.open(2), tp_size=3)

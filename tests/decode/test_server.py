@@ -18,6 +18,8 @@ from services.decode.server import SERVICE_NAME, DecodeService
 from tests.decode.front import Front, next_post, running_front
 from tests.decode.requests import token_of
 
+TICKET_ID = 77
+
 
 @dataclass(slots=True)
 class Service:
@@ -31,7 +33,9 @@ class Service:
         call = self.stub.Session()
         await call.write(decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id="router")))
         session = RouterSession(call)
-        assert await session.read() == decode_pb2.SessionResponse()
+        tickets = (await session.read()).tickets
+        assert list(tickets.rank_addresses) == ["inproc://0"]
+        assert (tickets.decode_worker_id, tickets.ticket_id) == (self.front.worker.config.worker_id, 0)
         return session
 
 
@@ -46,14 +50,14 @@ class RouterSession:
         assert isinstance(response, decode_pb2.SessionResponse)
         return response
 
-    async def open(self, request: decode_pb2.OpenRequest) -> kv_pb2.Ticket:
+    async def open(self, request: decode_pb2.OpenRequest) -> decode_pb2.OpenResponse:
         """Open and wait for the answer. Raises what the sequence was refused for."""
         await self.call.write(decode_pb2.SessionRequest(open=request))
         (answer,) = (await self.read()).opened
         assert answer.sequence_id == request.sequence.sequence_id
         if answer.HasField("error"):
             raise error_from_status(answer.error)
-        return answer.ticket
+        return answer
 
     async def close(self, sequence_id: int) -> None:
         request = decode_pb2.CloseRequest(sequence_id=sequence_id)
@@ -84,12 +88,12 @@ def open_request(sequence_id: int = 1, **sampling: int) -> decode_pb2.OpenReques
         sampling=sampling_pb2.SamplingParams(**values),  # type: ignore[arg-type]
         timeout_ns=60_000_000_000,
     )
-    return decode_pb2.OpenRequest(sequence=sequence)
+    return decode_pb2.OpenRequest(sequence=sequence, ticket_id=TICKET_ID + sequence_id - 1)
 
 
-def begin(ticket: kv_pb2.Ticket) -> kv_pb2.HandoffRequest:
+def begin() -> kv_pb2.HandoffRequest:
     message = kv_pb2.HandoffBegin(
-        ticket_id=ticket.ticket_id, prefill_tp_size=1, layout_fingerprint="layout", rank_peer_names=["prefill/0"]
+        ticket_id=TICKET_ID, prefill_tp_size=1, layout_fingerprint="layout", rank_peer_names=["prefill/0"]
     )
     return kv_pb2.HandoffRequest(begin=message)
 
@@ -97,10 +101,9 @@ def begin(ticket: kv_pb2.Ticket) -> kv_pb2.HandoffRequest:
 async def test_a_sequence_from_open_to_its_last_token() -> None:
     async with serving() as service:
         session = await service.session()
-        ticket = await session.open(open_request())
-        assert list(ticket.rank_addresses) == ["inproc://0"]
+        await session.open(open_request())
         call = service.stub.Handoff()
-        await call.write(begin(ticket))
+        await call.write(begin())
         await call.read()
         await call.write(kv_pb2.HandoffRequest(chunk_offer=kv_pb2.ChunkOffer(num_blocks=2, num_layers=2)))
         await call.read()
@@ -127,9 +130,9 @@ async def test_a_sequence_from_open_to_its_last_token() -> None:
 async def test_a_router_whose_connection_breaks_has_nothing_open_any_more() -> None:
     async with serving() as service:
         session = await service.session()
-        ticket = await session.open(open_request())
+        await session.open(open_request())
         call = service.stub.Handoff()
-        await call.write(begin(ticket))
+        await call.write(begin())
         await call.read()
         await call.write(kv_pb2.HandoffRequest(chunk_offer=kv_pb2.ChunkOffer(num_blocks=2, num_layers=2)))
         await call.read()
@@ -140,9 +143,9 @@ async def test_a_router_whose_connection_breaks_has_nothing_open_any_more() -> N
 async def test_a_prefill_worker_whose_connection_breaks_leaves_nothing() -> None:
     async with serving() as service:
         session = await service.session()
-        ticket = await session.open(open_request())
+        await session.open(open_request())
         call = service.stub.Handoff()
-        await call.write(begin(ticket))
+        await call.write(begin())
         await call.read()
         await call.write(kv_pb2.HandoffRequest(chunk_offer=kv_pb2.ChunkOffer(num_blocks=2, num_layers=2)))
         await call.read()
@@ -186,7 +189,7 @@ async def test_a_prompt_that_is_computed_here_has_no_ticket_and_all_its_tokens_c
         session = await service.session()
         request = open_request()
         request.compute_locally = True
-        assert await session.open(request) == kv_pb2.Ticket()
+        assert (await session.open(request)).num_blocks_reused == 0
         tokens: list[int] = []
         while len(tokens) < 4:
             (entry,) = (await session.read()).sequences
@@ -229,7 +232,7 @@ async def test_a_session_that_breaks_the_protocol_ends(messages: list[decode_pb2
 async def test_errors_of_a_hand_off_arrive_in_their_classes() -> None:
     async with serving() as service:
         call = service.stub.Handoff()
-        await call.write(begin(kv_pb2.Ticket(ticket_id=5)))
+        await call.write(begin())
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert isinstance(error_from_rpc(caught.value), NotFound)

@@ -134,6 +134,12 @@ async def test_memory_for_blocks_may_be_given_in_bytes() -> None:
         Front(kv_bytes=block_bytes - 1)
 
 
+async def test_ranks_capture_steps_with_chunks_only_where_they_are_the_rule() -> None:
+    assert [start.captured_chunk_tokens for start in Front(tp_size=2).worker._start_messages()] == [0, 0]
+    worker = Front(tp_size=2, capture_chunks=True, chunk_tokens=192).worker
+    assert [start.captured_chunk_tokens for start in worker._start_messages()] == [192, 192]
+
+
 def test_settings_come_from_flags_and_environment() -> None:
     config = load_config(DecodeConfig, ["--model", "m", "--num-slots", "7"], {"BATON_DECODE_TP_SIZE": "2"})
     assert (config.model, config.num_slots, config.tp_size) == (Path("m"), 7, 2)

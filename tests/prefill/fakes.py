@@ -116,7 +116,7 @@ class FakeRanks(RankGroup):
     def finish_send(self, error_kind: str = "", is_in_doubt: bool = False) -> tuple[SendLeg, Operation]:
         """The oldest leg that is held arrives, or fails."""
         message, operation = self.held.pop(0)
-        operation.deliver(SendDone(message.op_id, 0, 1, 2, not is_in_doubt, error_kind, "by the test"))
+        operation.deliver(SendDone(message.op_id, 1, 2, not is_in_doubt, error_kind, "by the test"))
         if not error_kind:
             self.wire.deliver(message.tag)
         return message, operation
@@ -163,7 +163,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServicer):
     begin: kv_pb2.HandoffBegin | None = None
     finish: kv_pb2.HandoffFinish | None = None
     num_streams: int = 0
-    num_rejected: int = 0
+    rejected: asyncio.Event = field(default_factory=asyncio.Event)
     max_chunks_in_flight: int = 0
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     stream_over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -256,7 +256,7 @@ class _Stream:
         if reason:
             rejected = kv_pb2.ChunkRejected(chunk_index=chunk.chunk_index, reason=reason, detail="by the test")
             await self._write(kv_pb2.HandoffResponse(chunk_rejected=rejected))
-            decode.num_rejected += 1
+            decode.rejected.set()
         else:
             verified = kv_pb2.ChunkVerified(chunk_index=chunk.chunk_index, transfer_ns=10, verify_ns=5)
             await self._write(kv_pb2.HandoffResponse(chunk_verified=verified))

@@ -97,8 +97,7 @@ async def test_chunk_whose_grant_ran_out_is_offered_again_once_it_is_computed() 
         async with asyncio.timeout(5):
             await harness.ranks.on_held.wait()
             harness.ranks.finish_send("TransferTimeout")
-            while not harness.decode.num_rejected:
-                await asyncio.sleep(0)
+            await harness.decode.rejected.wait()
         assert [offer.num_final_blocks for offer in harness.decode.offers] == [0]
         harness.ranks.holds_sends = False
         harness.ranks.is_manual = False
@@ -112,8 +111,18 @@ async def test_chunk_whose_grant_ran_out_is_offered_again_once_it_is_computed() 
 async def test_at_most_four_chunks_travel_at_once() -> None:
     async with running(num_slots=4) as harness:
         harness.decode.max_layer_blocks_per_chunk = 1
-        await harness.prefill(harness.request(60))
-        assert harness.decode.max_chunks_in_flight == 4
+        harness.ranks.holds_sends = True
+        call = asyncio.create_task(harness.prefill(harness.request(60)))
+        async with asyncio.timeout(5):
+            while len(harness.ranks.held) < 4:
+                harness.ranks.on_held.clear()
+                await harness.ranks.on_held.wait()
+        assert len(harness.decode.offers) == 4
+        harness.ranks.holds_sends = False
+        while harness.ranks.held:
+            harness.ranks.finish_send()
+        await call
+        assert harness.decode.max_chunks_in_flight <= 4
         assert len(harness.decode.offers) == 15 * 2
         await harness.settled()
 

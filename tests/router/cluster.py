@@ -19,7 +19,7 @@ from services.router.process import RouterProcess
 from services.router.served_model import load_served_model
 from services.router.workers import Role
 from tests.router.byte_checkpoint import write_byte_checkpoint
-from tests.router.fake_workers import MAX_MESSAGE_BYTES, FakeDecode, FakePrefill, Script
+from tests.router.fake_workers import MAX_MESSAGE_BYTES, FakeDecode, FakePrefill, Script, Tickets
 
 
 @dataclass
@@ -104,7 +104,7 @@ async def running_cluster(
 ) -> AsyncIterator[Cluster]:
     """Fakes, a router that knows them, and a client; all of it is gone afterwards."""
     script = Script()
-    tickets: dict[int, tuple[FakeDecode, int]] = {}
+    tickets = Tickets()
     prefills = [FakePrefill(f"prefill-{index}", script, tickets) for index in range(num_prefills)]
     decodes = [FakeDecode(f"decode-{index}", script, tickets) for index in range(num_decodes)]
     for worker in (*prefills, *decodes):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,14 +135,32 @@ class OpenSequence:
     task: asyncio.Task[None] | None = None
 
 
+class Tickets:
+    """Which sequence of which decode worker a ticket names; a hand-off may ask before the sequence is opened."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[int, asyncio.Future[tuple[FakeDecode, int]]] = {}
+
+    def opened(self, ticket_id: int, sequence: tuple[FakeDecode, int]) -> None:
+        self._sequence(ticket_id).set_result(sequence)
+
+    async def take(self, ticket_id: int) -> tuple[FakeDecode, int]:
+        async with asyncio.timeout(10):
+            return await self._sequence(ticket_id)
+
+    def _sequence(self, ticket_id: int) -> asyncio.Future[tuple[FakeDecode, int]]:
+        if ticket_id not in self._sequences:
+            self._sequences[ticket_id] = asyncio.get_running_loop().create_future()
+        return self._sequences[ticket_id]
+
+
 class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
     """Produces the script's tokens for every sequence that joins."""
 
-    def __init__(self, name: str, script: Script, tickets: dict[int, tuple[FakeDecode, int]]) -> None:
+    def __init__(self, name: str, script: Script, tickets: Tickets) -> None:
         super().__init__(worker_pb2.WORKER_ROLE_DECODE, name, script)
         self._tickets = tickets
         self._streams: dict[str, asyncio.Queue[decode_pb2.SessionResponse | None]] = {}
-        self._ticket_ids = itertools.count(1)
         self.open: dict[int, OpenSequence] = {}
         self.opened: list[kv_pb2.Sequence] = []
         self.closed: list[int] = []
@@ -161,7 +178,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         queue = self._streams[session_id] = asyncio.Queue()
         reading = asyncio.create_task(self._read(session_id, request_iterator))
         try:
-            yield decode_pb2.SessionResponse()
+            yield decode_pb2.SessionResponse(tickets=kv_pb2.Ticket(rank_addresses=["fake://0"]))
             while (response := await queue.get()) is not None:
                 yield response
             raise Unavailable("the stream breaks")
@@ -176,36 +193,38 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
     async def _read(self, session_id: str, requests: AsyncIterator[decode_pb2.SessionRequest]) -> None:
         async for request in requests:
             if request.HasField("open"):
+                if self.script.num_opens_ignored:
+                    self.script.num_opens_ignored -= 1
+                    self._note(request.open)
+                    sequence = request.open.sequence
+                    self.open[sequence.sequence_id] = OpenSequence(session_id, sequence)
+                    continue
                 sequence_id = request.open.sequence.sequence_id
                 answer = decode_pb2.OpenResponse(sequence_id=sequence_id)
                 try:
-                    ticket = self._open(session_id, request.open)
-                    if ticket is not None:
-                        answer.ticket.CopyFrom(ticket)
+                    self._open(session_id, request.open)
                 except BatonError as error:
                     answer.error.CopyFrom(to_status(error))
-                if self.script.num_opens_ignored:
-                    self.script.num_opens_ignored -= 1
-                    continue
                 self._streams[session_id].put_nowait(decode_pb2.SessionResponse(opened=[answer]))
             else:
                 self.closed.append(request.close.sequence_id)
                 self._release(request.close.sequence_id)
                 self.close_seen.set()
 
-    def _open(self, session_id: str, request: decode_pb2.OpenRequest) -> kv_pb2.Ticket | None:
+    def _note(self, request: decode_pb2.OpenRequest) -> None:
         self.opened.append(request.sequence)
         self.open_seen.set()
+
+    def _open(self, session_id: str, request: decode_pb2.OpenRequest) -> None:
+        self._note(request)
         if self.script.open_errors:
             raise self.script.open_errors.pop(0)
         sequence_id = request.sequence.sequence_id
         held = self.open[sequence_id] = OpenSequence(session_id, request.sequence, request.compute_locally)
         if held.is_local:
             self.join(sequence_id)
-            return None
-        ticket_id = hash((self.status.worker_id, next(self._ticket_ids))) & 0xFFFFFFFF
-        self._tickets[ticket_id] = (self, sequence_id)
-        return kv_pb2.Ticket(ticket_id=ticket_id)
+        else:
+            self._tickets.opened(request.ticket_id, (self, sequence_id))
 
     def Handoff(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         raise NotImplementedError
@@ -288,7 +307,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
 class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
     """Answers with the script's next token, then lets decode join."""
 
-    def __init__(self, name: str, script: Script, tickets: dict[int, tuple[FakeDecode, int]]) -> None:
+    def __init__(self, name: str, script: Script, tickets: Tickets) -> None:
         super().__init__(worker_pb2.WORKER_ROLE_PREFILL, name, script)
         self._tickets = tickets
         self.requests: list[prefill_pb2.PrefillRequest] = []
@@ -321,7 +340,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         if script.prefill_errors_after_token:
             raise script.prefill_errors_after_token.pop(0)
         if not first.finish_reason:
-            decode, sequence_id = self._tickets.pop(request.ticket.ticket_id)
+            decode, sequence_id = await self._tickets.take(request.ticket.ticket_id)
             if sequence_id in decode.open:
                 decode.join(sequence_id)
         await script.before_completed.wait()

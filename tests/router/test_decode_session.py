@@ -33,7 +33,7 @@ def open_request(sequence_id: int, num_tokens: int = 5) -> decode_pb2.OpenReques
     sequence = kv_pb2.Sequence(
         sequence_id=sequence_id, token_ids=range(1, num_tokens + 1), num_prompt_tokens=num_tokens
     )
-    return decode_pb2.OpenRequest(sequence=sequence)
+    return decode_pb2.OpenRequest(sequence=sequence, ticket_id=sequence_id)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ async def test_a_cancelled_open_leaves_nothing_waiting_and_may_be_closed(cluster
     session.close(7)
     await asyncio.wait_for(cluster.decodes[0].close_seen.wait(), 5)
     assert not cluster.decodes[0].open
-    assert (await session.open(open_request(8))).HasField("ticket")
+    assert not (await session.open(open_request(8))).HasField("error")
 
 
 async def test_a_sequence_too_large_for_a_message_is_refused_and_the_session_stands(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from common.rpc.client import open_channel
 from services.router.config import RouterConfig
 from services.router.supervisor import child_argv
 from tests.router.byte_checkpoint import write_byte_checkpoint
-from tests.router.fake_workers import MAX_MESSAGE_BYTES, FakeDecode, FakePrefill, Script, letters
+from tests.router.fake_workers import MAX_MESSAGE_BYTES, FakeDecode, FakePrefill, Script, Tickets, letters
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": "proto"}
 MAX_RSS_BYTES = 250 << 20
@@ -88,7 +88,7 @@ async def ask(stub: inference_pb2_grpc.InferenceAsyncStub, num_tokens: int) -> l
 @pytest.mark.slow
 async def test_a_supervised_router_serves_survives_a_kill_and_drains(tmp_path: Path) -> None:
     script = Script()
-    tickets: dict[int, tuple[FakeDecode, int]] = {}
+    tickets = Tickets()
     prefill, decode = FakePrefill("p", script, tickets), FakeDecode("d", script, tickets)
     await prefill.start()
     await decode.start()

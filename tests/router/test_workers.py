@@ -14,7 +14,7 @@ from common.errors import InvalidArgument
 from common.rpc.status import error_from_rpc
 from services.router.workers import Role
 from tests.router.cluster import Cluster, running_cluster
-from tests.router.fake_workers import FakeDecode, Script, letters
+from tests.router.fake_workers import FakeDecode, Script, Tickets, letters
 
 
 async def wait_for_candidates(cluster: Cluster, role: Role, count: int) -> None:
@@ -30,7 +30,7 @@ def write_workers(path: Path, prefill: list[str], decode: list[str]) -> None:
 async def test_a_worker_joins_and_leaves_through_the_file(tmp_path: Path) -> None:
     file = tmp_path / "workers.toml"
     write_workers(file, [], [])
-    extra = FakeDecode("extra", Script(), {})
+    extra = FakeDecode("extra", Script(), Tickets())
     await extra.start()
     async with running_cluster(tmp_path / "model", workers_file=file, workers_file_interval_s=0.01) as cluster:
         registry = cluster.router.registry

@@ -49,7 +49,9 @@ def _spans_come_in_order(spans: list[CollectedSpan], num_tokens: int) -> None:
     assert counts["baton-prefill", "chunk"] >= 1
     first = {(s.service, s.name): s for s in sorted(spans, key=lambda span: span.start_ns, reverse=True)}
     queue, chunk = first["baton-prefill", "queue"], first["baton-prefill", "chunk"]
-    assert first["baton-router", "open"].end_ns <= queue.start_ns <= queue.end_ns <= chunk.start_ns
+    # Opening and prefill begin at once.
+    assert first["baton-router", "place"].end_ns <= queue.start_ns <= queue.end_ns <= chunk.start_ns
+    assert first["baton-router", "place"].end_ns <= first["baton-router", "open"].start_ns
     if num_tokens == 1:
         assert counts["baton-decode", "decode"] == 0
         return

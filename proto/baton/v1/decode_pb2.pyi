@@ -120,14 +120,15 @@ Global___SessionBegin: _TypeAlias = SessionBegin  # noqa: Y015
 
 @_typing.final
 class SessionResponse(_message.Message):
-    """Answers, and tokens of one engine step, or of several if the router is slow. The first one of a stream is empty: it
-    says that the session stands.
+    """Answers, and tokens of one engine step, or of several if the router is slow. The first one of a stream says that the
+    session stands, and has nothing else but perhaps tickets.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCES_FIELD_NUMBER: _builtins.int
     OPENED_FIELD_NUMBER: _builtins.int
+    TICKETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceTokens]:
         """At most one for each sequence."""
@@ -136,17 +137,26 @@ class SessionResponse(_message.Message):
     def opened(self) -> _containers.RepeatedCompositeFieldContainer[Global___OpenResponse]:
         """Sequences that were registered, or refused."""
 
+    @_builtins.property
+    def tickets(self) -> _kv_pb2.Ticket:
+        """What tickets of this worker say from now on, but for their ids: with the first message if its ranks stand, and
+        whenever that changes. Without rank addresses while there are no ranks.
+        """
+
     def __init__(
         self,
         *,
         sequences: _abc.Iterable[Global___SequenceTokens] | None = ...,
         opened: _abc.Iterable[Global___OpenResponse] | None = ...,
+        tickets: _kv_pb2.Ticket | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tickets", b"_tickets", "tickets", b"tickets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "sequences", b"sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tickets", b"_tickets", "opened", b"opened", "sequences", b"sequences", "tickets", b"tickets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tickets: _TypeAlias = _typing.Literal["tickets"]  # noqa: Y015
+    _WhichOneofArgType__tickets: _TypeAlias = _typing.Literal["_tickets", b"_tickets"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tickets) -> _WhichOneofReturnType__tickets | None: ...
 
 Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
 
@@ -259,12 +269,15 @@ class OpenRequest(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     COMPUTE_LOCALLY_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TICKET_ID_FIELD_NUMBER: _builtins.int
     compute_locally: _builtins.bool
     """This worker computes the prompt itself, in chunks beside its decode steps: there is no hand-off, and the first
     token comes like all others.
     """
     traceparent: _builtins.str
     """W3C trace context of the request, for its spans. Empty: none."""
+    ticket_id: _builtins.int
+    """Random, chosen by the router; the sequence's name in its hand-off. 0 if the prompt is computed here."""
     @_builtins.property
     def sequence(self) -> _kv_pb2.Sequence:
         """The sequence."""
@@ -275,10 +288,11 @@ class OpenRequest(_message.Message):
         sequence: _kv_pb2.Sequence | None = ...,
         compute_locally: _builtins.bool = ...,
         traceparent: _builtins.str = ...,
+        ticket_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_locally", b"compute_locally", "sequence", b"sequence", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_locally", b"compute_locally", "sequence", b"sequence", "ticket_id", b"ticket_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -291,14 +305,12 @@ class OpenResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
-    TICKET_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_REUSED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """From Sequence."""
-    @_builtins.property
-    def ticket(self) -> _kv_pb2.Ticket:
-        """For the prefill worker; unset if the prompt is computed here."""
-
+    num_blocks_reused: _builtins.int
+    """Leading blocks of the prompt that are here already."""
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """Set if it was refused: what a call's status would be, details included."""
@@ -307,21 +319,16 @@ class OpenResponse(_message.Message):
         self,
         *,
         sequence_id: _builtins.int = ...,
-        ticket: _kv_pb2.Ticket | None = ...,
+        num_blocks_reused: _builtins.int = ...,
         error: _status_pb2.Status | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_ticket", b"_ticket", "error", b"error", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_ticket", b"_ticket", "error", b"error", "sequence_id", b"sequence_id", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "error", b"error", "num_blocks_reused", b"num_blocks_reused", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__error: _TypeAlias = _typing.Literal["error"]  # noqa: Y015
     _WhichOneofArgType__error: _TypeAlias = _typing.Literal["_error", b"_error"]  # noqa: Y015
-    _WhichOneofReturnType__ticket: _TypeAlias = _typing.Literal["ticket"]  # noqa: Y015
-    _WhichOneofArgType__ticket: _TypeAlias = _typing.Literal["_ticket", b"_ticket"]  # noqa: Y015
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__error) -> _WhichOneofReturnType__error | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__ticket) -> _WhichOneofReturnType__ticket | None: ...
 
 Global___OpenResponse: _TypeAlias = OpenResponse  # noqa: Y015
 

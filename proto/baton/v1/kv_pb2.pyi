@@ -71,7 +71,9 @@ Global___ChunkRejectReason: _TypeAlias = ChunkRejectReason  # noqa: Y015
 
 @_typing.final
 class Ticket(_message.Message):
-    """Where a prefill worker sends the KV cache of one sequence. Made when decode opens it, carried by the router."""
+    """Where a prefill worker sends the KV cache of one sequence. The router makes it of what the decode worker said in its
+    session, and tells both workers at once: a hand-off may begin before decode has opened the sequence.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -81,9 +83,8 @@ class Ticket(_message.Message):
     HANDOFF_ADDRESS_FIELD_NUMBER: _builtins.int
     RANK_ADDRESSES_FIELD_NUMBER: _builtins.int
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    NUM_BLOCKS_REUSED_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.int
-    """Random; names the open sequence on the decode worker."""
+    """Random; names the sequence on the decode worker."""
     decode_worker_id: _builtins.str
     """The decode worker."""
     decode_incarnation: _builtins.str
@@ -92,8 +93,6 @@ class Ticket(_message.Message):
     """gRPC address for the Handoff call."""
     layout_fingerprint: _builtins.str
     """Must equal the prefill worker's own."""
-    num_blocks_reused: _builtins.int
-    """Leading blocks of the prompt that decode holds already."""
     @_builtins.property
     def rank_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Transport address of each rank, in order of rank."""
@@ -107,11 +106,10 @@ class Ticket(_message.Message):
         handoff_address: _builtins.str = ...,
         rank_addresses: _abc.Iterable[_builtins.str] | None = ...,
         layout_fingerprint: _builtins.str = ...,
-        num_blocks_reused: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "handoff_address", b"handoff_address", "layout_fingerprint", b"layout_fingerprint", "num_blocks_reused", b"num_blocks_reused", "rank_addresses", b"rank_addresses", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "handoff_address", b"handoff_address", "layout_fingerprint", b"layout_fingerprint", "rank_addresses", b"rank_addresses", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
