@@ -19,6 +19,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.errors import InternalError
+from common.kernels.dependent_launch import is_dependent, launch_options, policy, start_next, wait_for_previous
+from common.kernels.triton_decode_tiles import fetch_tile, load_tile, merge, program_of, row_of
 from common.kernels.triton_device import LOG2_E, current_stream, num_multiprocessors
 
 _MIN_DOT_ROWS: Final = 16
@@ -110,17 +112,19 @@ def decode_attention(
     )
     keys = kv_layer.view(-1, head_dim)
     merged_rows = triton.next_power_of_2(group)
+    dependent = is_dependent(q.shape[0], q.device)
     merged = max(1, _MERGED_VALUES_PER_THREAD * 32 * tuning.num_warps // (merged_rows * head_dim))
     _decode_kernel[(num_programs,)](
         q,
         TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [tuning.tile, head_dim]) if tuning.use_tma else keys,
-        batch.block_tables, batch.context_lengths, batch.tile_ends[window], batch.query_rows, out,
-        space.acc, space.max_sum, space.arrivals, q.stride(0), batch.block_tables.stride(0), num_sequences, window or 0,
+        keys, batch.block_tables, batch.context_lengths, batch.tile_ends[window], batch.query_rows, out, space.acc,
+        space.max_sum, space.arrivals, q.stride(0), batch.block_tables.stride(0), num_sequences, window or 0,
         scale * LOG2_E,
         SEQUENCES=triton.next_power_of_2(num_sequences), NUM_KV_HEADS=num_kv_heads, GROUP=group,
         ROWS=max(_MIN_DOT_ROWS, merged_rows), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
         WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=merged,
-        MERGED_ROWS=merged_rows, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+        MERGED_ROWS=merged_rows, DEPENDENT=dependent, FETCHED=policy().attention_fetch_tiles if dependent else 0,
+        num_warps=tuning.num_warps, num_stages=tuning.num_stages, **launch_options(dependent),
     )  # fmt: skip
 
 
@@ -169,34 +173,21 @@ def _refresh_kernel(
 
 
 @triton.jit
-def _load_tile(
-    kv, tables_ptr, block_row, key, head, WHICH: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """Keys [key, key + TILE) of one head, [TILE, HEAD_DIM]. WHICH: 0 for K, 1 for V."""
-    if USE_TMA:
-        block = tl.load(tables_ptr + block_row + key // BLOCK_SIZE)
-        tile = kv.load([((block * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE, 0])
-    else:
-        keys = key + tl.arange(0, TILE)
-        if TILE == BLOCK_SIZE:
-            blocks = tl.load(tables_ptr + block_row + key // BLOCK_SIZE).to(tl.int64)
-        else:
-            blocks = tl.load(tables_ptr + block_row + keys // BLOCK_SIZE).to(tl.int64)
-        rows = ((blocks * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE
-        tile = tl.load(kv + rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
-    return tile
-
-
-@triton.jit
 def _decode_kernel(
-    q_ptr, kv, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr, arrivals_ptr,
-    q_stride, table_stride, num_sequences, window, qk_scale,
+    q_ptr, kv, keys_ptr, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr,
+    arrivals_ptr, q_stride, table_stride, num_sequences, window, qk_scale,
     SEQUENCES: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, USE_TMA: tl.constexpr,
-    MIN_TILES: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
+    MIN_TILES: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+    FETCHED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: any number of programs. Slot 2p holds program p's first row if that goes on elsewhere, 2p + 1 its last."""
+    """Grid: any number of programs. Slot 2p holds program p's first row if that goes on elsewhere, 2p + 1 its last.
+
+    Lengths, tables and what follows from them are read before waiting: they were written at the start of the step,
+    before the product that has waited since.
+    """
+    if DEPENDENT:
+        start_next()
     program = tl.program_id(0)
     total = tl.load(tile_ends_ptr + num_sequences - 1) * NUM_KV_HEADS
     num_programs = tl.minimum(tl.num_programs(0), tl.maximum(total // MIN_TILES, 1))
@@ -211,23 +202,26 @@ def _decode_kernel(
     sequences = tl.arange(0, SEQUENCES)
     ends = tl.load(tile_ends_ptr + sequences, sequences < num_sequences, other=0)
     sequence = tl.sum(((sequences < num_sequences) & (ends * NUM_KV_HEADS <= tile)).to(tl.int32))
+    if DEPENDENT:  # noqa: SIM102 - a constant, then a value of the device
+        # Programs without a share end at once, which lets the next kernel start: the first one always waits.
+        if tile < end:
+            if FETCHED > 0:
+                head, _, row_end, _, _, base_tile = row_of(
+                    tile, sequence, tile_ends_ptr, lengths_ptr, window, NUM_KV_HEADS, TILE, WINDOWED
+                )
+                for number in tl.range(tile, tl.minimum(tl.minimum(end, row_end), tile + FETCHED)):
+                    fetch_tile(
+                        keys_ptr, tables_ptr, sequence * table_stride, (base_tile + number) * TILE, head,
+                        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE,
+                    )  # fmt: skip
+            wait_for_previous()
     row_of_dot = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD_DIM)
     while tile < end:
-        sequence_end = tl.load(tile_ends_ptr + sequence)
-        sequence_first = 0
-        if sequence > 0:
-            sequence_first = tl.load(tile_ends_ptr + sequence - 1)
-        tiles_per_row = sequence_end - sequence_first
-        head = (tile - sequence_first * NUM_KV_HEADS) // tiles_per_row
-        row_first = sequence_first * NUM_KV_HEADS + head * tiles_per_row
-        row_end = row_first + tiles_per_row
+        head, row_first, row_end, length, first_key, base_tile = row_of(
+            tile, sequence, tile_ends_ptr, lengths_ptr, window, NUM_KV_HEADS, TILE, WINDOWED
+        )
         stop = tl.minimum(end, row_end)
-        length = tl.load(lengths_ptr + sequence)
-        first_key = 0
-        if WINDOWED:
-            first_key = tl.maximum(length - window, 0)
-        base_tile = first_key // TILE - row_first
         query_row = tl.load(query_rows_ptr + sequence).to(tl.int64)
         q = tl.load(
             q_ptr + query_row * q_stride + (head * GROUP + row_of_dot[:, None]) * HEAD_DIM + dim[None, :],
@@ -241,8 +235,8 @@ def _decode_kernel(
         table_row = sequence * table_stride
         for number in tl.range(tile, stop):
             key = (base_tile + number) * TILE
-            k = _load_tile(kv, tables_ptr, table_row, key, head, 0, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
-            v = _load_tile(kv, tables_ptr, table_row, key, head, 1, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
+            k = load_tile(kv, tables_ptr, table_row, key, head, 0, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
+            v = load_tile(kv, tables_ptr, table_row, key, head, 1, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
             keys = key + tl.arange(0, TILE)[None, :]
             visible = keys < length
@@ -275,66 +269,17 @@ def _decode_kernel(
             own = max_sum_ptr + (slot * GROUP + row_of_dot) * 2
             tl.store(own, best, row_of_dot < GROUP)
             tl.store(own + 1, total_weight, row_of_dot < GROUP)
-            first_program = _program_of(row_first, share, longer)
-            num_parts = _program_of(row_end - 1, share, longer) - first_program + 1
+            first_program = program_of(row_first, share, longer)
+            num_parts = program_of(row_end - 1, share, longer) - first_program + 1
             tl.debug_barrier()  # all of the program's stores, before one thread announces them
             arrivals = arrivals_ptr + sequence * NUM_KV_HEADS + head
             if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_parts - 1:
                 starts_earlier = (first_program * share + tl.minimum(first_program, longer)) < row_first
-                _merge(
+                merge(
                     acc_ptr, max_sum_ptr, out_ptr + out_at, first_program, num_parts, starts_earlier.to(tl.int32),
                     GROUP, HEAD_DIM, MERGED, MERGED_ROWS,
                 )  # fmt: skip
                 tl.store(arrivals, 0)
         tile = stop
-        if stop == sequence_end * NUM_KV_HEADS:
+        if (stop == row_end) & (head == NUM_KV_HEADS - 1):
             sequence += 1
-
-
-@triton.jit
-def _program_of(tile, share, longer):
-    """Which program's share holds the tile: the first `longer` shares have one tile more."""
-    long_end = longer * (share + 1)
-    in_long = tile // (share + 1)
-    in_short = longer + (tile - long_end) // tl.maximum(share, 1)
-    return tl.where(tile < long_end, in_long, in_short)
-
-
-@triton.jit
-def _merge(
-    acc_ptr, max_sum_ptr, out_ptr, first_program, num_parts, starts_earlier,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Join the parts of a row. Each is the first of its program; the first one may be its program's last instead."""
-    row = tl.arange(0, MERGED_ROWS)
-    dim = tl.arange(0, HEAD_DIM)
-    best = tl.full([MERGED_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([MERGED_ROWS], tl.float32)
-    acc = tl.zeros([MERGED_ROWS, HEAD_DIM], tl.float32)
-    for start in tl.range(0, num_parts, MERGED, num_stages=4):
-        part = start + tl.arange(0, MERGED)
-        slot = (first_program + part) * 2 + tl.where(part == 0, starts_earlier, 0)
-        mask = (part < num_parts)[:, None] & (row < GROUP)[None, :]
-        at = slot[:, None] * GROUP + row[None, :]
-        # Written by other programs: read past the first-level cache.
-        maxima = tl.load(max_sum_ptr + at * 2, mask, other=float("-inf"), cache_modifier=".cg")
-        weights = tl.load(max_sum_ptr + at * 2 + 1, mask, other=0.0, cache_modifier=".cg")
-        parts = tl.load(
-            acc_ptr + at[:, :, None] * HEAD_DIM + dim[None, None, :],
-            mask[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        higher = tl.maximum(best, tl.max(maxima, 0))
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        factors = tl.exp2(maxima - anchor[None, :])
-        kept = tl.exp2(best - anchor)
-        total = total * kept + tl.sum(weights * factors, 0)
-        acc = acc * kept[:, None] + tl.sum(parts * factors[:, :, None], 0)
-        best = higher
-    safe = tl.where(total == 0.0, 1.0, total)
-    tl.store(
-        out_ptr + row[:, None] * HEAD_DIM + dim[None, :],
-        (acc / safe[:, None]).to(out_ptr.dtype.element_ty),
-        (row < GROUP)[:, None],
-    )

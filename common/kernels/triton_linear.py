@@ -4,8 +4,8 @@ Weights lie [out, in] in memory: a tile is then rows of consecutive bytes. Optio
 up, where each program computes matching columns of both, and adding to the residual in place. The inputs of a product
 may be cut into parts; the last program to arrive sums the parts of a tile in their order, so results never vary.
 
-With programmatic dependent launch a product starts while the kernel before it still runs, and fetches its first weights
-into the second-level cache before it waits for that kernel: weights depend on nothing.
+Launched dependently (`dependent_launch`), a product starts while the kernel before it still runs, and fetches its first
+weights into the second-level cache before it waits for that kernel: weights depend on nothing.
 """
 # ruff: noqa: N803, N806 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
@@ -13,7 +13,7 @@ into the second-level cache before it waits for that kernel: weights depend on n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -21,11 +21,18 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.errors import InternalError
+from common.kernels.dependent_launch import (
+    PIECE_BYTES,
+    by_policy,
+    fetch,
+    launch_options,
+    start_next,
+    wait_for_previous,
+)
 from common.kernels.linear_tuning import TUNED, Launch, LinearTuning, default_tuning, padded_rows
 from common.kernels.triton_device import current_stream, is_hopper
 
 MAX_ROWS: Final = 64
-_PIECE_BYTES: Final = 256  # fetched by one instruction
 _MIN_ARRIVALS: Final = 4096
 _KEPT_ROW_ELEMENTS: Final = 1 << 18  # of parts, at least: 1 MiB
 
@@ -86,7 +93,9 @@ def _launch(
     if not supports(x, weight):
         raise InternalError(f"no product for x {tuple(x.shape)} and a weight of strides {weight.stride()}, {x.dtype}")
     (num_rows, num_in), num_columns = x.shape, out.shape[1]
-    tuning = tuning or default_tuning(num_in, num_columns, gated, num_rows)
+    if tuning is None:
+        tuning = default_tuning(num_in, num_columns, gated, num_rows)
+        tuning = by_policy(tuning, weight.shape[1], num_in * weight.element_size())
     rows = padded_rows(num_rows)
     tiles = triton.cdiv(num_columns, tuning.block_n)
     # Every part has inputs: otherwise it would not be a part.
@@ -94,7 +103,6 @@ def _launch(
     split = triton.cdiv(num_in, part_in)
     space = _workspace(x.device, tiles, tiles * split * rows * tuning.block_n * (2 if gated else 1))
     rows_in_memory = weight.t()
-    options: dict[str, Any] = {} if tuning.launch == Launch.PLAIN else {"launch_pdl": True}
     box = [tuning.block_n, tuning.block_k]
     _linear_kernel[(tiles * split,)](
         x, rows_in_memory,
@@ -102,8 +110,9 @@ def _launch(
         out, space.parts, space.arrivals, num_rows, x.stride(0), out.stride(0),
         NUM_COLUMNS=num_columns, NUM_IN=num_in, PART_IN=part_in, ROWS=rows, BLOCK_N=tuning.block_n,
         BLOCK_K=tuning.block_k, SPLIT=split, GATED=gated, ADD=add, SWAP=tuning.swap, USE_TMA=tuning.use_tma,
-        LAUNCH=int(tuning.launch), PIECES=tuning.prefetch_bytes // _PIECE_BYTES, PIECE_BYTES=_PIECE_BYTES,
-        STAGES=tuning.num_stages, num_warps=tuning.num_warps, num_stages=tuning.num_stages, **options,
+        LAUNCH=int(tuning.launch), PIECES=tuning.prefetch_bytes // PIECE_BYTES, PIECE_BYTES=PIECE_BYTES,
+        STAGES=tuning.num_stages, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+        **launch_options(tuning.launch != Launch.PLAIN),
     )  # fmt: skip
 
 
@@ -135,11 +144,7 @@ def _prefetch(weight_ptr, first, last, k, NUM_IN: tl.constexpr, BLOCK_N: tl.cons
     row = tl.minimum(first + tl.arange(0, BLOCK_N), last).to(tl.int64)
     # Past the end of a row: once more its last piece.
     column = tl.minimum(k + tl.arange(0, PIECES) * ELEMENTS, NUM_IN - ELEMENTS)
-    at = weight_ptr + row[:, None] * NUM_IN + column[None, :]
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
-        "=r,l,r", [at.to(tl.int64), PIECE_BYTES], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    fetch(weight_ptr + row[:, None] * NUM_IN + column[None, :], PIECE_BYTES)
 
 
 @triton.jit
@@ -201,9 +206,9 @@ def _linear_kernel(
             _prefetch(weight_ptr, first, LAST, begin, NUM_IN, BLOCK_N, PIECES, PIECE_BYTES)
             if GATED:
                 _prefetch(weight_ptr, NUM_COLUMNS + first, LAST, begin, NUM_IN, BLOCK_N, PIECES, PIECE_BYTES)
-        tl.extra.cuda.gdc_wait()
+        wait_for_previous()
         if LAUNCH == 2:
-            tl.extra.cuda.gdc_launch_dependents()
+            start_next()
     acc = tl.zeros([BLOCK_N, ROWS] if SWAP else [ROWS, BLOCK_N], tl.float32)
     acc_up = tl.zeros([BLOCK_N, ROWS] if SWAP else [ROWS, BLOCK_N], tl.float32)
     row = tl.arange(0, ROWS)
@@ -219,7 +224,7 @@ def _linear_kernel(
             up = _weight_tile(weight_ptr, weight, NUM_COLUMNS + first, LAST, k, NUM_IN, BLOCK_N, BLOCK_K, USE_TMA)
             acc_up = _multiply(x, up, acc_up, SWAP)
     if LAUNCH == 1:
-        tl.extra.cuda.gdc_launch_dependents()
+        start_next()
     column = tl.arange(0, BLOCK_N)
     if SWAP:
         row, column = row[None, :], column[:, None]

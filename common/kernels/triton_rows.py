@@ -1,6 +1,6 @@
 """Triton kernels over the rows of activations: RMSNorm with and without residual add, SiLU·mul, QK-norm + rotary + KV
 store and, for comparison with the libraries' own, LayerNorm and softmax. One pass over device memory each; sums in
-float32.
+float32. Those of a decoder are launched dependently while rows are few (`dependent_launch`).
 """
 # ruff: noqa: N803, N806 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from common.kernels.dependent_launch import is_dependent, launch_options, start_next, wait_for_previous
+
 _MAX_ROPE_HEADS = 64  # of one token per program
 _ROPE_HEADS_PER_WARP = 16
 _SILU_COLUMNS = 2048
@@ -20,10 +22,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x: [..., n], rows contiguous; weight: [n]. Normalised over the last dimension."""
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    num_columns = rows.shape[1]
-    _rms_norm_kernel[(rows.shape[0],)](
+    num_rows, num_columns = rows.shape
+    dependent = is_dependent(num_rows, x.device)
+    _rms_norm_kernel[(num_rows,)](
         rows, rows, weight, out, rows.stride(0), 0, num_columns, eps,
-        WITH_RESIDUAL=False, COLUMNS=triton.next_power_of_2(num_columns), num_warps=_row_warps(num_columns),
+        WITH_RESIDUAL=False, COLUMNS=triton.next_power_of_2(num_columns), DEPENDENT=dependent,
+        num_warps=_row_warps(num_columns), **launch_options(dependent),
     )  # fmt: skip
     return out.view(x.shape)
 
@@ -31,10 +35,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Add x to `residual` in place and return the norm of the sum. x, residual: [T, n]; weight: [n]."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    num_columns = x.shape[1]
-    _rms_norm_kernel[(x.shape[0],)](
+    num_rows, num_columns = x.shape
+    dependent = is_dependent(num_rows, x.device)
+    _rms_norm_kernel[(num_rows,)](
         x, residual, weight, out, x.stride(0), residual.stride(0), num_columns, eps,
-        WITH_RESIDUAL=True, COLUMNS=triton.next_power_of_2(num_columns), num_warps=_row_warps(num_columns),
+        WITH_RESIDUAL=True, COLUMNS=triton.next_power_of_2(num_columns), DEPENDENT=dependent,
+        num_warps=_row_warps(num_columns), **launch_options(dependent),
     )  # fmt: skip
     return out
 
@@ -45,7 +51,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty((num_rows, num_columns))
     columns = min(_SILU_COLUMNS, triton.next_power_of_2(num_columns))
     grid = (num_rows, triton.cdiv(num_columns, columns))
-    _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), num_columns, COLUMNS=columns, num_warps=4)
+    dependent = is_dependent(num_rows, gate_up.device)
+    _silu_mul_kernel[grid](
+        gate_up, out, gate_up.stride(0), num_columns, COLUMNS=columns, DEPENDENT=dependent, num_warps=4,
+        **launch_options(dependent),
+    )  # fmt: skip
     return out
 
 
@@ -71,11 +81,13 @@ def qk_norm_rope_store(
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
     heads = min(_MAX_ROPE_HEADS, triton.next_power_of_2(num_all_heads))
     grid = (num_tokens, triton.cdiv(num_all_heads, heads))
+    dependent = is_dependent(num_tokens, qkv.device)
     _qk_norm_rope_store_kernel[grid](
         qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, kv_layer, store_slots, eps,
         cos.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, HEADS=heads,
-        WITH_NORM=q_norm is not None and k_norm is not None, num_warps=max(1, heads // _ROPE_HEADS_PER_WARP),
+        WITH_NORM=q_norm is not None and k_norm is not None, DEPENDENT=dependent,
+        num_warps=max(1, heads // _ROPE_HEADS_PER_WARP), **launch_options(dependent),
     )  # fmt: skip
     return qkv[:, :num_heads]
 
@@ -106,12 +118,17 @@ def _row_warps(num_columns: int) -> int:
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, residual_stride, num_columns, eps,
-    WITH_RESIDUAL: tl.constexpr, COLUMNS: tl.constexpr,
+    WITH_RESIDUAL: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows,)."""
+    if DEPENDENT:
+        start_next()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, COLUMNS)
     mask = columns < num_columns
+    if DEPENDENT:
+        weight = tl.load(weight_ptr + columns, mask, other=0.0)
+        wait_for_previous()
     x = tl.load(x_ptr + row * x_stride + columns, mask, other=0.0)
     if WITH_RESIDUAL:
         own = residual_ptr + row * residual_stride + columns
@@ -120,13 +137,20 @@ def _rms_norm_kernel(
         tl.store(own, x, mask)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / num_columns + eps)
-    weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * num_columns + columns, (x * scale * weight).to(out_ptr.dtype.element_ty), mask)
+    if not DEPENDENT:
+        weight = tl.load(weight_ptr + columns, mask, other=0.0)
+    out = x * scale * weight.to(tl.float32)
+    tl.store(out_ptr + row * num_columns + columns, out.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, stride, num_columns, COLUMNS: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up_ptr, out_ptr, stride, num_columns, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
     """Grid: (rows, pieces of COLUMNS)."""
+    if DEPENDENT:
+        start_next()
+        wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = columns < num_columns
@@ -144,39 +168,54 @@ def _head_scale(scale, q_norm_ptr, k_norm_ptr, is_query, is_value):
 
 
 @triton.jit
+def _angles(cos_ptr, sin_ptr, HALF: tl.constexpr):
+    """Cosines and sines of the lower half of a head, then of the upper one."""
+    cos_low, sin_low = tl.load(cos_ptr), tl.load(sin_ptr)
+    cos_high, sin_high = tl.load(cos_ptr + HALF), tl.load(sin_ptr + HALF)
+    return cos_low.to(tl.float32), sin_low.to(tl.float32), cos_high.to(tl.float32), sin_high.to(tl.float32)
+
+
+@triton.jit
 def _qk_norm_rope_store_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kv_ptr, slots_ptr, eps, angle_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr, WITH_NORM: tl.constexpr,
+    HEADS: tl.constexpr, WITH_NORM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, groups of HEADS). A thread owns both halves of what it rotates, so working in place is safe."""
     HALF: tl.constexpr = HEAD_DIM // 2
     ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
+    if DEPENDENT:
+        start_next()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, HALF)[None, :]
     is_query = head < NUM_HEADS
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     own = qkv_ptr + (token * ALL_HEADS + head) * HEAD_DIM + dim
+    angle = token * angle_stride + dim
+    if DEPENDENT:
+        # Written at the start of the step, before the product that has waited since.
+        cos_low, sin_low, cos_high, sin_high = _angles(cos_ptr + angle, sin_ptr + angle, HALF)
+        slot = tl.load(slots_ptr + token)
+        wait_for_previous()
     low = tl.load(own, head < ALL_HEADS, other=0.0).to(tl.float32)
     high = tl.load(own + HALF, head < ALL_HEADS, other=0.0).to(tl.float32)
     if WITH_NORM:
         scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1, keep_dims=True) / HEAD_DIM + eps)
         low *= _head_scale(scale, q_norm_ptr + dim, k_norm_ptr + dim, is_query, is_value)
         high *= _head_scale(scale, q_norm_ptr + HALF + dim, k_norm_ptr + HALF + dim, is_query, is_value)
-    angle = token * angle_stride + dim
+    if not DEPENDENT:
+        cos_low, sin_low, cos_high, sin_high = _angles(cos_ptr + angle, sin_ptr + angle, HALF)
+        slot = tl.load(slots_ptr + token)
     # Values are turned by nothing: exactly themselves.
-    cos_low = tl.where(is_value, 1.0, tl.load(cos_ptr + angle).to(tl.float32))
-    sin_low = tl.where(is_value, 0.0, tl.load(sin_ptr + angle).to(tl.float32))
+    cos_low, sin_low = tl.where(is_value, 1.0, cos_low), tl.where(is_value, 0.0, sin_low)
+    cos_high, sin_high = tl.where(is_value, 1.0, cos_high), tl.where(is_value, 0.0, sin_high)
     rotated_low = low * cos_low + high * sin_low
-    cos_high = tl.where(is_value, 1.0, tl.load(cos_ptr + angle + HALF).to(tl.float32))
-    sin_high = tl.where(is_value, 0.0, tl.load(sin_ptr + angle + HALF).to(tl.float32))
     rotated_high = high * cos_high + low * sin_high
     low = rotated_low.to(qkv_ptr.dtype.element_ty)
     high = rotated_high.to(qkv_ptr.dtype.element_ty)
     tl.store(own, low, is_query)
     tl.store(own + HALF, high, is_query)
-    slot = tl.load(slots_ptr + token)
     # K heads, then V heads: in a block that is the order of its 2 * NUM_KV_HEADS tiles.
     tile = (slot // BLOCK_SIZE) * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)
     stored = kv_ptr + (tile * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dim
