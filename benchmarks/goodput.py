@@ -5,8 +5,8 @@
 Two devices each time: one prefill and one decode worker, then two workers that compute prompts in chunks beside their
 decode steps, for each chunk budget. First tokens are released `steady`. Each rate is one run of Poisson arrivals with
 the trace's lengths, with prompts of its own: what one run leaves in the prefix caches is of no use to the next. For
-every limit on gaps the colocated case is judged by its best chunk budget. On a GPU a step with chunks runs kernel by
-kernel; only steps without are captured graphs. Without GPUs it runs the shipped checkpoint.
+every limit on gaps the colocated case is judged by its best chunk budget. On a GPU steps with chunks are captured
+graphs like those without. Without GPUs it runs the shipped checkpoint.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def cases(args: argparse.Namespace, model: Path) -> tuple[Case, list[Case]]:
                 num_prefill=0,
                 num_decode=2,
                 device=args.device,
-                decode_args=(*decode_args, "--chunk-tokens", str(chunk)),
+                decode_args=(*decode_args, "--chunk-tokens", str(chunk), "--capture-chunks"),
                 router_args=(*STEADY, "--local-prefill", "always"),
             ),
             tuple(sorted(args.together_rates or args.rates)),

@@ -24,6 +24,7 @@ from common.kernels.triton_backend import (
     scatter_blocks,
     scatter_slot,
     silu_mul,
+    tile_queries,
 )
 from common.kernels.triton_decode import DecodeBatch, default_tuning, refresh
 from common.kernels.triton_linear import gate_up_silu_few, is_ahead, linear_few
@@ -42,11 +43,13 @@ __all__ = [
     "payload_digest",
     "plan_batch",
     "plan_decode",
+    "plan_mixed",
     "qk_norm_rope_store",
     "refresh_decode",
     "rms_norm",
     "scatter_blocks",
     "scatter_slot",
+    "tile_queries",
 ]
 
 _HEAD = 16  # outputs to inputs of the head, at least; products of a layer have fewer
@@ -65,6 +68,18 @@ class _UploadedBatch(PrefillBatch):
             (tiles,) = upload([table], self.block_tables.device)
             self._tiles[queries] = tiles
         return tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TiledBatch(PrefillBatch):
+    """Chunks whose tiles are written before each replay of a captured graph."""
+
+    fixed_tiles: torch.Tensor
+    queries: int
+
+    def tiles(self, queries: int) -> torch.Tensor:
+        assert queries == self.queries, "the tiles were made for another kernel"
+        return self.fixed_tiles
 
 
 def layout_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -128,6 +143,44 @@ def plan_batch(
         decode=batch,
         decode_tuning=tuning,
     )
+
+
+def plan_mixed(
+    block_tables: torch.Tensor,
+    chunk_tables: torch.Tensor,
+    tiles: torch.Tensor,
+    queries: int,
+    num_tokens: int,
+    windows: Iterable[int | None],
+    shape: KVShape,
+    dtype: torch.dtype,
+) -> TritonPlan:
+    """A plan of padding to capture a graph with: rows that decode, then `num_tokens` tokens of chunks of prompts.
+
+    block_tables, chunk_tables: [rows or chunks, columns] int32, of `table_columns`, all entries naming some block;
+    tiles: [n, 4] int32, see `PrefillBatch`, of up to `queries` queries each (`tile_queries`). Before each replay fill
+    these and `decode.context_lengths` (0: padding), and `store_slots` of the chunks' tokens, which come last; the
+    captured part starts with `refresh_decode`.
+    """
+    device, num_rows = block_tables.device, block_tables.shape[0]
+    slots = torch.full((num_rows + num_tokens,), -1, dtype=torch.int64, device=device)
+    lengths = torch.zeros(num_rows, dtype=torch.int32, device=device)
+    decode = DecodeBatch(
+        query_rows=torch.arange(num_rows, dtype=torch.int32, device=device),
+        block_tables=block_tables,
+        context_lengths=lengths,
+        tile_ends={window: torch.zeros_like(lengths) for window in {None, *windows}},
+        store_slots=slots[:num_rows],
+    )
+    plan = TritonPlan(
+        shape=shape,
+        store_slots=slots,
+        prefill=_TiledBatch((), chunk_tables, fixed_tiles=tiles, queries=queries),
+        decode=decode,
+        decode_tuning=default_tuning(shape.block_size, shape.head_dim, dtype),
+    )
+    refresh_decode(plan)
+    return plan
 
 
 def table_columns(num_blocks: int) -> int:

@@ -61,6 +61,7 @@ __all__ = [
     "scatter_slot",
     "scatter_with_digest",
     "silu_mul",
+    "tile_queries",
 ]
 
 
@@ -182,6 +183,14 @@ def attention_into(
         kernel.prefill_attention(q, kv_layer, plan.prefill, window, scale, out)
     if plan.decode is not None:
         decode_attention(q, kv_layer, plan.decode, window, scale, out, plan.decode_tuning)
+
+
+def tile_queries(num_heads: int, kv_layer: torch.Tensor) -> int:
+    """Queries in a tile of prefill attention over such a layer, `num_heads` heads of the layer's dtype."""
+    q = kv_layer.new_empty((1, num_heads, kv_layer.shape[-1]))
+    kernel = triton_prefill_hopper if triton_prefill_hopper.supports(q, kv_layer) else triton_prefill
+    queries: int = kernel.tile_queries(num_heads, kv_layer)
+    return queries
 
 
 def _decode_batch(

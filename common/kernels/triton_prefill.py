@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.kernels.batch import Span
 from common.kernels.triton_device import LOG2_E
+
+# Takes a place in a table of tiles and writes nothing: no query, one step of keys of the first span.
+EMPTY_TILE: Final = (0, 1, 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,12 @@ def make_tiles(spans: Sequence[tuple[int, Span]], queries: int) -> list[tuple[in
         for start in range(0, span.num_queries, queries)
     ]
     return sorted(tiles, key=lambda tile: tile[2], reverse=True)
+
+
+def tile_queries(num_heads: int, kv_layer: torch.Tensor) -> int:
+    """Queries in a tile. kv_layer: as for `prefill_attention`."""
+    _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
+    return default_tuning(block_size, head_dim, kv_layer.dtype).rows // (num_heads // num_kv_heads)
 
 
 def prefill_attention(

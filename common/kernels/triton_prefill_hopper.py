@@ -46,6 +46,11 @@ def supports(q: torch.Tensor, kv_layer: torch.Tensor) -> bool:
     )
 
 
+def tile_queries(num_heads: int, kv_layer: torch.Tensor) -> int:
+    """Queries in a tile: the same number for each half. kv_layer: as for `prefill_attention`."""
+    return _ROWS // 2 // (num_heads // kv_layer.shape[2]) * 2
+
+
 def prefill_attention(
     q: torch.Tensor,
     kv_layer: torch.Tensor,
@@ -59,7 +64,7 @@ def prefill_attention(
     _, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
     group = num_heads // num_kv_heads
-    tiles = batch.tiles(_ROWS // 2 // group * 2)
+    tiles = batch.tiles(tile_queries(num_heads, kv_layer))
     num_items = tiles.shape[0] * num_kv_heads
     num_programs = min(num_multiprocessors(kv_layer.device), num_items)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

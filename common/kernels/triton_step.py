@@ -1,7 +1,9 @@
-"""Triton kernel that starts a captured decode step: from what is new in a plan to the inputs of the forward pass.
+"""Triton kernels that start a captured step: from what is new in a plan to the inputs of the forward pass.
 
-    packed: [5, n] int32, one column per row of the batch, all from one copy:
+    packed: [5, n] int32, one column per row that decodes, all from one copy:
             row | context length with this token, 0: padding | new block's column, -1: none | its id | output index
+    chunks: [4, n] int32, one column per chunk of a prompt, from one copy with the chunks' token ids:
+            row | number of tokens, 0: padding | place of the first among the chunks' tokens | its position
 
 Everything else is on the device already: the rows' block tables and their last tokens.
 """
@@ -19,7 +21,10 @@ import triton.language as tl
 
 NUM_FIELDS: Final = 5
 ROW, LENGTH, NEW_COLUMN, NEW_BLOCK, OUTPUT_INDEX = range(NUM_FIELDS)
+NUM_CHUNK_FIELDS: Final = 4
+CHUNK_ROW, CHUNK_LENGTH, CHUNK_PLACE, CHUNK_POSITION = range(NUM_CHUNK_FIELDS)
 _COLUMNS: Final = 1024
+_TOKENS: Final = 64  # of a program
 
 
 def begin_step(
@@ -43,6 +48,31 @@ def begin_step(
         packed, row_state, row_tables, token_ids, positions, lengths, block_tables, num_rows, row_state.stride(0),
         row_tables.stride(0), block_tables.stride(0),
         BLOCK_SIZE=block_size, COLUMNS=min(_COLUMNS, triton.next_power_of_2(row_tables.shape[1])), num_warps=4,
+    )  # fmt: skip
+
+
+def begin_chunks(
+    chunks: torch.Tensor,
+    chunk_token_ids: torch.Tensor,
+    row_tables: torch.Tensor,
+    block_size: int,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    store_slots: torch.Tensor,
+    block_tables: torch.Tensor,
+) -> None:
+    """Fill the inputs of chunks, whose new blocks are in the rows' tables already.
+
+    chunks: [4, n] int32, contiguous; chunk_token_ids: [T] int32, one chunk after the other; row_tables: [rows,
+    columns] int32. Written: token_ids, positions, store_slots: [T] int64, 0, 0 and -1 for tokens beyond the chunks;
+    block_tables: [n, columns] int32, as far as the contexts go.
+    """
+    num_chunks, num_tokens = chunks.shape[1], chunk_token_ids.shape[0]
+    _begin_chunks_kernel[(num_chunks + triton.cdiv(num_tokens, _TOKENS),)](
+        chunks, chunk_token_ids, row_tables, token_ids, positions, store_slots, block_tables, num_tokens,
+        row_tables.stride(0), block_tables.stride(0),
+        NUM_CHUNKS=num_chunks, BLOCK_SIZE=block_size, TOKENS=_TOKENS,
+        COLUMNS=min(_COLUMNS, triton.next_power_of_2(row_tables.shape[1])), num_warps=4,
     )  # fmt: skip
 
 
@@ -72,3 +102,42 @@ def _begin_kernel(
         block = tl.load(row_table + column, mask, other=0)
         # The store above may not be visible yet.
         tl.store(table + column, tl.where(column == new_column, new_block, block), mask)
+
+
+@triton.jit
+def _begin_chunks_kernel(
+    chunks_ptr, chunk_token_ids_ptr, row_tables_ptr, token_ids_ptr, positions_ptr, slots_ptr, tables_ptr, num_tokens,
+    row_stride, table_stride,
+    NUM_CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (chunks + parts of the tokens,)."""
+    program = tl.program_id(0)
+    if program < NUM_CHUNKS:
+        row_table = row_tables_ptr + tl.load(chunks_ptr + program).to(tl.int64) * row_stride
+        length = tl.load(chunks_ptr + NUM_CHUNKS + program)
+        context_length = tl.where(length > 0, tl.load(chunks_ptr + 3 * NUM_CHUNKS + program) + length, 0)
+        num_blocks = (context_length + BLOCK_SIZE - 1) // BLOCK_SIZE
+        for start in range(0, num_blocks, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            mask = column < num_blocks
+            block = tl.load(row_table + column, mask, other=0)
+            tl.store(tables_ptr + program * table_stride + column, block, mask)
+    else:
+        token = (program - NUM_CHUNKS) * TOKENS + tl.arange(0, TOKENS)
+        inside = token < num_tokens
+        row = tl.zeros([TOKENS], tl.int64)
+        position = tl.zeros([TOKENS], tl.int32)
+        held = tl.zeros([TOKENS], tl.int32)
+        for chunk in tl.static_range(NUM_CHUNKS):
+            place = token - tl.load(chunks_ptr + 2 * NUM_CHUNKS + chunk)
+            own = (place >= 0) & (place < tl.load(chunks_ptr + NUM_CHUNKS + chunk)) & inside
+            row = tl.where(own, tl.load(chunks_ptr + chunk).to(tl.int64), row)
+            position = tl.where(own, tl.load(chunks_ptr + 3 * NUM_CHUNKS + chunk) + place, position)
+            held |= own.to(tl.int32)
+        is_held = held != 0
+        token_id = tl.load(chunk_token_ids_ptr + token, is_held, other=0)
+        block = tl.load(row_tables_ptr + row * row_stride + position // BLOCK_SIZE, is_held, other=0)
+        slot = tl.where(is_held, block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE, -1)
+        tl.store(token_ids_ptr + token, token_id.to(tl.int64), inside)
+        tl.store(positions_ptr + token, position.to(tl.int64), inside)
+        tl.store(slots_ptr + token, slot, inside)

@@ -1,7 +1,6 @@
 """Decode steps as captured CUDA graphs, one per batch size, from the packed plan to the sampled tokens.
 
-A batch is padded to the next captured size; padding has context length 0 and the spare row. Where there are no graphs
-(a CPU that interprets the kernels) the same function is called instead.
+A batch is padded to the next captured size; padding has context length 0 and the spare row.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch.cuda import _POOL_HANDLE
 
 from common.kernels import triton_step
 from common.kernels.cuda_backend import TritonPlan, plan_decode, refresh_decode
 from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
 from common.sampling.device_sampler import DeviceSampler
+from common.worker.graph_capture import GraphCapture
 
-_WARM_UPS: Final = 2  # compile kernels and let libraries allocate, before anything is captured
 _SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _STEP_BEYOND: Final = 64
 
@@ -50,6 +48,7 @@ class DecodeGraphs:
         sampler: DeviceSampler,
         row_tables: torch.Tensor,
         sizes: tuple[int, ...],
+        capture: GraphCapture,
     ) -> None:
         """row_tables: [rows + 1, columns] int32, the rows' block tables; the last row is for padding."""
         self._decoder = decoder
@@ -63,7 +62,7 @@ class DecodeGraphs:
         self._packed: dict[int, torch.Tensor] = {}
         self._steps: dict[int, _Step] = {}  # graphs hold the addresses of their tensors, not references
         self._replay: dict[int, Callable[[], DecodeOutput]] = {}
-        self._capture_all()
+        self._capture_all(capture)
 
     @property
     def max_size(self) -> int:
@@ -81,12 +80,8 @@ class DecodeGraphs:
         """Enqueue a step on the current stream."""
         return self._replay[size]()
 
-    def _capture_all(self) -> None:
-        """Largest first: the smaller graphs fit into the memory that it took."""
+    def _capture_all(self, capture: GraphCapture) -> None:
         device = self._decoder.device
-        captures = device.type == "cuda"
-        stream = torch.cuda.Stream(device) if captures else None  # type: ignore[no-untyped-call]
-        pool = torch.cuda.graph_pool_handle() if captures else None
         for size in reversed(self._sizes):
             packed = torch.full((triton_step.NUM_FIELDS, size), -1, dtype=torch.int32, device=device)
             packed[triton_step.ROW] = self._row_tables.shape[0] - 1
@@ -103,7 +98,7 @@ class DecodeGraphs:
             )
             step = _Step(self, packed, plan, torch.full((size,), -1, dtype=torch.int32, device=device))
             self._steps[size] = step
-            self._replay[size] = step.run if stream is None else _captured(step.run, stream, pool)
+            self._replay[size] = capture.capture(step.run)
 
     @torch.inference_mode()
     def _step(self, packed: torch.Tensor, plan: TritonPlan, token_ids: torch.Tensor) -> DecodeOutput:
@@ -139,25 +134,3 @@ class _Step:
 
     def run(self) -> DecodeOutput:
         return self.graphs._step(self.packed, self.plan, self.token_ids)
-
-
-def _captured(
-    run: Callable[[], DecodeOutput], stream: torch.cuda.Stream, pool: _POOL_HANDLE | None
-) -> Callable[[], DecodeOutput]:
-    """Warm up on the stream that captures, so that what kernels keep for themselves exists already."""
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):
-            run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # Other threads of this process may use the device meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        output = run()
-    torch.cuda.current_stream(stream.device).wait_stream(stream)
-
-    def replay() -> DecodeOutput:
-        graph.replay()
-        return output
-
-    return replay

@@ -1,7 +1,8 @@
 """Runs step plans on a GPU without waiting for it: rows' tables and last tokens live there, plans carry what is new.
 
-A step in which every row decodes one token is a captured graph behind one small copy; all others run kernel by kernel.
-Answers are copied to the host behind the step and can be awaited in another thread. Decides nothing.
+A step in which every row decodes one token is a captured graph behind one small copy, and on workers that compute
+prompts beside that, so is one with chunks; all others run kernel by kernel. Answers are copied to the host behind the
+step and can be awaited in another thread. Decides nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from common.sampling.device_sampler import DeviceSampler
 from common.sampling.params import SamplingParams
 from common.worker.decode_graphs import DecodeGraphs, batch_sizes
 from common.worker.device_step import DeviceStep, StepClock
+from common.worker.graph_capture import GraphCapture
+from common.worker.mixed_graphs import MixedGraphs, chunk_sizes, row_sizes
+from common.worker.mixed_step import MixedSize, fill
 from common.worker.model_runner import row_limits
 from common.worker.row_table import RowTable
+from common.worker.step_marks import StepMarks
 from common.worker.step_plan import AddRow, Segment, StepPlan, StepResult
 
 
@@ -36,9 +41,15 @@ class DeviceRunner:
         storage: KVStorage,
         max_rows: int,
         graph_sizes: tuple[int, ...] | None = None,
+        marks: StepMarks | None = None,
+        chunk_tokens: int = 0,
     ) -> None:
-        """Captures the decode steps; `graph_sizes` [empty: none]."""
+        """Captures the decode steps; `graph_sizes` [empty: none]. `marks` [none] learns what the other steps store.
+
+        `chunk_tokens`: captures steps with so many tokens of prompts as well [0: none]; `marks` learns nothing of them.
+        """
         self._decoder = decoder
+        self._marks = marks
         self._storage = storage
         self._shape = storage.shape
         self._windows = frozenset(decoder.config.windows)
@@ -48,7 +59,12 @@ class DeviceRunner:
         self._columns = table_columns(max_blocks)
         self._row_tables = torch.zeros((max_rows + 1, self._columns), dtype=torch.int32, device=decoder.device)
         sizes = batch_sizes(max_rows) if graph_sizes is None else graph_sizes
-        self._graphs = DecodeGraphs(decoder, storage, self._sampler, self._row_tables, sizes) if sizes else None
+        capture = GraphCapture(decoder.device)
+        own = decoder, storage, self._sampler, self._row_tables
+        self._mixed = (
+            MixedGraphs(*own, row_sizes(max_rows), chunk_sizes(chunk_tokens), capture) if chunk_tokens else None
+        )
+        self._graphs = DecodeGraphs(*own, sizes, capture) if sizes else None
 
     def warm_up(self, max_tokens: int) -> None:
         """Run the largest step and the smallest, in blocks that nobody uses yet, to compile kernels and take memory."""
@@ -56,7 +72,7 @@ class DeviceRunner:
         for num_tokens in (min(max_tokens, shape.num_blocks * shape.block_size, context_length), 1):
             blocks = list(range(-(-num_tokens // shape.block_size)))
             self.add_row(AddRow(0, SamplingParams(max_tokens=1, seed=0), [0], []))
-            self.run(StepPlan(0, [Segment(0, [0] * num_tokens, 0, blocks, True, 0)]))
+            self._launch(StepPlan(0, [Segment(0, [0] * num_tokens, 0, blocks, True, 0)]), captured=False).result()
             self.remove_row(0)
 
     def add_row(self, message: AddRow) -> None:
@@ -76,37 +92,82 @@ class DeviceRunner:
         """Compute a step and wait for its tokens."""
         return self.launch(plan).result()
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> DeviceStep:
         """Enqueue a step; returns long before it is done."""
+        return self._launch(plan, captured=True)
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan, captured: bool) -> DeviceStep:
+        """`captured`: by a graph, if there is one for the step."""
         segments, errors = self._rows.check(plan)
         clock = StepClock(self._decoder.device)
         step = DeviceStep(plan, errors, clock)
-        if segments:
-            if self._graphs is not None and len(segments) <= self._graphs.max_size and all(map(_decodes, segments)):
-                self._decode(self._graphs, segments, step)
-            else:
-                self._run_eagerly(segments, step)
+        if self._marks is not None:
+            self._marks.begin(plan.step_id)
+        if segments and not (captured and self._run_captured(segments, step)):
+            self._run_eagerly(segments, step)
         clock.stop()
+        if self._marks is not None:
+            self._marks.end()
         return step
 
+    def _run_captured(self, segments: list[Segment], step: DeviceStep) -> bool:
+        """Replay the graph that holds the step; False, and nothing done, if none does."""
+        decoding = [segment for segment in segments if _decodes(segment)]
+        if len(decoding) == len(segments):
+            if self._graphs is None or len(segments) > self._graphs.max_size:
+                return False
+            self._decode(self._graphs, segments, step)
+            return True
+        chunks = [segment for segment in segments if not _decodes(segment)]
+        size = None if self._mixed is None else self._mixed.size_for(decoding, chunks)
+        if self._mixed is None or size is None:
+            return False
+        self._run_mixed(self._mixed, size, decoding, chunks, step)
+        return True
+
     def _decode(self, graphs: DecodeGraphs, segments: list[Segment], step: DeviceStep) -> None:
-        """One captured step."""
+        """One captured step without chunks."""
         size = graphs.size_for(len(segments))
-        packed, extra = self._pack(segments, size)
+        packed = np.full((triton_step.NUM_FIELDS, size), -1, dtype=np.int32)
+        packed[triton_step.ROW] = len(self._rows)  # the spare row
+        packed[triton_step.LENGTH] = 0
+        packed[triton_step.OUTPUT_INDEX] = 0
+        extra = self._pack(segments, packed)
         if extra:
             self._extend_tables(extra)
         overwrite(graphs.packed(size), packed)
         output = graphs.run(size)
         self._answer(step, segments, output.logits, output.token_ids)
 
-    def _pack(self, segments: list[Segment], size: int) -> tuple[npt.NDArray[np.int32], list[tuple[int, int]]]:
-        """The graph's input, [5, size], and block table entries for which it has no place: (flat index, block)."""
+    def _run_mixed(
+        self,
+        graphs: MixedGraphs,
+        size: MixedSize,
+        decoding: list[Segment],
+        chunks: list[Segment],
+        step: DeviceStep,
+    ) -> None:
+        """One captured step with chunks."""
+        flat, fields = graphs.blank(size)
+        extra = self._pack(decoding, fields.decode)
+        extra += [entry for chunk in chunks for entry in self._extend(chunk)]
+        if extra:
+            self._extend_tables(extra)
+        fill(fields, size, decoding, chunks)
+        output = graphs.run(size, flat)
+        ending = [chunk for chunk in chunks if chunk.sample]
+        if decoding or ending:
+            self._answer(step, [*decoding, *ending], output.logits, output.token_ids)
+        for chunk in ending:
+            self._rows[chunk.row].has_last_token = True
+
+    def _pack(self, segments: list[Segment], packed: npt.NDArray[np.int32]) -> list[tuple[int, int]]:
+        """Fill the columns of rows that decode; returns block table entries that have no place: (flat index, block).
+
+        packed: [5, at least one per segment], see `triton_step`; padding so far.
+        """
         num_rows = len(segments)
-        packed = np.full((triton_step.NUM_FIELDS, size), -1, dtype=np.int32)
-        packed[triton_step.ROW] = len(self._rows)  # the spare row
-        packed[triton_step.LENGTH] = 0
-        packed[triton_step.OUTPUT_INDEX] = 0
         packed[triton_step.ROW, :num_rows] = [segment.row for segment in segments]
         packed[triton_step.LENGTH, :num_rows] = [segment.position + 1 for segment in segments]
         packed[triton_step.OUTPUT_INDEX, :num_rows] = [segment.output_index for segment in segments]
@@ -122,7 +183,7 @@ class DeviceRunner:
                 table += new
             else:
                 extra += self._extend(segment)
-        return packed, extra
+        return extra
 
     def _run_eagerly(self, segments: list[Segment], step: DeviceStep) -> None:
         """Prefill, alone or mixed with decode."""
@@ -139,7 +200,8 @@ class DeviceRunner:
         if places.numel():
             last = self._sampler.row_state[:, 0].index_select(0, place_rows)
             token_ids.index_copy_(0, places, last.to(torch.int64))
-        hidden = decoder.forward(token_ids, positions, plan, self._storage.kv)
+        on_stored = None if self._marks is None else self._marks.stored
+        hidden = decoder.forward(token_ids, positions, plan, self._storage.kv, on_stored)
         if not sampled:
             return
         logits = decoder.head(hidden.index_select(0, ends))

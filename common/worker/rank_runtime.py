@@ -73,10 +73,17 @@ def _runner(decoder: Decoder, storage: KVStorage, start: StartRank, marks: StepM
 
 
 def _device_runner(decoder: Decoder, storage: KVStorage, start: StartRank, marks: StepMarks | None) -> Runner:
-    """Steps with one token a row are captured where they are the rule; larger ones are run once, to compile."""
+    """Steps are captured where their kind is the rule; the largest that is not is run once, to compile."""
     module = importlib.import_module(_DEVICE_RUNNER)
     graph_sizes = None if start.captures_steps else ()
-    runner = module.DeviceRunner(decoder, storage, start.max_rows, graph_sizes=graph_sizes, marks=marks)
+    runner = module.DeviceRunner(
+        decoder,
+        storage,
+        start.max_rows,
+        graph_sizes=graph_sizes,
+        marks=marks,
+        chunk_tokens=start.captured_chunk_tokens,
+    )
     runner.warm_up(start.max_step_tokens)
     return cast(Runner, runner)
 

@@ -33,6 +33,7 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
     role: worker_pb2.WorkerRole.ValueType
     rank_module: str
     captures_steps = False  # see StartRank
+    captured_chunk_tokens = 0  # see StartRank
     corrupt_every = 0  # fault injection for tests; see StartRank
 
     def __init__(
@@ -156,6 +157,7 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
                 first_device=config.first_device,
                 random_weights=config.random_weights,
                 captures_steps=self.captures_steps,
+                captured_chunk_tokens=self.captured_chunk_tokens,
             )
             for rank in range(config.tp_size)
         ]

@@ -140,6 +140,25 @@ def test_prefill_tuning_changes_no_result(use_tma: bool, heads_outermost: bool) 
     assert relative_error(out, case.expected(None)) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_empty_tiles_change_nothing(window: int | None) -> None:
+    """As in a captured step whose table of tiles has more places than there are tiles."""
+    case = make_case([(20, 90), (3, 3)])
+    plan = case.plan(window)
+    assert plan.prefill is not None
+    out, expected = (torch.full((23, 8 * 32), float("nan"), device=DEVICE) for _ in range(2))
+    triton_prefill.prefill_attention(case.q, case.kv, plan.prefill, window, case.scale, expected)
+    queries = triton_prefill.tile_queries(8, case.kv)
+    tiles = plan.prefill.tiles(queries)
+    empty = torch.tensor([triton_prefill.EMPTY_TILE] * 3, dtype=torch.int32, device=DEVICE)
+    plan.prefill._tiles[queries] = torch.cat((empty, tiles, empty))
+    triton_prefill.prefill_attention(case.q, case.kv, plan.prefill, window, case.scale, out)
+    assert torch.equal(out, expected)
+    plan.prefill._tiles[queries] = empty
+    triton_prefill.prefill_attention(case.q, case.kv, plan.prefill, window, case.scale, out.fill_(7.0))
+    assert torch.equal(out, torch.full_like(out, 7.0))
+
+
 def test_tiles_cover_every_query_once_and_start_with_the_most_keys() -> None:
     case = make_case([(50, 90), (3, 300), (17, 17)])
     spans = tuple(zip((0, 50, 53), case.spans, strict=True))

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ import torch
 ROOT: Final = Path(__file__).parents[2]
 MAX_SHARED_BYTES: Final = 227 << 10  # what a thread block can have on Hopper
 TIMEOUT_S: Final = 115
+LAUNCHED_DEPENDENTLY: Final = {
+    "_decode_kernel", "_linear_kernel", "_qk_norm_rope_store_kernel", "_rms_norm_kernel", "_silu_mul_kernel"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,9 @@ class Compiled:
     shared_bytes: int
     uses_wgmma: bool
     uses_bulk_copy: bool
+    triggers: bool  # lets the kernel behind it start early
+    waits: bool  # for the kernel ahead of it
+    writes_before_waiting: bool
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +80,16 @@ def test_products_with_few_rows_use_the_units_they_were_written_for(compiled: li
     assert sum(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in products) >= 9
 
 
+@pytest.mark.slow
+def test_kernels_of_a_decode_layer_start_early_and_write_late(compiled: list[Compiled]) -> None:
+    dependent = [kernel for kernel in compiled if kernel.triggers or kernel.waits]
+    assert {kernel.name for kernel in dependent} == LAUNCHED_DEPENDENTLY
+    assert all(kernel.triggers and kernel.waits for kernel in dependent), "one without the other hides a missing wait"
+    assert [kernel for kernel in dependent if kernel.writes_before_waiting] == []
+    # Launched plainly, as for prompts, they know nothing of it.
+    assert {kernel.name for kernel in compiled if kernel not in dependent} >= LAUNCHED_DEPENDENTLY
+
+
 def compile_all() -> Iterator[Compiled]:
     """Launch everything with launches replaced by compilation for compute capability 9.0."""
     from triton.backends.compiler import GPUTarget
@@ -105,12 +122,16 @@ def compile_all() -> Iterator[Compiled]:
         launch()
     for kernel in kernels.values():
         ptx = kernel.asm["ptx"]
+        before_waiting = ptx.partition("griddepcontrol.wait")[0]
         yield Compiled(
             name=kernel.name,
             stack_bytes=stack_bytes(kernel.asm["cubin"]),
             shared_bytes=kernel.metadata.shared,
             uses_wgmma="wgmma.mma_async" in ptx,
             uses_bulk_copy="cp.async.bulk.tensor" in ptx,
+            triggers="griddepcontrol.launch_dependents" in ptx,
+            waits="griddepcontrol.wait" in ptx,
+            writes_before_waiting=re.search(r"\b(st|atom|red)\.", before_waiting) is not None,
         )
 
 
@@ -129,7 +150,9 @@ def launches() -> Iterator[Callable[[], object]]:
     for head_dim in (128, 64):
         yield from attention_launches(head_dim, torch.bfloat16)
     yield from row_launches(torch.bfloat16)
+    yield from dependent_launches(torch.bfloat16)
     yield from block_launches(torch.bfloat16)
+    yield from step_launches()
     yield from product_launches(torch.bfloat16)
 
 
@@ -160,6 +183,18 @@ def attention_launches(head_dim: int, dtype: torch.dtype) -> Iterator[Callable[[
         yield partial(triton_decode.decode_attention, q, kv, decode, window, 0.1, out)
 
 
+def dependent_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """What attention and rows launch for few rows on Hopper: as if the processor were one."""
+    from common.kernels import dependent_launch
+
+    def on_hopper(launch: Callable[[], object]) -> None:
+        with mock.patch.object(dependent_launch, "is_hopper", return_value=True):
+            launch()
+
+    for launch in (*attention_launches(128, dtype), *row_launches(dtype)):
+        yield partial(on_hopper, launch)
+
+
 def row_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     from common.kernels import triton_rows
 
@@ -186,6 +221,19 @@ def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     slot = torch.zeros(triton_blocks.HEADER_WORDS + payload.nbytes // 8, dtype=torch.int64)
     yield lambda: triton_blocks.gather_slot(kv, words, 2, 4, slot, scratch)
     yield lambda: triton_blocks.scatter_slot(kv, words, 2, 4, slot, scratch, report)
+
+
+def step_launches() -> Iterator[Callable[[], object]]:
+    from common.kernels import triton_step
+    from common.kernels.triton_sampling import NUM_STATE_FIELDS
+
+    packed, chunks = (torch.zeros(fields, 8, dtype=torch.int32) for fields in (5, 4))
+    state = torch.zeros(9, NUM_STATE_FIELDS, dtype=torch.int32)
+    row_tables, tables = (torch.zeros(rows, 2056, dtype=torch.int32) for rows in (9, 8))
+    lengths, new_ids = (torch.zeros(size, dtype=torch.int32) for size in (8, 512))
+    token_ids, positions, slots = (torch.zeros(512, dtype=torch.int64) for _ in range(3))
+    yield lambda: triton_step.begin_step(packed, state, row_tables, 64, token_ids, positions, lengths, tables)
+    yield lambda: triton_step.begin_chunks(chunks, new_ids, row_tables, 64, token_ids, positions, slots, tables)
 
 
 def product_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:

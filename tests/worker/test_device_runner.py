@@ -8,22 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.kernels import cuda_backend
-from common.kvcache.storage import KVStorage
-from common.models import decoder as decoder_module
-from common.models.decoder import Decoder
 from common.sampling.params import SamplingParams
-from common.sampling.sampler import BatchSampler
 from common.worker.device_runner import DeviceRunner
-from common.worker.model_runner import ModelRunner, Runner
-from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan
-from tests.models.paged_run import BLOCK_SIZE, load_decoder, new_storage, random_tokens
-from tests.models.tiny_checkpoints import VOCAB_SIZE, write_tiny_checkpoint
+from common.worker.model_runner import Runner
+from common.worker.step_plan import Segment, StepPlan
+from tests.models.tiny_checkpoints import write_tiny_checkpoint
+from tests.worker.runner_script import DRAWN, GREEDY, Script, device_parts, reference_runner
 
-NUM_BLOCKS, MAX_ROWS = 48, 6
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GREEDY = SamplingParams(max_tokens=100, seed=0, temperature=0.0)
-DRAWN = SamplingParams(max_tokens=100, seed=(1 << 63) + 77, choice=2)
+MAX_ROWS = 6
 
 
 @pytest.fixture(scope="module")
@@ -35,60 +27,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def runners(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[Runner]:
     """The CPU's runner with the reference kernels, then the GPU's with Triton's."""
-    reference = load_decoder(checkpoint)
-    storage = new_storage(reference, NUM_BLOCKS)
-    model_runner = ModelRunner(reference, storage, BatchSampler(VOCAB_SIZE, MAX_ROWS), MAX_ROWS)
-    monkeypatch.setattr(decoder_module, "kernels_for", lambda device: cuda_backend)
-    decoder = Decoder.load(checkpoint, reference.config, torch.float32, DEVICE, reference._group)
-    shape = decoder.config
-    storage = KVStorage(
-        shape.num_layers, NUM_BLOCKS, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim, torch.float32, DEVICE
-    )
-    return [model_runner, DeviceRunner(decoder, storage, MAX_ROWS, graph_sizes=(1, 2, 4))]
-
-
-class Script:
-    """Gives the same messages to all runners and returns what they agree on."""
-
-    def __init__(self, runners: list[Runner]) -> None:
-        self._runners = runners
-        self._free = random_tokens(4 * NUM_BLOCKS, NUM_BLOCKS, seed=1)
-        self._free = [*dict.fromkeys([*self._free, *range(NUM_BLOCKS)])]
-        self._tables: dict[int, list[int]] = {}
-        self._ends: dict[int, int] = {}
-        self._step_id = 0
-
-    def add(self, row: int, sampling: SamplingParams, outputs: list[int] | None = None, prompt: int = 9) -> None:
-        for runner in self._runners:
-            runner.add_row(AddRow(row, sampling, random_tokens(prompt, VOCAB_SIZE, seed=row), outputs or []))
-        self._tables[row], self._ends[row] = [], 0
-
-    def remove(self, row: int) -> None:
-        for runner in self._runners:
-            runner.remove_row(row)
-        self._free += self._tables.pop(row)
-
-    def segment(self, row: int, num_tokens: int = 0, output_index: int = 0, sample: bool = True) -> Segment:
-        """A chunk of the prompt, or without `num_tokens` the token sampled last."""
-        position = self._ends[row]
-        self._ends[row] += max(1, num_tokens)
-        new: list[int] = []
-        while (len(self._tables[row]) + len(new)) * BLOCK_SIZE < self._ends[row]:
-            new.append(self._free.pop())
-        self._tables[row] += new
-        token_ids = random_tokens(num_tokens, VOCAB_SIZE, seed=row + position) if num_tokens else None
-        return Segment(row, token_ids, position, new, sample, output_index)
-
-    def run(self, *segments: Segment) -> list[SampledToken]:
-        self._step_id += 1
-        plan = StepPlan(self._step_id, list(segments))
-        first, *others = [runner.launch(plan).result() for runner in self._runners]
-        for other in others:
-            assert [(t.row, t.token_id, t.error) for t in other.sampled] == [
-                (t.row, t.token_id, t.error) for t in first.sampled
-            ]
-            assert other.compute_ns > 0
-        return others[0].sampled
+    model_runner, _ = reference_runner(checkpoint, MAX_ROWS)
+    return [model_runner, DeviceRunner(*device_parts(checkpoint, monkeypatch), MAX_ROWS, graph_sizes=(1, 2, 4))]
 
 
 def test_rows_join_and_leave_between_captured_steps(runners: list[Runner]) -> None:
