@@ -62,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ready-timeout", type=float, default=120.0, help="seconds until every worker must be ready (120)")
 
 
+# A worker that always computes prompts beside its decode steps has such steps captured.
+_CAPTURES: dict[str, tuple[str, ...]] = {"never": (), "when-empty": (), "always": ("--capture-chunks",)}
+
+
 def spec_from(args: argparse.Namespace) -> DeploymentSpec:
     """The deployment that the flags describe."""
     return DeploymentSpec(
@@ -76,7 +80,7 @@ def spec_from(args: argparse.Namespace) -> DeploymentSpec:
         host=args.host,
         router_port=args.port,
         prefill_args=tuple(args.prefill_arg),
-        decode_args=tuple(args.decode_arg),
+        decode_args=(*_CAPTURES[args.local_prefill], *args.decode_arg),
         router_args=("--local-prefill", args.local_prefill, "--first-token", args.first_token, *args.router_arg),
         log_dir=args.log_dir,
     )
