@@ -2,7 +2,7 @@
 
 On a CPU a copy is work for a thread. On a GPU it is work for the device, and what it costs the host is its launch: that
 is done here and now, as crossing to a thread that competes for the interpreter took longer than the launch itself, and
-the loop looks in pauses of some microseconds whether the device is done. Knows no slots' owners and no transport.
+the loop's watch looks whether the device is done. Knows no slots' owners and no transport.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 import torch
 
 from common.kvcache.device_queue import DeviceWork
-from common.short_sleep import allow_short_sleeps, pause
+from common.short_sleep import Look, LoopWatch, loop_watch
 
-POLL_PAUSE_S: Final = 10e-6  # 64 MiB are gathered in 35 µs
 Start = Callable[[], DeviceWork | None]
 
 
@@ -27,11 +25,12 @@ class SlotCopies:
 
     def __init__(self, device: torch.device, name: str) -> None:
         self._loop = asyncio.get_running_loop()
-        self._executor = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._watch: LoopWatch | None = None
         if device.type == "cpu":
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         else:
-            allow_short_sleeps()
+            self._watch = loop_watch()
         self._under_way: deque[tuple[DeviceWork, asyncio.Future[None]]] = deque()
 
     def run(self, start: Start) -> asyncio.Future[None]:
@@ -40,7 +39,7 @@ class SlotCopies:
         `start` queues the copy on the device, or returns None if there is nothing to do; on a CPU it runs in a thread.
         Cancelling the future does not stop the copy: whoever lends memory to it waits for the future, shielded.
         """
-        if self._executor is not None:
+        if self._watch is None:
             return self._loop.run_in_executor(self._executor, _run, start)
         future: asyncio.Future[None] = self._loop.create_future()
         try:
@@ -54,8 +53,7 @@ class SlotCopies:
             _finish(work, future)
         else:
             self._under_way.append((work, future))
-            if len(self._under_way) == 1:
-                self._loop.call_soon(self._look)
+            self._watch.add(self._look)
         return future
 
     def close(self) -> None:
@@ -67,13 +65,14 @@ class SlotCopies:
             work.wait()
             _finish(work, future)
 
-    def _look(self) -> None:
+    def _look(self) -> Look:
         """Copies end in the order in which they were queued."""
+        num_before = len(self._under_way)
         while self._under_way and self._under_way[0][0].done():
             _finish(*self._under_way.popleft())
-        if self._under_way:
-            pause(POLL_PAUSE_S)
-            self._loop.call_soon(self._look)
+        if not self._under_way:
+            return Look.OVER
+        return Look.STILL if len(self._under_way) == num_before else Look.MOVED
 
 
 def _run(start: Start) -> None:

@@ -1,6 +1,9 @@
-"""Which GPU a transport's buffers live on, and the calling thread's attachment to it. Knows no transport."""
+"""Which GPU a transport's buffers live on, the calling thread's attachment to it, and a stream. Knows no transport."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 
@@ -22,3 +25,37 @@ def attached_cuda_device(memory: str) -> torch.device:
     torch.cuda.set_device(device)
     torch.cuda.synchronize(device)
     return device
+
+
+class Mark(Protocol):
+    """A point on a stream."""
+
+    def query(self) -> bool:
+        """Whether everything before it is complete; never blocks."""
+        ...
+
+
+class DeviceStream:
+    """A stream of one device, ahead of what steps have queued; to be used from one thread at a time, any one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    @property
+    def handle(self) -> int:
+        """CUDA's."""
+        return int(self._stream.cuda_stream)
+
+    def current(self) -> AbstractContextManager[None]:
+        """Inside, the calling thread is attached to the device."""
+        return torch.cuda.device(self._device)
+
+    def mark(self) -> Mark:
+        """All that was queued until now."""
+        mark: Mark = self._stream.record_event()
+        return mark
+
+    def synchronize(self) -> None:
+        """Block this thread until the stream is empty."""
+        self._stream.synchronize()

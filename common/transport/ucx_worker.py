@@ -1,8 +1,9 @@
 """One UCX worker on one asyncio event loop: progress, completion of requests, and arrival of messages.
 
 Everything runs on the loop's thread, without UCX's own threads: `event` sleeps on the worker's file descriptor and
-costs nothing when idle; `polling` looks again and again while an operation is under way (for GPUs), with pauses in
-which other threads have the interpreter. It knows requests and messages, but no peers.
+costs nothing when idle; with `polling` a `LoopWatch` looks at it while an operation is under way (for GPUs, where the
+end of a copy raises no event); a receive that still waits for its message is none. It knows requests and messages, but
+no peers.
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ from ucxx._lib.libucxx import (
     UCXXTagMask,
 )
 
-from common.short_sleep import allow_short_sleeps, pause
+from common.short_sleep import Look, LoopWatch, loop_watch
 
-TURN_BUDGET_S = 0.001  # how long one turn may keep the event loop
-POLL_PAUSE_S = 20e-6  # a copy of 32 MiB over NVLink takes 90 µs
+TURN_BUDGET_S = 0.0002  # how long one turn may keep the event loop
 HEARTBEAT_S = 0.5  # a turn is never later than this, should UCX raise no event
 _ROUNDS_PER_SCAN = 16
 _ANY_TAG = UCXXTag(0), UCXXTagMask(0)
@@ -62,17 +62,16 @@ class LoopWorker:
         self.context = UCXContext(_OPTIONS, (Feature.TAG, Feature.STREAM, Feature.WAKEUP))
         self.ucx = UCXWorker(self.context)
         self._on_message = on_message
-        self._polling = progress is Progress.POLLING
+        self._watch: LoopWatch | None = loop_watch() if progress is Progress.POLLING else None
         self._operations: list[_Operation] = []
         self._deferred: list[Callable[[], None]] = []
         self._scheduled = False
+        self._looking = False
         self._closed = False
         self._loop = asyncio.get_running_loop()
-        if self._polling:
-            allow_short_sleeps()
         self.ucx.init_blocking_progress_mode()
         self._event_fd: int = self.ucx.epoll_file_descriptor
-        self._loop.add_reader(self._event_fd, self._turn)
+        self._loop.add_reader(self._event_fd, self._on_event)
         self._heartbeat = self._loop.call_later(HEARTBEAT_S, self._beat)
         self.kick()
 
@@ -112,7 +111,11 @@ class LoopWorker:
 
     def kick(self) -> None:
         """Take a turn soon: UCX has something to do that its file descriptor does not announce."""
-        if not self._scheduled and not self._closed:
+        if self._closed or self._looking:  # a look goes on until there is nothing left to do
+            return
+        if self._watch is not None:
+            self._watch.add(self._look)
+        elif not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._scheduled_turn)
 
@@ -128,52 +131,106 @@ class LoopWorker:
 
     def _beat(self) -> None:
         self._heartbeat = self._loop.call_later(HEARTBEAT_S, self._beat)
-        self._turn()
+        if self._watch is not None:
+            self._wake(self._watch)
+        else:
+            self.kick()
+
+    def _wake(self, watch: LoopWatch) -> None:
+        """Nothing that it did not see for itself, if it is looking."""
+        if not watch.watches(self._look):
+            watch.add(self._look)
+
+    def _on_event(self) -> None:
+        if self._watch is not None:
+            self._wake(self._watch)
+        elif self._look() is not Look.OVER:
+            self.kick()
 
     def _scheduled_turn(self) -> None:
         self._scheduled = False
-        if not self._closed:
-            self._turn()
+        if self._look() is not Look.OVER:
+            self.kick()
 
-    def _turn(self) -> None:
-        """Progress until nothing moves or the budget is spent, then sleep on the descriptor or come again."""
+    def _look(self) -> Look:
+        if self._closed:
+            return Look.OVER
+        self._looking = True
+        try:
+            return self._advance_until_still()
+        finally:
+            self._looking = False
+
+    def _advance_until_still(self) -> Look:
+        """Or until the budget is spent. Once it is over, the descriptor announces what comes."""
         spent_at = time.monotonic() + TURN_BUDGET_S
-        moving = True
-        while moving and time.monotonic() < spent_at:
-            moving = self._progress_some()
-            self._take_messages()
-            self._reap()
-            self._run_deferred()
-        if self._polling and self._operations and not moving and not self._deferred:
-            pause(POLL_PAUSE_S)
-            self.kick()
-        elif moving or self._deferred or not self.ucx.arm():
-            self.kick()
+        moved = False
+        while True:
+            if self._advance():
+                moved = True
+            elif self._watch is not None and self._operations:
+                return Look.MOVED if moved else Look.STILL
+            elif self.ucx.arm():
+                return Look.OVER
+            if time.monotonic() >= spent_at:
+                return Look.MOVED
+
+    def _advance(self) -> bool:
+        """Whether anything moved."""
+        moved = self._progress_some()
+        moved |= self._take_messages()
+        moved |= self._reap()
+        return self._run_deferred() or moved
 
     def _progress_some(self) -> bool:
-        return all(self.ucx.progress_once() for _ in range(_ROUNDS_PER_SCAN))
+        for num_moved in range(_ROUNDS_PER_SCAN):
+            if not self.ucx.progress_once():
+                return num_moved > 0
+        return True
 
-    def _take_messages(self) -> None:
+    def _take_messages(self) -> bool:
+        taken = False
         while (message := self.ucx.tag_probe(*_ANY_TAG, remove=True)).matched:
             self._on_message(message)
+            taken = True
+        return taken
 
-    def _reap(self) -> None:
-        operations, self._operations = self._operations, []
-        done: list[_Operation] = []
-        for operation in operations:
-            (done if operation.request.completed else self._operations).append(operation)
+    def _reap(self) -> bool:
+        done = [operation for operation in self._operations if operation.request.completed]
+        if not done:
+            return False
+        ended = set(map(id, done))
+        self._operations = [operation for operation in self._operations if id(operation) not in ended]
         for operation in done:
             operation.on_done(_error_of(operation.request))
+        return True
 
-    def _run_deferred(self) -> None:
+    def _run_deferred(self) -> bool:
         actions, self._deferred = self._deferred, []
         for action in actions:
             action()
+        return bool(actions)
 
 
 def as_array(buffer: torch.Tensor) -> Array:
-    """UCX's view of a contiguous uint8 tensor; the tensor must outlive it."""
-    return Array(buffer.numpy() if buffer.device.type == "cpu" else buffer)
+    """UCX's view of a contiguous uint8 tensor, which it keeps."""
+    return Array(buffer.numpy() if buffer.device.type == "cpu" else _DeviceBytes(buffer))
+
+
+class _DeviceBytes:
+    """Says where a GPU's uint8 tensor [num_bytes] lies, as the tensor would, without asking torch for all of it."""
+
+    __slots__ = ("__cuda_array_interface__", "_buffer")
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._buffer = buffer
+        self.__cuda_array_interface__ = {
+            "data": (buffer.data_ptr(), False),
+            "shape": (buffer.numel(),),
+            "strides": None,
+            "typestr": "|u1",
+            "version": 2,
+        }
 
 
 def _error_of(request: UCXRequest) -> UCXError | None:

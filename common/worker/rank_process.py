@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -94,6 +95,9 @@ def run_rank(argv: list[str], make_kv_service: KVServiceFactory) -> int:
         _log.exception("rank %d cannot start", start.rank)
         frames.send(_failure(start.rank, error))
         return 1
+    # What is loaded by now stays, torch above all: the collector need not look at it again while a step waits.
+    gc.collect()
+    gc.freeze()
     frames.send(_ready(start.rank, address, runtime))
     try:
         if runtime.device.type == "cuda":

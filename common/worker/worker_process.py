@@ -6,6 +6,7 @@ Knows that a worker has a gRPC service beside its status, not which.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -76,6 +77,9 @@ async def serve_worker(
     try:
         port = await server.start()
         worker.listens_on(port)
+        # What is loaded by now stays: the collector need not look at it again while tokens wait.
+        gc.collect()
+        gc.freeze()
         _log.info("%s listens on %s (port %d)", config.worker_id, config.listen, port)
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(worker.run())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from common.kvcache import slot_copies
+from common import short_sleep
 from common.kvcache.device_queue import DeviceWork
 from common.kvcache.slot_copies import SlotCopies
 
@@ -34,7 +34,7 @@ class FakeWork(DeviceWork):
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot_copies, "pause", lambda seconds: None)
+    monkeypatch.setattr(short_sleep, "pause", lambda seconds: None)
 
 
 async def turns(count: int = 5) -> None:

@@ -29,6 +29,7 @@ needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs
     params=[
         "inproc",
         "ucx",
+        "ucx-polling",
         "nccl-protocol",
         pytest.param("ucx-cuda", marks=needs_two_gpus),
         pytest.param("nccl", marks=needs_two_gpus),
@@ -55,6 +56,8 @@ async def open_peer(backend: str, memory: Memory) -> AsyncIterator[OpenPeer]:
                 endpoint: Endpoint = network.open("inproc://", name)
             case "ucx":
                 endpoint = await open_endpoint("ucx://127.0.0.1:0", name)
+            case "ucx-polling":
+                endpoint = await open_endpoint("ucx://127.0.0.1:0", name, progress=Progress.POLLING)
             case "ucx-cuda":
                 polling = Progress.POLLING
                 endpoint = await open_endpoint("ucx://127.0.0.1:0", name, progress=polling, memory=device)

@@ -16,6 +16,7 @@ from ucxx._lib.arr import Array
 from ucxx._lib.libucxx import UCXEndpoint
 
 from common.errors import InvalidArgument, PeerLost, TransferTimeout, Unavailable
+from common.short_sleep import Patience, WatchCounts, loop_watch
 from common.transport.base import CancelOutcome, Connection
 from common.transport.hello import HELLO_BYTES
 from common.transport.ucx import UcxEndpoint, parse_ucx_url
@@ -37,13 +38,17 @@ async def endpoint() -> AsyncIterator[UcxEndpoint]:
 
 @pytest.fixture
 async def child(endpoint: UcxEndpoint) -> AsyncIterator[Child]:
-    """A process that has connected, and sends when it is told to."""
-    arguments = ("-m", "tests.transport.sending_peer", endpoint.address, str(BIG_BYTES))
-    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdin=asyncio.subprocess.PIPE)
+    process = await started_child(endpoint)
     yield process
     if process.returncode is None:
         process.kill()
     await process.wait()
+
+
+async def started_child(endpoint: UcxEndpoint) -> Child:
+    """A process that connects, and sends when it is told to."""
+    arguments = ("-m", "tests.transport.sending_peer", endpoint.address, str(BIG_BYTES))
+    return await asyncio.create_subprocess_exec(sys.executable, *arguments, stdin=asyncio.subprocess.PIPE)
 
 
 async def kill(child: Child) -> float:
@@ -113,15 +118,40 @@ async def test_polling_carries_the_same_bytes() -> None:
     await receiver.close()
 
 
-async def test_an_idle_endpoint_sleeps(endpoint: UcxEndpoint) -> None:
-    sender = UcxEndpoint("ucx://127.0.0.1:0", "sender")
-    _, there = await join(sender, endpoint)
+@pytest.mark.parametrize("progress", list(Progress), ids=str)
+async def test_an_idle_endpoint_sleeps(progress: Progress) -> None:
+    receiver = UcxEndpoint("ucx://127.0.0.1:0", "receiver", progress)
+    sender = UcxEndpoint("ucx://127.0.0.1:0", "sender", progress)
+    here, there = await join(sender, receiver)
     there.post_receive(1, canary(10))
+    receive = there.post_receive(2, canary(MIB))
+    await asyncio.gather(here.send(2, pattern(MIB, 0)), receive.wait())
     await asyncio.sleep(0.2)
     used_before_s = time.process_time()
     await asyncio.sleep(0.5)
     assert time.process_time() - used_before_s < 0.1
     await sender.close()
+    await receiver.close()
+
+
+async def test_a_send_that_nobody_takes_is_looked_at_with_rests() -> None:
+    endpoint = UcxEndpoint("ucx://127.0.0.1:0", "parent", Progress.POLLING)
+    child = await started_child(endpoint)
+    connection = await endpoint.wait_for_peer("child", 60.0)
+    os.kill(child.pid, signal.SIGSTOP)
+    sending = asyncio.create_task(connection.send(2, torch.zeros(BIG_BYTES, dtype=torch.uint8)))
+    await asyncio.sleep(0.1)
+    watch, used_before_s = loop_watch(), time.thread_time()
+    watch.counts = WatchCounts()
+    await asyncio.sleep(0.5)
+    assert 0 < watch.counts.num_turns <= watch.counts.num_rests + 1
+    assert watch.counts.num_turns < 0.6 / Patience().longest_s
+    assert time.thread_time() - used_before_s < 0.25
+    await kill(child)
+    with pytest.raises(PeerLost):
+        await sending
+    await endpoint.close()
+    await child.wait()
 
 
 async def test_a_server_that_never_answers_times_out(endpoint: UcxEndpoint) -> None:
