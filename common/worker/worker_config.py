@@ -15,6 +15,7 @@ from common.worker.worker_model import WorkerModel, read_worker_model
 
 _SLOT_ALIGNMENT_BYTES = 64  # legs start at multiples of the element size
 _GPU_SLOT_BYTES = (64 << 20) + 4096  # 64 MiB and headers
+_GPU_NUM_SLOTS = 8  # two hand-offs with all chunks that travel at once
 
 
 class WorkerConfig(ServiceConfig):
@@ -41,7 +42,7 @@ class WorkerConfig(ServiceConfig):
     transport_progress: Literal["auto", "event", "polling"] = Field(
         "auto", description="How the transport is driven; auto is polling on GPUs, whose copies raise no event."
     )
-    num_slots: int = Field(4, ge=1, le=256, description="Staging slots of each rank.")
+    num_slots: int = Field(4, ge=1, le=256, description="Staging slots of each rank [on GPUs: 8].")
     slot_bytes: int = Field(8 << 20, ge=4096, description="Size of a staging slot, bytes [on GPUs: 64 MiB].")
     connect_timeout_s: float = Field(5.0, gt=0, description="Time for two ranks to connect, seconds.")
     max_chunk_resends: int = Field(3, ge=0, description="How often one chunk is offered again after it failed.")
@@ -62,7 +63,7 @@ class WorkerConfig(ServiceConfig):
     def _enlarge_slots(cls, values: dict[str, object]) -> dict[str, object]:
         """NVLink and RDMA are fast with messages of tens of MiB only: see docs/performance.md."""
         if values.get("device") == "cuda":
-            return {"slot_bytes": _GPU_SLOT_BYTES, **values}
+            return {"slot_bytes": _GPU_SLOT_BYTES, "num_slots": _GPU_NUM_SLOTS, **values}
         return values
 
     @model_validator(mode="after")

@@ -23,6 +23,13 @@ def test_reserved_tokens_are_whole_blocks_and_at_least_one() -> None:
     assert load("--max-step-tokens", "128").scheduler_limits.reserved_tokens(64) == 64
 
 
+def test_slots_are_larger_on_gpus_unless_told_otherwise() -> None:
+    assert (load().num_slots, load().slot_bytes) == (4, 8 << 20)
+    on_gpu = load("--device", "cuda")
+    assert (on_gpu.num_slots, on_gpu.slot_bytes >> 20) == (8, 64)
+    assert load("--device", "cuda", "--slot-bytes", "4096").slot_bytes == 4096
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

@@ -108,6 +108,24 @@ async def test_chunk_whose_grant_ran_out_is_offered_again_once_it_is_computed() 
         await harness.settled()
 
 
+async def test_prompt_that_fails_while_its_layers_travel_is_never_final_and_leaves_nothing() -> None:
+    async with running() as harness:
+        harness.ranks.is_manual = harness.ranks.holds_sends = True
+        harness.ranks.token = SampledToken(-1, -1, error="logits are not finite")
+        call = asyncio.create_task(harness.prefill(harness.request(8)))
+        async with asyncio.timeout(5):
+            await harness.ranks.on_held.wait()
+        harness.ranks.answer_step()
+        with pytest.raises(errors.InternalError, match="not finite"):
+            await call
+        assert harness.decode.finish is None
+        assert {offer.num_final_blocks for offer in harness.decode.offers} == {0}
+        assert harness.worker.status().num_blocks_held == 2, "a rank may still read them"
+        while harness.ranks.held:
+            harness.ranks.finish_send()
+        await harness.settled()
+
+
 async def test_at_most_four_chunks_travel_at_once() -> None:
     async with running(num_slots=4) as harness:
         harness.decode.max_layer_blocks_per_chunk = 1
