@@ -1,193 +1,63 @@
 """A rank's engine on one GPU with random weights: checked against plain torch, then decode steps and prefill are timed.
 
-Steps go through the runner as plans, two under way at a time, as in a worker. Prints tables with targets and floors;
-needs a GPU with room for the weights and about 70 GB of blocks.
+    python -m benchmarks.engine [--only decode|prefill] [--out FILE.json]
+
+Steps go through the runner as plans, two under way at a time, as in a worker. Prints tables with targets and floors.
+What finds no memory is left out, and said. Without a GPU, or with --rehearse, it is a rehearsal with a small model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
+from typing import Final
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine_check import logit_errors, same_tokens
-from benchmarks.random_model import BLOCK_SIZE, Front, random_decoder, random_storage, read_shape
-from common.models.config import ModelConfig
-from common.worker.device_runner import DeviceRunner
-from common.worker.device_step import DeviceStep
-from common.worker.step_plan import StepPlan
+from benchmarks.engine_steps import Bench, DecodeTiming, PrefillTiming, blocks_for
+from benchmarks.random_model import random_decoder, read_shape
+from benchmarks.rehearsal import compute_device, device_name
+from benchmarks.tensor_parallel_engine import KERNELS, small_config
+from common.models.decoder import Decoder
 
-BYTES_PER_S, FLOP_PER_S = 4.3e12, 780e12
-STEPS_UNDER_WAY = 2
 DECODE_CASES = [(1024, n) for n in (1, 8, 32, 64, 128, 256)] + [(8192, n) for n in (1, 8, 32, 64)]
 # Of a Llama-3.1-8B shape: the goal and vLLM 0.25.0 on the same GPU, milliseconds.
 _1K_MS = [(4.0, 4.85), (4.4, 5.24), (5.3, 6.54), (6.4, 7.77), (8.8, 10.96), (13.6, 18.71)]
 _8K_MS = [(4.3, 5.15), (6.2, 7.0), (12.7, 13.61), (21.8, 23.78)]
 DECODE_MS = dict(zip(DECODE_CASES, [*_1K_MS, *_8K_MS], strict=True))
 PREFILL_MS = {512: (13, 16.8), 2048: (46, 50.7), 8192: (200, 213.5), 32768: (1130, 1210)}
+# prompts, tokens of each, tokens of a step
+PREFILL_CASES = [(1, 512, 2048), (1, 2048, 2048), (1, 8192, 2048), (1, 8192, 8192)]
+PREFILL_CASES += [(1, 32768, 2048), (1, 32768, 8192), (32, 2048, 2048), (32, 2048, 8192)]
+MAX_BLOCKS: Final = 8700  # enough for every case
+REHEARSED_BLOCKS: Final = 16
+REHEARSED_DECODE: Final = [(100, 1), (100, 3), (300, 8)]  # the last one finds too few blocks
+REHEARSED_PREFILL: Final = [(1, 100, 48), (3, 40, 64), (20, 64, 64)]  # the last one finds too few
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeTiming:
-    """Milliseconds. `graph_ms`: replays without plans between them; `idle`: the share of a step beyond that."""
+class Cases:
+    """What is timed, and on how many blocks at most."""
 
-    context: int
-    batch: int
-    median_ms: float
-    p99_ms: float
-    graph_ms: float
-    launch_ms: float  # host time to launch a step
-    idle: float
-    floor_ms: float
+    decode: list[tuple[int, int]]  # context, batch
+    prefill: list[tuple[int, int, int]]
+    max_blocks: int
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(sorted({batch for _, batch in self.decode}))
 
-@dataclass(frozen=True, slots=True)
-class PrefillTiming:
-    """One prompt, or several, from the first launch to the last result."""
-
-    num_prompts: int
-    num_tokens: int
-    chunk: int
-    ms: float
-    floor_ms: float
-
-
-class Bench:
-    """A model with its blocks."""
-
-    def __init__(self, config: ModelConfig, num_blocks: int, max_rows: int, sizes: tuple[int, ...]) -> None:
-        device = torch.device("cuda")
-        self.config = config
-        self.decoder = random_decoder(config, device)
-        self.storage = random_storage(self.decoder, num_blocks)
-        begun = time.perf_counter()
-        self.runner = DeviceRunner(self.decoder, self.storage, max_rows, sizes)
-        torch.cuda.synchronize()
-        print(f"captured {len(sizes)} graphs in {time.perf_counter() - begun:.1f} s", flush=True)
-        self._num_blocks = num_blocks
-        self._step_id = 0
-        embedding = config.vocab_size * config.hidden_size
-        self._read_parameters = self.decoder.num_parameters - (0 if config.tie_word_embeddings else embedding)
-        self._layer_parameters = self.decoder.num_parameters - (1 + (not config.tie_word_embeddings)) * embedding
-
-    def decode(self, context: int, batch: int, num_steps: int) -> DecodeTiming:
-        front = Front(self.runner, self._num_blocks)
-        for row in range(batch):
-            front.add(row, context - num_steps // 2, last_token=row)
-        ends, launches = [], []
-        under_way: deque[DeviceStep] = deque()
-        for plan in self._plans(front, batch, num_steps + 10):
-            begun = time.perf_counter()
-            under_way.append(self.runner.launch(plan))
-            launches.append(time.perf_counter() - begun)
-            if len(under_way) == STEPS_UNDER_WAY:
-                under_way.popleft().result()
-                ends.append(time.perf_counter())
-        while under_way:
-            under_way.popleft().result()
-        periods = sorted(later - earlier for earlier, later in pairwise(ends[10:]))
-        graph_ms = self._graph_ms(batch, max(5, min(50, num_steps // 2)))
-        for row in range(batch):
-            front.remove(row)
-        median_ms = statistics.median(periods) * 1e3
-        cache = batch * context * self.storage.kv[:, 0].nbytes / BLOCK_SIZE
-        return DecodeTiming(
-            context, batch, median_ms, periods[int(len(periods) * 0.99)] * 1e3, graph_ms,
-            statistics.median(launches) * 1e3, 1 - graph_ms / median_ms,
-            (self._read_parameters * 2 + cache) / BYTES_PER_S * 1e3,
-        )  # fmt: skip
-
-    def _plans(self, front: Front, batch: int, num_steps: int) -> Iterator[StepPlan]:
-        for _ in range(num_steps):
-            self._step_id += 1
-            yield StepPlan(self._step_id, [front.segment(row) for row in range(batch)])
-
-    def _graph_ms(self, batch: int, num_replays: int) -> float:
-        """The last step again and again."""
-        graphs = self.runner._graphs
-        assert graphs is not None
-        size = graphs.size_for(batch)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        graphs.run(size)
-        begin.record()
-        for _ in range(num_replays):
-            graphs.run(size)
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / num_replays
-
-    def prefill(self, num_prompts: int, num_tokens: int, chunk: int, repeat: int = 3) -> PrefillTiming:
-        """Chunks as a worker cuts them: up to `chunk` tokens in a step, of one prompt after the other."""
-        times = []
-        for _ in range(repeat + 1):
-            front = Front(self.runner, self._num_blocks)
-            for row in range(num_prompts):
-                front.add(row, 0)
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            under_way: deque[DeviceStep] = deque()
-            for plan in self._prefill_plans(front, num_prompts, num_tokens, chunk):
-                under_way.append(self.runner.launch(plan))
-                if len(under_way) > STEPS_UNDER_WAY:
-                    under_way.popleft().result()
-            while under_way:
-                assert not any(token.error for token in under_way.popleft().result().sampled)
-            times.append(time.perf_counter() - begun)
-            for row in range(num_prompts):
-                front.remove(row)
-        floor = num_prompts * (
-            2 * self._layer_parameters * num_tokens
-            + 2 * self.config.num_layers * self.config.num_heads * self.config.head_dim * num_tokens**2
-        )
-        ms = statistics.median(times[1:]) * 1e3
-        return PrefillTiming(num_prompts, num_tokens, chunk, ms, floor / FLOP_PER_S * 1e3)
-
-    def _prefill_plans(self, front: Front, num_prompts: int, num_tokens: int, chunk: int) -> Iterator[StepPlan]:
-        tokens = torch.randint(self.config.vocab_size, (num_tokens,)).tolist()
-        segments, room = [], chunk
-        for row in range(num_prompts):
-            done = 0
-            while done < num_tokens:
-                count = min(room, num_tokens - done)
-                segments.append(front.segment(row, tokens[done : done + count], sample=done + count == num_tokens))
-                done += count
-                room -= count
-                if room == 0:
-                    yield StepPlan(0, segments)
-                    segments, room = [], chunk
-        if segments:
-            yield StepPlan(0, segments)
-
-    def top_kernels(self, context: int, batch: int, num_rows: int) -> list[tuple[str, int, float]]:
-        """Of one captured step: (kernel, calls, microseconds in all), the most expensive first."""
-        front = Front(self.runner, self._num_blocks)
-        for row in range(batch):
-            front.add(row, context, last_token=row)
-        for plan in self._plans(front, batch, 3):
-            self.runner.launch(plan).result()
-        graphs = self.runner._graphs
-        assert graphs is not None
-        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            for _ in range(3):
-                graphs.run(graphs.size_for(batch))
-            torch.cuda.synchronize()
-        for row in range(batch):
-            front.remove(row)
-        rows = [(event.key, event.count // 3, event.self_device_time_total / 3) for event in recorded.key_averages()]
-        return sorted(rows, key=lambda row: row[2], reverse=True)[:num_rows]
+    @property
+    def max_rows(self) -> int:
+        return max(1, *self.sizes, *(prompts for prompts, _, _ in self.prefill))
 
 
 def print_decode(timing: DecodeTiming) -> None:
-    target, vllm = DECODE_MS[timing.context, timing.batch]
+    target, vllm = DECODE_MS.get((timing.context, timing.batch), ("–", "–"))
     print(
         f"| {timing.context} | {timing.batch} | {timing.median_ms:.2f} | {timing.p99_ms:.2f} | {timing.graph_ms:.2f} "
         f"| {timing.idle:.1%} | {timing.launch_ms:.2f} | {target} | {vllm} | {timing.floor_ms:.2f} "
@@ -197,7 +67,7 @@ def print_decode(timing: DecodeTiming) -> None:
 
 
 def print_prefill(timing: PrefillTiming) -> None:
-    target, vllm = PREFILL_MS[timing.num_tokens] if timing.num_prompts == 1 else ("–", "–")
+    target, vllm = PREFILL_MS.get(timing.num_tokens, ("–", "–")) if timing.num_prompts == 1 else ("–", "–")
     rate = timing.num_prompts * timing.num_tokens / timing.ms * 1e3
     print(
         f"| {timing.num_prompts} × {timing.num_tokens} | {timing.chunk} | {timing.ms:.1f} | {rate:,.0f} "
@@ -215,47 +85,80 @@ def check(device: torch.device) -> dict[str, float]:
     return errors
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--blocks", type=int, default=8700, help="KV blocks of 8 MiB; what needs more is left out (8700)"
-    )
-    parser.add_argument("--steps", type=int, default=120, help="decode steps of each case")
-    parser.add_argument("--skip-check", action="store_true")
-    parser.add_argument("--skip-prefill", action="store_true")
-    parser.add_argument("--profile", type=int, nargs="*", default=[1, 64], help="batch sizes to profile")
-    arguments = parser.parse_args()
-    device = torch.device("cuda")
-    results: dict[str, object] = {
-        "device": torch.cuda.get_device_name(),
-        "errors": {} if arguments.skip_check else check(device),
-    }
-    sizes = tuple(sorted({batch for _, batch in DECODE_CASES}))
-    bench = Bench(read_shape("llama-3.1-8b"), num_blocks=arguments.blocks, max_rows=256, sizes=sizes)
+def time_decode(bench: Bench, cases: Sequence[tuple[int, int]], num_steps: int) -> list[DecodeTiming]:
     print("| context | batch | step ms | p99 | graph alone | idle | launch | target | vLLM | floor | share |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    decode = []
-    for context, batch in DECODE_CASES:
-        if batch * (context // BLOCK_SIZE + 2) > arguments.blocks:
+    print(f"|{'---|' * 11}")
+    timings = []
+    for context, batch in cases:
+        needed = blocks_for(batch, context + num_steps // 2 + 10)
+        if needed > bench.num_blocks:
+            print(f"LEFT OUT: context {context}, batch {batch} needs {needed} of {bench.num_blocks} blocks", flush=True)
             continue
-        decode.append(bench.decode(context, batch, arguments.steps))
-        print_decode(decode[-1])
-    results["decode"] = [asdict(timing) for timing in decode]
-    if not arguments.skip_prefill:
-        print("| prompts | chunk | ms | tokens/s | target | vLLM | floor | share |\n|---|---|---|---|---|---|---|---|")
-        cases = [(1, 512, 2048), (1, 2048, 2048), (1, 8192, 2048), (1, 8192, 8192), (1, 32768, 2048)]
-        prefill = []
-        for case in (*cases, (1, 32768, 8192), (32, 2048, 2048), (32, 2048, 8192)):
-            prefill.append(bench.prefill(*case))
-            print_prefill(prefill[-1])
-        results["prefill"] = [asdict(timing) for timing in prefill]
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1))
-    for batch in arguments.profile:
+        timings.append(bench.decode(context, batch, num_steps))
+        print_decode(timings[-1])
+    return timings
+
+
+def time_prefill(bench: Bench, cases: Sequence[tuple[int, int, int]]) -> list[PrefillTiming]:
+    print("| prompts | chunk | ms | tokens/s | target | vLLM | floor | share |\n|---|---|---|---|---|---|---|---|")
+    timings = []
+    for num_prompts, num_tokens, chunk in cases:
+        needed, name = blocks_for(num_prompts, num_tokens), f"{num_prompts} × {num_tokens} in steps of {chunk}"
+        if needed > bench.num_blocks:
+            print(f"LEFT OUT: {name} needs {needed} of {bench.num_blocks} blocks", flush=True)
+            continue
+        try:
+            timings.append(bench.prefill(num_prompts, num_tokens, chunk))
+        except torch.OutOfMemoryError as error:
+            print(f"LEFT OUT: {name}: {str(error).splitlines()[0]}", flush=True)
+            continue
+        print_prefill(timings[-1])
+    return timings
+
+
+def print_kernels(bench: Bench, batches: Sequence[int]) -> None:
+    for batch in batches:
         print(f"kernels of a step, context 1024, batch {batch}:")
         for name, calls, us in bench.top_kernels(1024, batch, 14):
             print(f"  {us:8.1f} us {calls:5d} × {us / max(calls, 1):7.2f}  {name[:90]}", flush=True)
+
+
+def load(device: torch.device) -> Decoder:
+    if device.type == "cpu":
+        return random_decoder(small_config(rehearses=True), device, torch.float32, KERNELS)
+    return random_decoder(read_shape("llama-3.1-8b"), device)
+
+
+def chosen_cases(only: str | None, rehearses: bool, max_blocks: int) -> Cases:
+    decode = REHEARSED_DECODE if rehearses else DECODE_CASES
+    prefill = REHEARSED_PREFILL if rehearses else PREFILL_CASES
+    blocks = min(max_blocks, REHEARSED_BLOCKS) if rehearses else max_blocks
+    return Cases([] if only == "prefill" else decode, [] if only == "decode" else prefill, blocks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, help="a JSON file")
+    add("--blocks", type=int, default=MAX_BLOCKS, help=f"KV blocks of 8 MiB, or as many as fit ({MAX_BLOCKS})")
+    add("--steps", type=int, default=120, help="decode steps of each case (120)")
+    add("--only", choices=("decode", "prefill"), help="leave the other kind out")
+    add("--skip-prefill", dest="only", action="store_const", const="decode", help="the same as --only decode")
+    add("--skip-check", action="store_true")
+    add("--profile", type=int, nargs="*", default=[1, 64], help="batch sizes whose kernels are shown (1 64)")
+    add("--rehearse", action="store_true", help="on the CPU")
+    args = parser.parse_args()
+    device = compute_device(args.rehearse)
+    checks = not (args.skip_check or device.type == "cpu")
+    results: dict[str, object] = {"device": device_name(device), "errors": check(device) if checks else {}}
+    cases = chosen_cases(args.only, device.type == "cpu", args.blocks)
+    bench = Bench(load(device), cases.max_blocks, cases.max_rows, cases.sizes)
+    results["decode"] = [asdict(timing) for timing in time_decode(bench, cases.decode, args.steps)]
+    results["prefill"] = [asdict(timing) for timing in time_prefill(bench, cases.prefill)]
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1))
+    if cases.decode and device.type == "cuda":
+        print_kernels(bench, args.profile)
 
 
 if __name__ == "__main__":

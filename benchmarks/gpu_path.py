@@ -5,7 +5,8 @@
 First the shipped checkpoint in float32: greedy tokens must equal those of a deployment on the CPU, for every pairing of
 rank counts that the GPUs allow. Then a model of random weights: time to the first token of a prompt against the time
 that prefill took for it, how long the hand-off keeps the second token waiting, and the gaps between tokens while
-prompts arrive. Without GPUs all of it runs on the CPU with the shipped checkpoint, as a rehearsal.
+prompts arrive. Without GPUs all of it runs on the CPU with the shipped checkpoint, as a rehearsal. Prompts are repeated
+until there are enough for a p99 or `--limit` is near: how many there were is printed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import json
 import statistics
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.goodput import GPU_ARGS, SHIPPED, write_model
+from benchmarks.step_times import percentile
 from cli.client import Client, connect
 from cli.deployment import Deployment, DeploymentSpec
 from loadtest.arrivals import Arrivals
@@ -40,6 +43,11 @@ from tests.integration.requests import ask, greedy_request
 FLOAT32 = ("--dtype", "float32")
 CHECK_LENGTHS = (1, 63, 64, 65, 500, 2000)
 NUM_TOKENS = 24
+NUM_TIMED_TOKENS = 8  # of a request whose hand-off is timed: four gaps or more say how long a step takes
+NUM_WARM_UPS = 2
+MIN_REPEATS = 5
+P99_FROM = 100  # values: of fewer, the p99 would be the largest
+STOP_S = 5.0  # for load that ends after its last arrival, and for the processes
 READY_TIMEOUT_S = 240.0
 PAIRINGS = ((1, 1), (1, 2), (2, 1), (2, 2))  # prefill and decode ranks
 
@@ -87,18 +95,20 @@ async def tokens_of(device: str, prefill_tp: int, decode_tp: int, log_dir: Path)
 
 async def check(device: str, num_devices: int, log_dir: Path) -> None:
     """Raises unless every pairing gives the tokens of the CPU."""
-    expected, _ = await tokens_of("cpu", 1, 1, log_dir / "cpu")
-    for prefill_tp, decode_tp in PAIRINGS:
-        if prefill_tp + decode_tp > num_devices:
-            continue
-        got, transport = await tokens_of(device, prefill_tp, decode_tp, log_dir / f"{prefill_tp}-{decode_tp}")
-        assert got == expected, f"prefill TP {prefill_tp}, decode TP {decode_tp}: other tokens than on the CPU"
-        print(f"checked: prefill TP {prefill_tp} -> decode TP {decode_tp} over {transport} equals the CPU", flush=True)
+    async with asyncio.TaskGroup() as tasks:
+        reference = tasks.create_task(tokens_of("cpu", 1, 1, log_dir / "cpu"))
+        for prefill_tp, decode_tp in PAIRINGS:
+            if prefill_tp + decode_tp > num_devices:
+                continue
+            got, transport = await tokens_of(device, prefill_tp, decode_tp, log_dir / f"{prefill_tp}-{decode_tp}")
+            expected, _ = await reference
+            assert got == expected, f"prefill TP {prefill_tp}, decode TP {decode_tp}: other tokens than on the CPU"
+            print(f"checked: prefill TP {prefill_tp} -> decode TP {decode_tp} over {transport}: as the CPU", flush=True)
 
 
 async def time_one(client: Client, prompt: Sequence[int]) -> Timing:
     """One request with nothing else under way."""
-    request = greedy_request(list(prompt), NUM_TOKENS)
+    request = greedy_request(list(prompt), NUM_TIMED_TOKENS)
     start_s = time.perf_counter()
     arrivals: list[float] = []
     async for response in client.generate(request, 120.0):
@@ -116,28 +126,52 @@ async def time_one(client: Client, prompt: Sequence[int]) -> Timing:
     )
 
 
-async def time_prompts(client: Client, num_tokens: int, repeats: int) -> None:
-    """Prints what one prompt of a length costs, prompts of its own each time."""
+async def time_prompts(
+    client: Client, lengths: Sequence[int], repeats: int, until_s: float
+) -> dict[int, dict[str, float]]:
+    """Prints what one prompt of each length costs, prompts of its own each time, the lengths by turns.
+
+    Begins none after `until_s` (of `time.monotonic`) unless there are fewer than `MIN_REPEATS`.
+    """
     vocab_size = (await client.model_info()).vocab_size
-    timings = [
-        await time_one(client, random_prompt(num_tokens, vocab_size, 1000 * num_tokens + index))
-        for index in range(repeats + 2)
-    ][2:]
-    beyond_ms = [(t.ttft_s - t.prefill_s) * 1e3 for t in timings]
-    late_ms = [(t.second_gap_s - t.step_s) * 1e3 for t in timings]
-    exposed_ms = [t.exposed_s * 1e3 for t in timings]
-    prefill_ms = [t.prefill_s * 1e3 for t in timings]
-    print(
-        f"{num_tokens} tokens over {timings[0].transport}: prefill p50 {_p50(prefill_ms)} ms, "
-        f"TTFT beyond it p50 {_p50(beyond_ms)} ms; hand-off exposed p50 {_p50(exposed_ms)} ms, max "
-        f"{max(exposed_ms):.2f} ms; second token late by p50 {_p50(late_ms)} ms, max {max(late_ms):.2f} ms; step p50 "
-        f"{_p50([t.step_s * 1e3 for t in timings])} ms",
-        flush=True,
-    )
+    timings: dict[int, list[Timing]] = {length: [] for length in lengths}
+    for index in range(repeats + NUM_WARM_UPS):
+        if index >= MIN_REPEATS + NUM_WARM_UPS and time.monotonic() > until_s:
+            break
+        for length, own in timings.items():
+            own.append(await time_one(client, random_prompt(length, vocab_size, 1000 * length + index)))
+    found = {length: figures(own[NUM_WARM_UPS:]) for length, own in timings.items()}
+    print_figures(found, timings[lengths[0]][-1].transport, len(timings[lengths[0]]) - NUM_WARM_UPS)
+    return found
 
 
-async def time_load(address: str, rate: float, num_requests: int, sizes: tuple[int, int]) -> None:
-    """Prints the gaps between tokens while prompts arrive."""
+def figures(timings: Sequence[Timing]) -> dict[str, float]:
+    """Milliseconds: p50, and of what the hand-off adds p99 (if there are enough) and the largest."""
+    values = {
+        "prefill": [t.prefill_s for t in timings],
+        "TTFT beyond it": [t.ttft_s - t.prefill_s for t in timings],
+        "hand-off exposed": [t.exposed_s for t in timings],
+        "second token late by": [t.second_gap_s - t.step_s for t in timings],
+        "step": [t.step_s for t in timings],
+    }
+    found = {f"{name} p50": statistics.median(seconds) * 1e3 for name, seconds in values.items()}
+    for name in ("hand-off exposed", "second token late by"):
+        if len(timings) >= P99_FROM:
+            found[f"{name} p99"] = percentile(values[name], 0.99) * 1e3
+        found[f"{name} max"] = max(values[name]) * 1e3
+    return found
+
+
+def print_figures(found: dict[int, dict[str, float]], transport: str, num_requests: int) -> None:
+    """A table with a column for each length of prompts."""
+    print(f"{num_requests} requests of each length, one at a time, over {transport}; ms")
+    print(f"| | {' | '.join(f'{length} tokens' for length in found)} |\n|{'---|' * (len(found) + 1)}")
+    for name in next(iter(found.values())):
+        print(f"| {name} | {' | '.join(f'{own[name]:.2f}' for own in found.values())} |", flush=True)
+
+
+async def time_load(address: str, rate: float, num_requests: int, sizes: tuple[int, int]) -> dict[str, float]:
+    """Prints the gaps between tokens while prompts arrive; milliseconds."""
     target = TargetSpec("baton", address)
     model = await describe_target(target)
     lengths = RandomSizes(Fixed(sizes[0]), Fixed(sizes[1]))
@@ -146,32 +180,46 @@ async def time_load(address: str, rate: float, num_requests: int, sizes: tuple[i
     summary = summarize(measured_part(run))
     assert summary.gap is not None
     assert summary.ttft is not None
+    gap, ttft = summary.gap, summary.ttft
+    found = {"gap p50": gap.p50_s * 1e3, "gap p99": gap.p99_s * 1e3, "gap max": gap.max_s * 1e3}
+    found["TTFT p50"] = ttft.p50_s * 1e3
     print(
-        f"{rate:g} requests/s of {sizes[0]} + {sizes[1]} tokens: gaps p50 {summary.gap.p50_s * 1e3:.2f} ms, p99 "
-        f"{summary.gap.p99_s * 1e3:.2f} ms, max {summary.gap.max_s * 1e3:.2f} ms; TTFT p50 "
-        f"{summary.ttft.p50_s * 1e3:.1f} ms; {summary.num_failed} failed",
+        f"{rate:g} requests/s of {sizes[0]} + {sizes[1]} tokens, {num_requests} requests: "
+        f"{', '.join(f'{name} {ms:.2f} ms' for name, ms in found.items())}; {summary.num_failed} failed",
         *summary.warnings,
         flush=True,
     )
-
-
-def _p50(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f}"
+    return found | {"failed": summary.num_failed}
 
 
 async def measure(args: argparse.Namespace, log_dir: Path) -> None:
+    begun_s = time.monotonic()
     on_gpu = args.device == "cuda"
-    await check(args.device, args.devices, log_dir)
+    if not args.skip_check:
+        await check(args.device, args.devices, log_dir)
     model = write_model(args.shape, log_dir) if on_gpu else SHIPPED
     common = (*GPU_ARGS, "--kv-bytes", str(args.kv_bytes)) if on_gpu else FLOAT32
     spec = DeploymentSpec(
         model=model, device=args.device, prefill_args=common, decode_args=common, log_dir=log_dir / "path"
     )
+    load_s = args.load_seconds * len(args.rates)
+    until_s = begun_s + args.limit - load_s - STOP_S
+    results: dict[str, object] = {"device": args.device, "shape": args.shape if on_gpu else SHIPPED.name}
     async with deployed(spec) as (deployment, client):
-        for num_tokens in args.prompts:
-            await time_prompts(client, num_tokens, args.repeats)
-        for rate in args.rates:
-            await time_load(deployment.router_address, rate, args.requests, (args.prompts[0], args.output_tokens))
+        print(f"ready after {time.monotonic() - begun_s:.0f} s", flush=True)
+        results["prompts"] = await time_prompts(client, args.prompts, args.repeats, until_s)
+        results["load"] = {
+            rate: await time_load(
+                deployment.router_address,
+                rate,
+                max(2, round(rate * args.load_seconds)),
+                (args.prompts[0], args.output_tokens),
+            )
+            for rate in args.rates
+        }
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1))
+    print(f"done after {time.monotonic() - begun_s:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -182,10 +230,13 @@ def main() -> None:
     add("--shape", default="llama-3.1-8b", help="of the random weights, on GPUs (llama-3.1-8b)")
     add("--kv-bytes", type=int, default=40 << 30, help="KV memory of each worker on a GPU (40 GiB)")
     add("--prompts", type=int, nargs="+", default=[2048, 8192], help="prompt lengths, tokens (2048 8192)")
-    add("--repeats", type=int, default=20, help="requests of each length (20)")
-    add("--rates", type=float, nargs="+", default=[4.0, 10.0], help="requests/s while gaps are measured (4 10)")
-    add("--requests", type=int, default=200, help="requests at each rate (200)")
+    add("--repeats", type=int, default=P99_FROM, help=f"requests of each length, at most ({P99_FROM})")
+    add("--limit", type=float, default=85.0, help="seconds for everything; fewer repeats if need be (85)")
+    add("--rates", type=float, nargs="*", default=[8.0], help="requests/s while gaps are measured (8)")
+    add("--load-seconds", type=float, default=10.0, help="of arrivals at each rate (10)")
     add("--output-tokens", type=int, default=200, help="tokens of each answer under load (200)")
+    add("--skip-check", action="store_true", help="do not compare with the CPU first")
+    add("--out", type=Path, help="a JSON file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         asyncio.run(measure(args, Path(directory)))

@@ -94,6 +94,14 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     return Ceilings(2e6 * source.nbytes / copy_us, 2e6 * 8192**3 / matmul_us)
 
 
+def measure_read_rate(device: torch.device) -> float:
+    """Bytes a second of kernels that only read: the fastest of a few reductions over 2 GiB."""
+    source = torch.randn(1 << 29, device=device)
+    rows = source.view(1 << 14, -1)
+    calls: list[Call] = [source.sum, source.amax, partial(rows.sum, dim=1), partial(rows.amax, dim=1)]
+    return max(source.nbytes / median_us([call]) * 1e6 for call in calls)
+
+
 def memory_row(
     kernel: str, shape: str, us: float, nbytes: int, bytes_per_s: float, torch_us: float | None, error: float
 ) -> Row:

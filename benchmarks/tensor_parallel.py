@@ -2,8 +2,10 @@
 
 One process a GPU; both run the same plans through captured graphs, two steps under way, timed on rank 0. Checked first:
 a small float32 model chooses on both ranks the tokens that one rank chooses. Each shape gets fresh processes.
-*Floor*: the weights and KV bytes that one rank reads, over --bandwidth. Without two GPUs, or with --rehearse, the same
-runs on two CPU ranks with interpreted kernels and a small model; its times say nothing.
+*Floor*: the weights and KV bytes that one rank reads, over --bandwidth; the same over what the card was measured to
+read and to copy is given as shares of a step. What runs out of memory is tried again with a smaller batch. Without two
+GPUs, or with --rehearse, the same runs on two CPU ranks with interpreted kernels and a small model; its times say
+nothing.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--batches", type=int, nargs="+", help="instead of each shape's own")
-    parser.add_argument("--steps", type=int, default=60, help="timed decode steps of each case")
+    parser.add_argument("--steps", type=int, default=200, help="timed decode steps of each case (200)")
     parser.add_argument("--bandwidth", type=float, default=READ_BYTES_PER_S, help="bytes/s that the floor assumes")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds for everything")
     parser.add_argument("--phase-limit", type=float, default=150.0, help="seconds for loading, capture or a case")

@@ -14,8 +14,8 @@ from typing import Final, cast
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.engine import Bench, DecodeTiming
 from benchmarks.engine_check import _NUM_BLOCKS, _REFERENCE, _tokens
+from benchmarks.engine_steps import Bench, DecodeTiming
 from benchmarks.random_model import BLOCK_SIZE, random_decoder, random_storage, read_shape
 from common.kernels import cuda_backend
 from common.kernels.backend import KernelBackend
@@ -145,7 +145,7 @@ class RankBench(Bench):
         self.config, self.decoder, self.rank = decoder.config, decoder, rank
         self.storage = random_storage(decoder, num_blocks)
         self.runner = DeviceRunner(decoder, self.storage, sizes[-1], sizes)
-        self._num_blocks = num_blocks
+        self.num_blocks = num_blocks
         self._step_id = 0
         # Of the embedding a step reads a row a token.
         embedding = 0 if self.config.tie_word_embeddings else len(decoder.shard.vocab) * self.config.hidden_size
@@ -175,7 +175,3 @@ class RankBench(Bench):
             torch.cuda.synchronize()
         events = [(event.name, event.time_range.start, event.self_device_time_total) for event in recorded.events()]
         return per_replay(events, _PROFILED_REPLAYS)[:num_rows]
-
-    def _graph_ms(self, batch: int, num_replays: int) -> float:
-        """NaN where nothing is captured."""
-        return float("nan") if self.rank.rehearses else super()._graph_ms(batch, num_replays)

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.tensor_parallel import CHECK, OUT_OF_MEMORY, Jobs
 from benchmarks.tensor_parallel_engine import blocks_of, fitting, per_replay
+from benchmarks.tensor_parallel_rank import is_out_of_memory
 
 
 def rehearse(*options: str) -> subprocess.CompletedProcess[str]:
@@ -27,9 +29,11 @@ def test_two_ranks_choose_what_one_chooses_and_their_steps_are_timed(tmp_path: P
     assert done.returncode == 0, done.stderr
     assert "both ranks chose the 87 tokens" in done.stdout
     assert "| 2 | 100 |" in done.stdout
+    assert "| step ms | max | graph alone |" in done.stdout  # of two steps there is no p99
     (timing,) = map(json.loads, out.read_text().splitlines())
     assert (timing["shape"], timing["batch"]) == ("llama-3.1-8b", 2)
     assert 0 < timing["median_ms"] <= timing["p99_ms"]
+    assert set(timing["rates"]) == {"read", "copy"}
 
 
 def test_a_phase_that_takes_too_long_ends_everything_with_a_traceback() -> None:
@@ -86,3 +90,32 @@ def test_out_of_memory_is_tried_again_with_less(
     monkeypatch.setattr(Jobs, "run", run)
     assert Jobs.run_shape(object.__new__(Jobs), "llama-3.1-8b", (1, 8)) == status
     assert seen == tried
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.OutOfMemoryError("no batch fits"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("we are out of memory cards"), False),
+    ],
+)
+def test_an_error_for_want_of_memory_is_known_by_what_it_says(error: Exception, is_it: bool) -> None:
+    assert is_out_of_memory(error) is is_it
+
+
+def test_an_error_that_ends_a_capture_is_known_by_what_it_came_from() -> None:
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        ended = error
+    assert is_out_of_memory(ended)
+    ended.__context__ = ended  # a circle ends
+    assert not is_out_of_memory(ended)
