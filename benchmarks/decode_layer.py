@@ -1,4 +1,4 @@
-"""The layers of an 8B decode step as a CUDA graph, launched in several ways: what dependent launch of all gains.
+"""The layers of an 8B decode step as a CUDA graph, launched in three ways: what dependent launch gains.
 
     python -m benchmarks.decode_layer [--batches 1 8 32 64 128 256] [--seconds 100] [--out FILE.json]
 
@@ -12,31 +12,42 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
+from unittest import mock
 
 import torch
 
-from benchmarks.decode_layer_ways import CONTEXT, WAYS, Way, compile_all, padding_plan
-from benchmarks.few_rows_configs import SHAPES
+from benchmarks.few_rows_configs import SHAPES, Config, compile_config, prepare_process
 from benchmarks.kernel_timing import READ_BYTES_PER_S, relative_error
 from benchmarks.random_model import BLOCK_SIZE, random_decoder, random_storage, read_shape
-from common.kernels import cuda_backend, reference
+from common.kernels import cuda_backend, dependent_launch, reference, triton_decode, triton_linear
 from common.kernels.backend import KernelBackend
-from common.kernels.batch import Span
-from common.kernels.dependent_launch import using
+from common.kernels.batch import KVShape, Span
+from common.kernels.cuda_backend import TritonPlan
+from common.kernels.dependent_launch import LaunchPolicy, by_policy, using
+from common.kernels.linear_tuning import Launch, default_tuning, padded_rows
 from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
 from common.parallel.group import TensorParallelGroup
 
+CONTEXT: Final = 1024
+# The first is what the others are compared with, the last is what is served.
+WAYS: Final = {
+    "all plain": LaunchPolicy(max_rows=0, product_launch=Launch.PLAIN),
+    "products alone": LaunchPolicy(max_rows=0),
+    "all dependent": LaunchPolicy(),
+}
 MAX_ERROR: Final = 2e-2  # of a layer in bfloat16
-MAX_MODEL_ERROR: Final = 0.15  # of 32 layers whose attention sums in another order
 ROUNDS: Final = 5
 ROUND_MS: Final = 60.0
+COMPILERS: Final = 12
 
 
 class Step:
@@ -54,16 +65,15 @@ class Step:
         self._plan.decode.block_tables[:, : self._tables.shape[1]] = self._tables.to(device)
 
     @torch.inference_mode()
-    def capture(self, way: Way) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def capture(self, policy: LaunchPolicy) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The graph and its output, [batch, hidden]."""
-        plan = way.plan(self._plan)
 
         def run() -> torch.Tensor:
-            cuda_backend.refresh_decode(plan)
-            return self._decoder.forward(self._token_ids, self._positions, plan, self._storage.kv)
+            cuda_backend.refresh_decode(self._plan)
+            return self._decoder.forward(self._token_ids, self._positions, self._plan, self._storage.kv)
 
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with using(way.policy):
+        with using(policy):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 run()
@@ -96,6 +106,12 @@ class Step:
         return wide.forward(token_ids, self._positions, plan, self._storage.kv.double())
 
 
+def padding_plan(batch: int, shape: KVShape, device: torch.device) -> TritonPlan:
+    """For so many contexts."""
+    columns = cuda_backend.table_columns(CONTEXT // BLOCK_SIZE)
+    return cuda_backend.plan_decode(batch, columns, [None], shape, torch.bfloat16, device)
+
+
 def _tables(batch: int, num_blocks: int) -> torch.Tensor:
     """[batch, blocks of a context] int64"""
     shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(batch))
@@ -118,7 +134,7 @@ def check_layer(device: torch.device) -> float:
     """The relative error of one layer, launched dependently, against float64. Raises if it is too large."""
     decoder = random_decoder(read_shape("llama-3.1-8b", 1), device)
     step = Step(decoder, random_storage(decoder, 8 * CONTEXT // BLOCK_SIZE), 8)
-    out = step.outputs(*step.capture(WAYS[-1]))[0]
+    out = step.outputs(*step.capture(LaunchPolicy()))[0]
     error = relative_error(out, step.wide(step.inputs[0]))
     if error > MAX_ERROR:
         raise AssertionError(f"a layer is {error:.1e} from float64")
@@ -129,18 +145,18 @@ def time_ways(step: Step, num_layers: int, is_late: Callable[[], bool]) -> dict[
     """By way: microseconds of a layer. Those whose output is wrong are printed and left out."""
     graphs = {}
     expected: list[torch.Tensor] = []
-    for way in WAYS:
+    for name, policy in WAYS.items():
         if is_late():
             print("out of time: ways left out", flush=True)
             break
-        graph, out = step.capture(way)
+        graph, out = step.capture(policy)
         found = step.outputs(graph, out)
         expected = expected or found
         errors = [relative_error(own, other) for own, other in zip(found, expected, strict=True)]
-        if max(errors) > (0.0 if way.min_tiles is None else MAX_MODEL_ERROR):
-            print(f"WRONG: {way.name} differs by {max(errors):.1e}", flush=True)
+        if max(errors) > 0:
+            print(f"WRONG: {name} differs by {max(errors):.1e}", flush=True)
             continue
-        graphs[way.name] = graph
+        graphs[name] = graph
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
@@ -161,6 +177,36 @@ def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
         ms = begin.elapsed_time(end) / num_replays
         num_replays = max(1, int(ROUND_MS / ms))
     return ms
+
+
+def compile_attention(batch: int, policy: LaunchPolicy) -> None:
+    """In a process that compiles for Hopper instead of launching."""
+    with mock.patch.object(dependent_launch, "is_hopper", return_value=True), using(policy):
+        plan = padding_plan(batch, KVShape(8, 8, BLOCK_SIZE, 128), torch.device("cpu"))
+        q = torch.empty(batch, 48, 128, dtype=torch.bfloat16)[:, :32]
+        kv = torch.empty(8, 2, 8, BLOCK_SIZE, 128, dtype=torch.bfloat16)
+        assert plan.decode is not None
+        triton_decode.decode_attention(
+            q, kv, plan.decode, None, 0.1, torch.empty(batch, 4096, dtype=torch.bfloat16), plan.decode_tuning
+        )
+
+
+def compile_all(batches: list[int], deadline: float) -> tuple[int, int]:
+    """Fill the cache on disk in parallel. How many are missing, of how many: those compile when they are launched."""
+    few = (WAYS["all plain"], WAYS["all dependent"])  # which launch attention and products differently
+    calls: list[Callable[[], object]] = [partial(compile_attention, batch, way) for way in few for batch in batches]
+    for policy in few:
+        with using(policy):
+            for name, shape in SHAPES.items():
+                gated = name == "gate_up"
+                columns = shape.num_out // 2 if gated else shape.num_out
+                for rows in {padded_rows(batch) for batch in batches if batch <= triton_linear.MAX_ROWS}:
+                    tuning = by_policy(default_tuning(shape.num_in, columns, gated, rows))
+                    calls.append(partial(compile_config, Config(name, "silu" if gated else "plain", rows, tuning)))
+    pool = ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn"), initializer=prepare_process)
+    done, _ = wait([pool.submit(call) for call in calls], timeout=max(0.1, deadline - time.monotonic()))
+    pool.shutdown(wait=False, cancel_futures=True)
+    return len(calls) - sum(future.exception() is None and future.result() is None for future in done), len(calls)
 
 
 def main() -> None:
@@ -190,7 +236,7 @@ def main() -> None:
         table[batch]["floor"] = (weight_bytes + kv_bytes) / READ_BYTES_PER_S * 1e6
         print(f"batch {batch}, {time.monotonic() - started:.0f} s", flush=True)
     print(f"µs of a layer at context {CONTEXT} | " + " | ".join(f"{batch}" for batch in table))
-    for name in ("floor", *(way.name for way in WAYS)):
+    for name in ("floor", *WAYS):
         print(f"{name} | " + " | ".join(f"{times[name]:.1f}" if name in times else "-" for times in table.values()))
     if arguments.out:
         arguments.out.write_text(json.dumps(table, indent=1))

@@ -106,8 +106,7 @@ def configs(product: str, ending: str, num_rows: int, prefetch_bytes: int) -> li
         plain = LinearTuning(block_n, choice.block_k, choice.split, stages, swap=choice.swap, use_tma=choice.use_tma)
         tunings = [plain]
         if ending == ENDINGS[product][0]:
-            dependent = replace(plain, prefetch_bytes=prefetch_bytes)
-            tunings += [replace(dependent, launch=launch) for launch in (Launch.AT_END, Launch.AT_START)]
+            tunings.append(replace(plain, launch=Launch.AT_END, prefetch_bytes=prefetch_bytes))
         found += [Config(product, ending, rows, tuning) for tuning in tunings]
     return found
 

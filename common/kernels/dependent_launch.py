@@ -15,7 +15,6 @@ came before as well, and for those who come after:
 A kernel that is launched plainly (a library's, say) ends before a dependent one starts, and starts when all before it
 are complete: mixing them is always right.
 """
-# ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 import triton
@@ -32,25 +31,18 @@ import triton.language as tl
 from common.kernels.linear_tuning import Launch, LinearTuning
 from common.kernels.triton_device import is_hopper
 
-PIECE_BYTES: Final = 256  # of a weight row, fetched by one instruction
-
 
 @dataclass(frozen=True, slots=True)
 class LaunchPolicy:
-    """Choices that change speed alone. Taken at launch: a captured graph keeps what it was captured with."""
+    """Choices that change speed alone, for comparing them. Taken at launch: a captured graph keeps its own."""
 
-    max_rows: int = 256  # of a batch whose small kernels are launched dependently; more are worth no early start
+    # Of a batch whose small kernels are launched dependently: on an H200, layers with 128 rows took 0.6 % less so,
+    # those with 256 took 0.1 to 0.9 % more (`benchmarks.decode_layer`).
+    max_rows: int = 128
     product_launch: Launch | None = None  # of products that are tuned to be dependent; none: as tuned
-    product_fetch_bytes: int | None = None  # of a weight, at most, before its product waits; none: as tuned
-    product_stages: int | None = None  # at most: what shared memory they leave, the next product starts in
-    attention_fetch_tiles: int = 2  # of K and V, by each program of decode attention before it waits
 
 
 _policy = LaunchPolicy()
-
-
-def policy() -> LaunchPolicy:
-    return _policy
 
 
 @contextmanager
@@ -75,20 +67,11 @@ def launch_options(dependent: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if dependent else {}
 
 
-def by_policy(tuning: LinearTuning, num_rows: int, row_bytes: int) -> LinearTuning:
-    """The tuning, with what the policy says instead, of a product whose weight has `num_rows` rows of `row_bytes`."""
-    if tuning.launch == Launch.PLAIN:
+def by_policy(tuning: LinearTuning) -> LinearTuning:
+    """The tuning, launched as the policy says instead if it says so."""
+    if tuning.launch == Launch.PLAIN or _policy.product_launch is None:
         return tuning
-    if _policy.product_launch is not None:
-        tuning = replace(tuning, launch=_policy.product_launch)
-    if _policy.product_stages is not None:
-        tuning = replace(tuning, num_stages=min(tuning.num_stages, _policy.product_stages))
-    if _policy.product_fetch_bytes is not None:
-        share = min(row_bytes // tuning.split, _policy.product_fetch_bytes // (num_rows * tuning.split))
-        pieces = share // PIECE_BYTES
-        # The kernel takes powers of two.
-        tuning = replace(tuning, prefetch_bytes=PIECE_BYTES << pieces.bit_length() - 1 if pieces else 0)
-    return tuning
+    return replace(tuning, launch=_policy.product_launch)
 
 
 @triton.jit
@@ -101,12 +84,3 @@ def start_next():
 def wait_for_previous():
     """Until the kernel ahead, and with it all before, is complete."""
     tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def fetch(at, NUM_BYTES: tl.constexpr):
-    """Ask for NUM_BYTES, a multiple of 16, from each address on to be in the second-level cache. Waits for nothing."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
-        "=r,l,r", [at.to(tl.int64), NUM_BYTES], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip

@@ -14,7 +14,6 @@ class Launch(IntEnum):
 
     PLAIN = 0
     AT_END = 1  # dependent; lets the next kernel start when its programs have read their weights
-    AT_START = 2  # dependent; lets the next kernel start as soon as all its programs run
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +31,33 @@ class LinearTuning:
     prefetch_bytes: int = 0  # of each weight row of a program, before waiting; only with a dependent launch
 
 
-def _swapped(block_k: int, split: int, num_stages: int, launch: Launch, use_tma: bool = True) -> LinearTuning:
-    return LinearTuning(64, block_k, split, num_stages, use_tma=use_tma, launch=launch, prefetch_bytes=512)
+def _swapped(block_k: int, split: int, num_stages: int, use_tma: bool = True) -> LinearTuning:
+    return LinearTuning(64, block_k, split, num_stages, use_tma=use_tma, launch=Launch.AT_END, prefetch_bytes=512)
 
 
 def _narrow(block_k: int, num_stages: int) -> LinearTuning:
-    return LinearTuning(32, block_k, 1, num_stages, swap=False, launch=Launch.AT_START, prefetch_bytes=512)
+    return LinearTuning(32, block_k, 1, num_stages, swap=False, launch=Launch.AT_END, prefetch_bytes=512)
 
 
-# What took the least time on an H100, by (inputs, outputs, is gated, padded rows). A step of an 8B model takes 1 to 2 %
-# less with all of them than with cuBLAS (`benchmarks.few_rows`, docs/performance.md), though the product of 4096 by
-# 4096 alone is up to 4 % slower at most row counts. Other products stay with cuBLAS.
+# By (inputs, outputs, is gated, padded rows). Tiles, parts and stages are those that took the least time on an H100,
+# product by product (`benchmarks.few_rows`): a step of an 8B model took 1 to 2 % less with all of them than with
+# cuBLAS, though the product of 4096 by 4096 alone is up to 4 % slower at most row counts. Other products stay there.
+# How they are launched was measured on an H200, in whole layers whose small kernels are dependent too
+# (`benchmarks.decode_layer`, docs/performance.md). While seven of these let the next kernel start as soon as they ran,
+# which is best for products that follow each other, a layer took 1.5 to 16.6 µs more. Fetching up to 8, 16 or 34 MiB
+# of a weight before waiting, not 512 bytes of each row by each part (2 to 15 MB), gained nothing.
 TUNED: Final[dict[tuple[int, int, bool, int], LinearTuning]] = {
-    (4096, 6144, False, 16): _swapped(64, 4, 7, Launch.AT_START),
-    (4096, 6144, False, 32): _swapped(128, 2, 4, Launch.AT_END, use_tma=False),
+    (4096, 6144, False, 16): _swapped(64, 4, 7),
+    (4096, 6144, False, 32): _swapped(128, 2, 4, use_tma=False),
     (4096, 6144, False, 64): _narrow(128, 4),
-    (4096, 4096, False, 16): _swapped(128, 4, 5, Launch.AT_START),
-    (4096, 4096, False, 32): _swapped(128, 2, 9, Launch.AT_START),
+    (4096, 4096, False, 16): _swapped(128, 4, 5),
+    (4096, 4096, False, 32): _swapped(128, 2, 9),
     (4096, 4096, False, 64): _narrow(256, 4),
-    (4096, 14336, True, 16): _swapped(128, 1, 3, Launch.AT_END),
-    (4096, 14336, True, 32): _swapped(128, 1, 2, Launch.AT_END),
-    (4096, 14336, True, 64): _swapped(128, 1, 2, Launch.AT_END),
-    (14336, 4096, False, 16): _swapped(128, 2, 11, Launch.AT_END, use_tma=False),
-    (14336, 4096, False, 32): _swapped(128, 2, 9, Launch.AT_START, use_tma=False),
+    (4096, 14336, True, 16): _swapped(128, 1, 3),
+    (4096, 14336, True, 32): _swapped(128, 1, 2),
+    (4096, 14336, True, 64): _swapped(128, 1, 2),
+    (14336, 4096, False, 16): _swapped(128, 2, 11, use_tma=False),
+    (14336, 4096, False, 32): _swapped(128, 2, 9, use_tma=False),
     (14336, 4096, False, 64): _narrow(128, 9),
 }
 

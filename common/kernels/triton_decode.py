@@ -19,8 +19,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.errors import InternalError
-from common.kernels.dependent_launch import is_dependent, launch_options, policy, start_next, wait_for_previous
-from common.kernels.triton_decode_tiles import fetch_tile, load_tile, merge, program_of, row_of
+from common.kernels.dependent_launch import is_dependent, launch_options, start_next, wait_for_previous
+from common.kernels.triton_decode_tiles import load_tile, merge, program_of, row_of
 from common.kernels.triton_device import LOG2_E, current_stream, num_multiprocessors
 
 _MIN_DOT_ROWS: Final = 16
@@ -117,14 +117,14 @@ def decode_attention(
     _decode_kernel[(num_programs,)](
         q,
         TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [tuning.tile, head_dim]) if tuning.use_tma else keys,
-        keys, batch.block_tables, batch.context_lengths, batch.tile_ends[window], batch.query_rows, out, space.acc,
+        batch.block_tables, batch.context_lengths, batch.tile_ends[window], batch.query_rows, out, space.acc,
         space.max_sum, space.arrivals, q.stride(0), batch.block_tables.stride(0), num_sequences, window or 0,
         scale * LOG2_E,
         SEQUENCES=triton.next_power_of_2(num_sequences), NUM_KV_HEADS=num_kv_heads, GROUP=group,
         ROWS=max(_MIN_DOT_ROWS, merged_rows), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
         WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=merged,
-        MERGED_ROWS=merged_rows, DEPENDENT=dependent, FETCHED=policy().attention_fetch_tiles if dependent else 0,
-        num_warps=tuning.num_warps, num_stages=tuning.num_stages, **launch_options(dependent),
+        MERGED_ROWS=merged_rows, DEPENDENT=dependent, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+        **launch_options(dependent),
     )  # fmt: skip
 
 
@@ -174,12 +174,11 @@ def _refresh_kernel(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, kv, keys_ptr, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr,
+    q_ptr, kv, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr,
     arrivals_ptr, q_stride, table_stride, num_sequences, window, qk_scale,
     SEQUENCES: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, USE_TMA: tl.constexpr,
     MIN_TILES: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
-    FETCHED: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. Slot 2p holds program p's first row if that goes on elsewhere, 2p + 1 its last.
 
@@ -205,15 +204,6 @@ def _decode_kernel(
     if DEPENDENT:  # noqa: SIM102 - a constant, then a value of the device
         # Programs without a share end at once, which lets the next kernel start: the first one always waits.
         if tile < end:
-            if FETCHED > 0:
-                head, _, row_end, _, _, base_tile = row_of(
-                    tile, sequence, tile_ends_ptr, lengths_ptr, window, NUM_KV_HEADS, TILE, WINDOWED
-                )
-                for number in tl.range(tile, tl.minimum(tl.minimum(end, row_end), tile + FETCHED)):
-                    fetch_tile(
-                        keys_ptr, tables_ptr, sequence * table_stride, (base_tile + number) * TILE, head,
-                        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE,
-                    )  # fmt: skip
             wait_for_previous()
     row_of_dot = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD_DIM)

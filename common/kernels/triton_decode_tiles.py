@@ -1,13 +1,11 @@
 """Steps of decode attention's programs: finding and loading a tile of keys, and joining the parts of a row."""
-# ruff: noqa: N803, N806 - constants of a kernel are upper case
+# ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from common.kernels.dependent_launch import fetch
 
 
 @triton.jit
@@ -28,20 +26,6 @@ def row_of(
     if WINDOWED:
         first_key = tl.maximum(length - window, 0)
     return head, row_first, row_first + tiles_per_row, length, first_key, first_key // TILE - row_first
-
-
-@triton.jit
-def fetch_tile(
-    keys_ptr, tables_ptr, block_row, key, head,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Ask for K and V of keys [key, key + TILE) of one head to be in the second-level cache."""
-    NUM_BYTES: tl.constexpr = HEAD_DIM * (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    keys = key + tl.arange(0, TILE)
-    blocks = tl.load(tables_ptr + block_row + keys // BLOCK_SIZE).to(tl.int64)
-    rows = (blocks * 2 * NUM_KV_HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE
-    fetch(keys_ptr + rows * HEAD_DIM, NUM_BYTES)
-    fetch(keys_ptr + (rows + NUM_KV_HEADS * BLOCK_SIZE) * HEAD_DIM, NUM_BYTES)
 
 
 @triton.jit

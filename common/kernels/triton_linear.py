@@ -21,18 +21,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.errors import InternalError
-from common.kernels.dependent_launch import (
-    PIECE_BYTES,
-    by_policy,
-    fetch,
-    launch_options,
-    start_next,
-    wait_for_previous,
-)
+from common.kernels.dependent_launch import by_policy, launch_options, start_next, wait_for_previous
 from common.kernels.linear_tuning import TUNED, Launch, LinearTuning, default_tuning, padded_rows
 from common.kernels.triton_device import current_stream, is_hopper
 
 MAX_ROWS: Final = 64
+PIECE_BYTES: Final = 256  # of a weight row, fetched by one instruction
 _MIN_ARRIVALS: Final = 4096
 _KEPT_ROW_ELEMENTS: Final = 1 << 18  # of parts, at least: 1 MiB
 
@@ -94,8 +88,7 @@ def _launch(
         raise InternalError(f"no product for x {tuple(x.shape)} and a weight of strides {weight.stride()}, {x.dtype}")
     (num_rows, num_in), num_columns = x.shape, out.shape[1]
     if tuning is None:
-        tuning = default_tuning(num_in, num_columns, gated, num_rows)
-        tuning = by_policy(tuning, weight.shape[1], num_in * weight.element_size())
+        tuning = by_policy(default_tuning(num_in, num_columns, gated, num_rows))
     rows = padded_rows(num_rows)
     tiles = triton.cdiv(num_columns, tuning.block_n)
     # Every part has inputs: otherwise it would not be a part.
@@ -104,15 +97,16 @@ def _launch(
     space = _workspace(x.device, tiles, tiles * split * rows * tuning.block_n * (2 if gated else 1))
     rows_in_memory = weight.t()
     box = [tuning.block_n, tuning.block_k]
+    dependent = tuning.launch != Launch.PLAIN
     _linear_kernel[(tiles * split,)](
         x, rows_in_memory,
         TensorDescriptor(rows_in_memory, [weight.shape[1], num_in], [num_in, 1], box) if tuning.use_tma else None,
         out, space.parts, space.arrivals, num_rows, x.stride(0), out.stride(0),
         NUM_COLUMNS=num_columns, NUM_IN=num_in, PART_IN=part_in, ROWS=rows, BLOCK_N=tuning.block_n,
         BLOCK_K=tuning.block_k, SPLIT=split, GATED=gated, ADD=add, SWAP=tuning.swap, USE_TMA=tuning.use_tma,
-        LAUNCH=int(tuning.launch), PIECES=tuning.prefetch_bytes // PIECE_BYTES, PIECE_BYTES=PIECE_BYTES,
+        DEPENDENT=dependent, PIECES=tuning.prefetch_bytes // PIECE_BYTES, PIECE_BYTES=PIECE_BYTES,
         STAGES=tuning.num_stages, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
-        **launch_options(tuning.launch != Launch.PLAIN),
+        **launch_options(dependent),
     )  # fmt: skip
 
 
@@ -144,7 +138,11 @@ def _prefetch(weight_ptr, first, last, k, NUM_IN: tl.constexpr, BLOCK_N: tl.cons
     row = tl.minimum(first + tl.arange(0, BLOCK_N), last).to(tl.int64)
     # Past the end of a row: once more its last piece.
     column = tl.minimum(k + tl.arange(0, PIECES) * ELEMENTS, NUM_IN - ELEMENTS)
-    fetch(weight_ptr + row[:, None] * NUM_IN + column[None, :], PIECE_BYTES)
+    at = weight_ptr + row[:, None] * NUM_IN + column[None, :]
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
+        "=r,l,r", [at.to(tl.int64), PIECE_BYTES], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -192,7 +190,8 @@ def _linear_kernel(
     x_ptr, weight_ptr, weight, out_ptr, parts_ptr, arrivals_ptr, num_rows, x_stride, out_stride,
     NUM_COLUMNS: tl.constexpr, NUM_IN: tl.constexpr, PART_IN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, SWAP: tl.constexpr,
-    USE_TMA: tl.constexpr, LAUNCH: tl.constexpr, PIECES: tl.constexpr, PIECE_BYTES: tl.constexpr, STAGES: tl.constexpr,
+    USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr, PIECES: tl.constexpr, PIECE_BYTES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of BLOCK_N outputs * SPLIT,). With GATED up's rows of the weight follow gate's NUM_COLUMNS."""
     LAST: tl.constexpr = NUM_COLUMNS * (2 if GATED else 1) - 1
@@ -201,14 +200,12 @@ def _linear_kernel(
     first = tile * BLOCK_N
     begin = part * PART_IN
     end = tl.minimum(begin + PART_IN, NUM_IN)
-    if LAUNCH > 0:
+    if DEPENDENT:
         if PIECES > 0:
             _prefetch(weight_ptr, first, LAST, begin, NUM_IN, BLOCK_N, PIECES, PIECE_BYTES)
             if GATED:
                 _prefetch(weight_ptr, NUM_COLUMNS + first, LAST, begin, NUM_IN, BLOCK_N, PIECES, PIECE_BYTES)
         wait_for_previous()
-        if LAUNCH == 2:
-            start_next()
     acc = tl.zeros([BLOCK_N, ROWS] if SWAP else [ROWS, BLOCK_N], tl.float32)
     acc_up = tl.zeros([BLOCK_N, ROWS] if SWAP else [ROWS, BLOCK_N], tl.float32)
     row = tl.arange(0, ROWS)
@@ -223,7 +220,7 @@ def _linear_kernel(
         if GATED:
             up = _weight_tile(weight_ptr, weight, NUM_COLUMNS + first, LAST, k, NUM_IN, BLOCK_N, BLOCK_K, USE_TMA)
             acc_up = _multiply(x, up, acc_up, SWAP)
-    if LAUNCH == 1:
+    if DEPENDENT:
         start_next()
     column = tl.arange(0, BLOCK_N)
     if SWAP:

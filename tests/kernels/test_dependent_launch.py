@@ -16,7 +16,7 @@ import triton.language as tl
 from common.kernels import dependent_launch, triton_backend, triton_linear
 from common.kernels.batch import KVShape, Span
 from common.kernels.dependent_launch import LaunchPolicy, by_policy, is_dependent, using
-from common.kernels.linear_tuning import Launch, LinearTuning
+from common.kernels.linear_tuning import TUNED, Launch, LinearTuning
 
 CPU = torch.device("cpu")
 
@@ -109,17 +109,15 @@ def test_rotation_reads_angles_and_slots_before_it_waits(ahead: Ahead, with_norm
 
 
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("fetched", [0, 3])
-def test_attention_reads_lengths_and_tables_before_it_waits(ahead: Ahead, fetched: int, window: int | None) -> None:
+def test_attention_reads_lengths_and_tables_before_it_waits(ahead: Ahead, window: int | None) -> None:
     shape = KVShape(10, 2, 16, 32)
     spans = [Span(1, 37, [3, 1, 5]), Span(1, 17, [0, 4]), Span(1, 70, [2, 6, 7, 8, 9])]
     plan = triton_backend.plan_batch(spans, [window], shape, torch.float32, CPU)
     q, kv = random(3, 8, 32), random(10, 2, 2, 16, 32, seed=1)
     expected = plainly(lambda: triton_backend.attention(q, kv, plan, window, 0.2))
-    with using(LaunchPolicy(attention_fetch_tiles=fetched)):
-        attended = triton_backend.attention(ahead.writes(q), ahead.writes(kv), plan, window, 0.2)
+    assert ahead.num_triggers == 0
+    attended = triton_backend.attention(ahead.writes(q), ahead.writes(kv), plan, window, 0.2)
     assert torch.equal(attended, expected)
-    assert (ahead.num_fetched > 0) == (fetched > 0)
 
 
 def test_attention_without_work_for_all_programs_still_waits(ahead: Ahead) -> None:
@@ -132,11 +130,10 @@ def test_attention_without_work_for_all_programs_still_waits(ahead: Ahead) -> No
     assert ahead.num_triggers > 1, "programs without a share let the next kernel start too"
 
 
-@pytest.mark.parametrize("launch", [Launch.AT_END, Launch.AT_START])
 @pytest.mark.parametrize("split", [1, 3])
-def test_products_fetch_weights_alone_before_they_wait(ahead: Ahead, split: int, launch: Launch) -> None:
+def test_products_fetch_weights_alone_before_they_wait(ahead: Ahead, split: int) -> None:
     plain = LinearTuning(32, 32, split, num_stages=3, prefetch_bytes=512)
-    tuning = replace(plain, launch=launch)
+    tuning = replace(plain, launch=Launch.AT_END)
     x, weight, residual = random(5, 256), random(2 * 72, 256, seed=1).t(), random(5, 2 * 72, seed=2)
     expected = triton_linear.gate_up_silu_few(x, weight, plain)
     assert ahead.num_triggers == 0
@@ -150,37 +147,20 @@ def test_products_fetch_weights_alone_before_they_wait(ahead: Ahead, split: int,
 def test_only_few_rows_on_hopper_are_launched_dependently(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_dependent(1, CPU)
     monkeypatch.setattr(dependent_launch, "is_hopper", lambda device: True)
-    assert is_dependent(256, CPU)
-    assert not is_dependent(257, CPU)
+    assert is_dependent(128, CPU)
+    assert not is_dependent(129, CPU)
     with using(LaunchPolicy(max_rows=8)):
         assert not is_dependent(9, CPU)
     assert is_dependent(9, CPU)
 
 
-def test_a_policy_overrides_tuned_products_alone() -> None:
-    plain = LinearTuning(64, 64, split=4, num_stages=4)
-    tuned = replace(plain, launch=Launch.AT_START, prefetch_bytes=512)
-    row_bytes = 4096 * 2
-    assert by_policy(tuned, 6144, row_bytes) == tuned
+def test_a_policy_overrides_products_that_are_tuned_to_be_dependent() -> None:
+    plain = LinearTuning(64, 64, split=4, num_stages=4, prefetch_bytes=512)
+    tuned = replace(plain, launch=Launch.AT_END)
+    assert by_policy(tuned) == tuned
+    with using(LaunchPolicy(product_launch=Launch.PLAIN)):
+        assert by_policy(tuned) == plain
     with using(LaunchPolicy(product_launch=Launch.AT_END)):
-        assert by_policy(tuned, 6144, row_bytes) == replace(tuned, launch=Launch.AT_END)
-        assert by_policy(plain, 6144, row_bytes) == plain
-    with using(LaunchPolicy(product_stages=3)):
-        assert by_policy(tuned, 6144, row_bytes) == replace(tuned, num_stages=3)
-        assert by_policy(replace(tuned, num_stages=2), 6144, row_bytes) == replace(tuned, num_stages=2)
-
-
-@pytest.mark.parametrize(
-    ("fetch_bytes", "row_bytes", "expected"),
-    [
-        (4 << 20, 8192, 0),  # less than a piece for each part of each row
-        (8 << 20, 8192, 256),
-        (26 << 20, 8192, 1024),  # 1057 bytes: rounded down to a power of two
-        (1 << 30, 8192, 2048),  # all of a part
-        (1 << 30, 7168, 1024),  # a part of 1792 bytes
-    ],
-)
-def test_fetched_bytes_are_spread_over_rows_and_parts(fetch_bytes: int, row_bytes: int, expected: int) -> None:
-    tuning = LinearTuning(64, 64, split=4, num_stages=4, launch=Launch.AT_START, prefetch_bytes=512)
-    with using(LaunchPolicy(product_fetch_bytes=fetch_bytes)):
-        assert by_policy(tuning, 6144, row_bytes) == replace(tuning, prefetch_bytes=expected)
+        assert by_policy(tuned) == tuned
+        assert by_policy(plain) == plain
+    assert all(tuning.launch == Launch.AT_END for tuning in TUNED.values())
