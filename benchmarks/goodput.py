@@ -213,7 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rates", type=float, nargs="+", default=[8.0, 12.0, 16.0, 20.0], help="requests/s over both devices")
     add("--together-rates", type=float, nargs="+", help="those of the colocated cases, if not the same")
     add("--requests", type=int, default=500, help="requests of each run (500)")
-    add("--chunks", type=int, nargs="+", default=[64, 128, 256, 512], help="chunk budgets, tokens")
+    add("--chunks", type=int, nargs="*", default=[64, 128, 256, 512], help="chunk budgets, tokens; empty: apart alone")
     add("--ttft-limit", type=float, default=0.5, help="seconds (0.5)")
     add("--itl-limits", type=float, nargs="+", default=[0.008, 0.010, 0.012, 0.015, 0.025], help="seconds")
     add("--share", type=float, default=0.9, help="of the requests, that must meet the limits (0.9)")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import signal
 import sys
 from collections.abc import AsyncIterator
 
 from common.errors import BatonError, InternalError
+from common.quiet_collector import quiet_collector
 from common.rpc.status import find_baton_error
 from loadtest.client_messages import (
     MAX_REQUEST_BYTES,
@@ -73,9 +73,7 @@ async def _run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
         start = to_client(await reader.readline())
         if not isinstance(start, Start):
             raise InternalError("the second message is not a start")
-        # What stands now stands until the end: the collector need not look at it again and again.
-        gc.collect()
-        gc.freeze()
+        quiet_collector()
         await _send(sender, reader, start.at_s)
     writer.write(to_line(Finished()))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ import torch
 
 from common import errors
 from common.parent_death import end_with_parent
+from common.quiet_collector import quiet_collector
 from common.transport.base import Endpoint
 from common.transport.registry import open_endpoint
 from common.transport.ucx_worker import Progress
@@ -95,9 +95,7 @@ def run_rank(argv: list[str], make_kv_service: KVServiceFactory) -> int:
         _log.exception("rank %d cannot start", start.rank)
         frames.send(_failure(start.rank, error))
         return 1
-    # What is loaded by now stays, torch above all: the collector need not look at it again while a step waits.
-    gc.collect()
-    gc.freeze()
+    quiet_collector()
     frames.send(_ready(start.rank, address, runtime))
     try:
         if runtime.device.type == "cuda":

@@ -6,7 +6,6 @@ Knows that a worker has a gRPC service beside its status, not which.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from baton.v1 import worker_pb2_grpc
 from common.config import load_config_or_exit
 from common.errors import BatonError
 from common.parent_death import end_with_parent
+from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
 from common.telemetry.metrics import MetricsServer
 from common.telemetry.request_log import configure_logging
@@ -77,9 +77,7 @@ async def serve_worker(
     try:
         port = await server.start()
         worker.listens_on(port)
-        # What is loaded by now stays: the collector need not look at it again while tokens wait.
-        gc.collect()
-        gc.freeze()
+        quiet_collector()
         _log.info("%s listens on %s (port %d)", config.worker_id, config.listen, port)
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(worker.run())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import random
@@ -15,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 
 from baton.v1 import inference_pb2_grpc
 
+from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
 from common.telemetry.metrics import Level, MetricsServer
 from common.telemetry.tracing import Tracing, open_tracing
@@ -127,9 +127,7 @@ async def run_router(config: RouterConfig) -> None:
     tracing = open_tracing(config.otlp_endpoint, config.trace_sample_ratio, config.service, _instance())
     router = RouterProcess(config, model, random.Random(secrets.randbits(64)), tracing)
     metrics = MetricsServer(router.metrics, config.metrics_port) if config.metrics_port else None
-    # What is loaded by now stays: the collector need not look at it again while requests wait.
-    gc.collect()
-    gc.freeze()
+    quiet_collector()
     try:
         async with router.running():
             _logger.info("%s on port %d", model.limits.name, router.port)
