@@ -33,19 +33,25 @@ class ChunkShape:
 
 
 def cut_chunks(
-    first_block: int, end_block: int, num_layers: int, wished_layer_blocks: int, max_layer_blocks: int
+    first_block: int, end_block: int, num_layers: int, last_layer_blocks: int, max_layer_blocks: int
 ) -> list[ChunkShape]:
     """Chunks of blocks [first_block, end_block), in the order in which a step stores them.
 
-    `max_layer_blocks` >= 1: blocks times layers of a chunk. A chunk has about `wished_layer_blocks`, up to twice as
-    many, where that is less: large enough to be worth a message, small enough to leave early.
+    `max_layer_blocks` >= 1: blocks times layers of a chunk. The last one has about `last_layer_blocks` if that is less,
+    as nothing is computed any more while it travels; those before it have as many as they may, as each gather holds up
+    the step a little. Up to twice `last_layer_blocks` are not cut.
     """
     num_blocks = min(end_block - first_block, max_layer_blocks)
-    wished = max(num_blocks, min(wished_layer_blocks, max_layer_blocks))
-    num_groups = max(1, num_layers * num_blocks // wished)
-    group = min(-(-num_layers // num_groups), max_layer_blocks // num_blocks)
+    most = max_layer_blocks // num_blocks  # layers
+    last = min(num_layers, most, max(1, last_layer_blocks // num_blocks))
+    if num_layers <= min(most, 2 * last_layer_blocks // num_blocks):
+        last = num_layers
+    before = num_layers - last
+    group = -(-before // -(-before // most)) if before else 1
+    starts = [*range(0, before, group), before]
+    ends = [*starts[1:], num_layers]
     return [
-        ChunkShape(block, min(num_blocks, end_block - block), layer, min(group, num_layers - layer))
-        for layer in range(0, num_layers, group)
+        ChunkShape(block, min(num_blocks, end_block - block), layer, end - layer)
+        for layer, end in zip(starts, ends, strict=True)
         for block in range(first_block, end_block, num_blocks)
     ]

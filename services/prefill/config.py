@@ -29,10 +29,8 @@ class PrefillConfig(WorkerConfig):
     max_overtakes: int = Field(
         32, ge=0, description="Later prompts that may be admitted before one that finds too few blocks."
     )
-    chunk_bytes: int = Field(
-        32 << 20,
-        ge=1,
-        description="A hand-off sends about so many bytes at once, or more: fewer layers of many blocks.",
+    last_chunk_bytes: int = Field(
+        16 << 20, ge=1, description="Size of the last chunk that a step sends, about; those before it fill a slot."
     )
     max_chunks_in_flight: int = Field(4, ge=1, le=16, description="Chunks of one hand-off that travel at once.")
     max_idle_channels: int = Field(64, ge=0, description="Unused gRPC channels to decode workers that stay open.")

@@ -135,7 +135,7 @@ class Handoff:
         most = min(accepted.max_layer_blocks_per_chunk, self._legs.max_layer_blocks(self._setup.slot_bytes))
         if most < 1:
             raise errors.FailedPrecondition("a staging slot is smaller than one layer of a block")
-        wished = self._setup.chunk_bytes // self._legs.layer_block_bytes
+        last = self._setup.last_chunk_bytes // self._legs.layer_block_bytes
         if accepted.num_blocks_reused > self._job.num_blocks:
             raise errors.TransferError(f"decode holds {accepted.num_blocks_reused} of {self._job.num_blocks} blocks")
         self.stats.num_blocks_reused = accepted.num_blocks_reused
@@ -145,7 +145,7 @@ class Handoff:
             while first_block < self._job.num_blocks:
                 blocks = await self._job.sendable_blocks(first_block)
                 num_layers = self._setup.layout.num_layers
-                for shape in cut_chunks(first_block, blocks.end_block, num_layers, wished, most):
+                for shape in cut_chunks(first_block, blocks.end_block, num_layers, last, most):
                     await in_flight.acquire()
                     chunk = Chunk(len(self._chunks), shape, blocks.step_id, asyncio.Queue())
                     self._chunks[chunk.index] = chunk

@@ -11,7 +11,7 @@ from common.kvcache.layout import KVLayout
 class HandoffSetup:
     """What is the same for all hand-offs of one incarnation of the ranks.
 
-    `slot_bytes`: of a send slot. `chunk_bytes`: what a chunk should have at least, if there is as much to send.
+    `slot_bytes`: of a send slot. `last_chunk_bytes`: of a step, more or less; see `chunk_shapes`.
     """
 
     worker_id: str
@@ -20,7 +20,7 @@ class HandoffSetup:
     layout_fingerprint: str
     rank_peer_names: tuple[str, ...]
     slot_bytes: int
-    chunk_bytes: int
+    last_chunk_bytes: int
     max_chunks_in_flight: int
     max_chunk_resends: int
     connect_timeout_s: float

@@ -130,7 +130,7 @@ class PrefillWorker(WorkerFront[PrefillConfig, PrefillMetrics]):
             layout_fingerprint=self.model.fingerprint,
             rank_peer_names=tuple(self.peer_name(rank) for rank in range(config.tp_size)),
             slot_bytes=config.slot_bytes,
-            chunk_bytes=config.chunk_bytes,
+            last_chunk_bytes=config.last_chunk_bytes,
             max_chunks_in_flight=config.max_chunks_in_flight,
             max_chunk_resends=config.max_chunk_resends,
             connect_timeout_s=config.connect_timeout_s,

@@ -108,7 +108,8 @@ async def test_random_checkpoint_matches_transformers(
     family: str, prefill_tp: int, decode_tp: int, load: Load, tmp_path: Path
 ) -> None:
     model = write_tiny_checkpoint(family, tmp_path / family, seed=3)
-    prefill_args = FLOAT32 if load is FULL else (*FLOAT32, "--chunk-bytes", "1")  # then every layer travels by itself
+    # With a small last chunk the last layer travels by itself.
+    prefill_args = FLOAT32 if load is FULL else (*FLOAT32, "--last-chunk-bytes", "1")
     spec = DeploymentSpec(
         model=model, prefill_tp=prefill_tp, decode_tp=decode_tp, prefill_args=prefill_args, decode_args=FLOAT32
     )

@@ -13,13 +13,13 @@ from services.prefill.chunk_shapes import ChunkShape, cut_chunks
     first_block=st.integers(0, 5),
     num_blocks=st.integers(1, 70),
     num_layers=st.integers(1, 80),
-    wished=st.integers(0, 300),
+    last=st.integers(0, 300),
     most=st.integers(1, 300),
 )
 def test_every_layer_of_every_block_once(
-    first_block: int, num_blocks: int, num_layers: int, wished: int, most: int
+    first_block: int, num_blocks: int, num_layers: int, last: int, most: int
 ) -> None:
-    chunks = cut_chunks(first_block, first_block + num_blocks, num_layers, wished, most)
+    chunks = cut_chunks(first_block, first_block + num_blocks, num_layers, last, most)
     cells = [
         (block, layer)
         for chunk in chunks
@@ -29,17 +29,18 @@ def test_every_layer_of_every_block_once(
     blocks = range(first_block, first_block + num_blocks)
     assert sorted(cells) == [(block, layer) for block in blocks for layer in range(num_layers)]
     assert all(chunk.num_blocks * chunk.num_layers <= most for chunk in chunks)
+    assert chunks[-1].num_blocks * chunks[-1].num_layers <= max(num_blocks, 2 * last)
     assert [chunk.num_stored_layers for chunk in chunks] == sorted(chunk.num_stored_layers for chunk in chunks)
 
 
 def test_few_blocks_are_one_chunk_and_many_are_layers_of_all_of_them() -> None:
-    assert cut_chunks(3, 6, num_layers=32, wished_layer_blocks=128, max_layer_blocks=256) == [ChunkShape(3, 3, 0, 32)]
-    many = cut_chunks(0, 32, num_layers=32, wished_layer_blocks=128, max_layer_blocks=256)
-    assert many == [ChunkShape(0, 32, layer, 4) for layer in range(0, 32, 4)]
+    assert cut_chunks(3, 6, num_layers=32, last_layer_blocks=64, max_layer_blocks=256) == [ChunkShape(3, 3, 0, 32)]
+    many = cut_chunks(0, 32, num_layers=32, last_layer_blocks=64, max_layer_blocks=256)
+    assert [(shape.num_blocks, shape.num_layers) for shape in many] == [(32, 8), (32, 8), (32, 8), (32, 6), (32, 2)]
 
 
 def test_more_blocks_than_a_slot_has_of_one_layer_are_cut_too() -> None:
-    shapes = cut_chunks(0, 5, num_layers=2, wished_layer_blocks=100, max_layer_blocks=3)
+    shapes = cut_chunks(0, 5, num_layers=2, last_layer_blocks=100, max_layer_blocks=3)
     assert [(shape.first_layer, shape.first_block, shape.num_blocks) for shape in shapes] == [
         (0, 0, 3),
         (0, 3, 2),
