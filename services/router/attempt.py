@@ -113,8 +113,10 @@ class Attempts:
                     ticket = pair.decode.session.new_ticket()
                     leg = self._prefill(plan, pair.prefill, pair.decode, sequence, ticket, receiver, on_prefilled)
                     prefilling = legs.create_task(leg)
-                await self._open(plan, pair.decode, sequence, ticket)
+                # Behind prefill, which the first token waits for.
+                opening = legs.create_task(self._open(plan, pair.decode, sequence, ticket))
                 ending = await receiver.ended
+                opening.cancel()  # answered, unless the worker is odd
                 _raise_unless_finished(ending, pair.decode)
                 if not ending.by_worker:
                     pair.decode.session.close(sequence_id)

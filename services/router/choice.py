@@ -87,7 +87,8 @@ class Choice:
         """Ended, and the lifetime is final: the last message may go."""
         assert self.has_ended, "completed before its end"
         self.is_complete = True
-        self._on_change(self)
+        on_change, self._on_change = self._on_change, _nobody
+        on_change(self)  # whose owner holds us: a cycle would be left to the garbage collector
 
     def take(self) -> inference_pb2.GenerateResponse | None:
         """Everything that waits, as one message; None while there is nothing."""
@@ -137,3 +138,7 @@ class Choice:
                 if self._limits.include_stop_in_output:
                     self._pending_text += self._stop_matcher.matched or ""
                 self.finish_reason = sampling_pb2.FINISH_REASON_STOP
+
+
+def _nobody(_: Choice) -> None:
+    pass
