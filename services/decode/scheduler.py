@@ -141,7 +141,7 @@ class DecodeScheduler:
         self._next_serial += 1
         self._open.add(seq)
         if is_local:
-            self._wait_for_blocks(seq)
+            self.reserve(seq)
         return seq
 
     def close(self, key: Key) -> bool:
@@ -184,7 +184,8 @@ class DecodeScheduler:
     def reserve(self, seq: DecodeSequence) -> bool:
         """Give an open sequence all blocks that its hand-off fills. False: it waits, and `BlocksReserved` follows."""
         if seq.state is _State.OPEN:
-            self._wait_for_blocks(seq)
+            self._waiting.setdefault(seq.serial, seq)
+            self._grant_waiting()
         return seq.state is _State.RECEIVING
 
     def hold(self, seq: DecodeSequence) -> None:
@@ -245,12 +246,9 @@ class DecodeScheduler:
         self._blocks.check_integrity()
         self._rows.check_integrity()
         self._open.check_integrity()
-        states = {
-            _State.OPEN: self._waiting.values(),
-            _State.READY: self._ready.values(),
-            _State.RUNNING: self._rows.sequences,
-        }
-        for state, members in states.items():
+        waiting, ready = self._waiting.values(), self._ready.values()
+        states = ((_State.OPEN, waiting), (_State.READY, ready), (_State.RUNNING, self._rows.sequences))
+        for state, members in states:
             if any(seq.state is not state for seq in members):
                 raise InternalError(f"a sequence is wrongly listed as {state.name}")
 
@@ -281,10 +279,6 @@ class DecodeScheduler:
         seq.state = _State.GONE
         self._events.append(seq.ended(end, finish_reason, error))
         self._blocks.release(seq)
-
-    def _wait_for_blocks(self, seq: DecodeSequence) -> None:
-        self._waiting.setdefault(seq.serial, seq)
-        self._grant_waiting()
 
     def _grant_waiting(self) -> None:
         """Give blocks to those that wait for them, in order. Called whenever blocks may have come free."""

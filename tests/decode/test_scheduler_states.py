@@ -137,6 +137,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.release_hold(transfer[0])
         return True
 
+    @precondition(lambda self: self.live(SequenceState.OPEN, SequenceState.RECEIVING))
+    @rule(data=st.data())
+    def finalize(self, data: st.DataObject) -> None:
+        """Prefill says of some blocks, here or not, that they were computed right."""
+        seq = data.draw(st.sampled_from(self.live(SequenceState.OPEN, SequenceState.RECEIVING)))
+        self.scheduler.finalize(seq, data.draw(st.integers(0, seq.num_handoff_blocks)))
+
     @precondition(lambda self: self.live(SequenceState.RECEIVING))
     @rule(data=st.data())
     def join(self, data: st.DataObject) -> None:
@@ -145,6 +152,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _join(self, seq: DecodeSequence) -> None:
         if seq.num_verified == seq.num_handoff_blocks:
             first = token_of(seq.request.sampling.seed, seq.request.num_output_tokens)
+            self.scheduler.finalize(seq, seq.num_handoff_blocks)
             self.scheduler.join(seq, first, self.now_s)
 
     @precondition(lambda self: self.live(SequenceState.OPEN, SequenceState.RECEIVING))
@@ -266,9 +274,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.close(seq.key)
         for _ in range(200):
             self.plan()
-            if not self.scheduler.num_plans_in_flight:
+            if self.scheduler.num_plans_in_flight:
+                self.complete(0)
+            elif self.scheduler.has_events:  # planning preempted somebody: the engine plans again then
+                self.events_tell_each_story_once()
+            else:
                 break
-            self.complete(0)
         assert self.scheduler.num_open == 0, "steps alone did not bring every sequence to its end"
 
 
