@@ -107,10 +107,10 @@ class Attempts:
         try:
             pair.decode.session.add(sequence_id, receiver)
             was_opened = True
+            ticket = None if pair.prefill is None else pair.decode.session.new_ticket()
             async with asyncio.TaskGroup() as legs:
-                prefilling, ticket = None, None
-                if pair.prefill is not None:
-                    ticket = pair.decode.session.new_ticket()
+                prefilling = None
+                if pair.prefill is not None and ticket is not None:
                     leg = self._prefill(plan, pair.prefill, pair.decode, sequence, ticket, receiver, on_prefilled)
                     prefilling = legs.create_task(leg)
                 # Behind prefill, which the first token waits for.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from baton.v1 import decode_pb2
+from baton.v1 import decode_pb2, kv_pb2
 
 from common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from services.decode.request import End, SequenceEnded, TokenSampled
@@ -136,3 +136,18 @@ async def test_a_sequence_needs_a_stream() -> None:
         router.open(1)
         await router.leave()
         await front.until_free()
+
+
+async def test_what_tickets_say_comes_first_and_again_when_it_changes() -> None:
+    sessions = Sessions(max_pending=4)
+    early = sessions.begin("early").responses()
+    assert not (await anext(early)).HasField("tickets"), "there are no ranks yet"
+    sessions.tell_tickets(kv_pb2.Ticket(rank_addresses=["a"]))
+    assert list((await anext(early)).tickets.rank_addresses) == ["a"]
+    late = sessions.begin("late").responses()
+    assert list((await anext(late)).tickets.rank_addresses) == ["a"]
+    sessions.tell_tickets(kv_pb2.Ticket())  # the ranks are gone
+    for responses in (early, late):
+        response = await anext(responses)
+        assert response.HasField("tickets")
+        assert not response.tickets.rank_addresses

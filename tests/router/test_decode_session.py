@@ -55,6 +55,23 @@ async def test_a_worker_that_does_not_answer_an_open_is_given_up(
     await cluster.wait_all_closed()
 
 
+async def test_a_worker_whose_ranks_are_gone_by_now_is_given_up(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_ticket = DecodeSession.new_ticket
+
+    def refuse_once(session: DecodeSession) -> kv_pb2.Ticket:
+        monkeypatch.setattr(DecodeSession, "new_ticket", new_ticket)
+        raise Unavailable("no ranks")
+
+    monkeypatch.setattr(DecodeSession, "new_ticket", refuse_once)
+    outputs = await cluster.generate(request())
+    assert outputs[0].token_ids == letters(0, 6)
+    assert outputs[0].last is not None
+    assert outputs[0].last.lifetime.num_migrations == 1
+    await cluster.wait_all_closed()
+
+
 async def test_a_session_that_breaks_during_an_open_fails_it(cluster: Cluster) -> None:
     session = session_of(cluster)
     cluster.script.num_opens_ignored = 1
