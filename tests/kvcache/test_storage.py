@@ -18,7 +18,7 @@ from common.kernels.backend import KernelBackend
 from common.kvcache.layout import HEADER_BYTES, KVLayout, plan_legs
 from common.kvcache.storage import KVStorage
 
-LAYERS, BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 12, 16, 8
+LAYERS, BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 12, 16, 64
 SHARED = [HealthCheck.function_scoped_fixture]  # the way to the digests is the same for all examples
 TAG = 0xFEDC_BA98_7654_3210
 
@@ -72,6 +72,29 @@ def test_scatter_writes_only_the_heads_and_blocks_named() -> None:
     expected = before.clone()
     expected[:, [5, 0], :, 2:4] = source.kv[:, [7, 2], :, 1:3]
     assert torch.equal(target.kv, expected)
+
+
+def test_a_run_of_layers_travels_by_itself() -> None:
+    source, target = storage(seed=1), storage(seed=2)
+    before = target.kv.clone()
+    layers = range(1, LAYERS)
+    num_bytes = source.leg_bytes(2, 2, layers)
+    assert num_bytes - HEADER_BYTES == (source.leg_bytes(2, 2) - HEADER_BYTES) * len(layers) // LAYERS
+    slot = torch.empty(num_bytes, dtype=torch.uint8)
+    assert source.gather([7, 2], 1, 2, slot, TAG, layers) == num_bytes
+    with pytest.raises(Truncated):
+        target.scatter([5, 0], 1, 2, slot, TAG)
+    assert torch.equal(target.kv, before)
+    target.scatter([5, 0], 1, 2, slot, TAG, layers)
+    assert torch.equal(target.kv[1:, [5, 0], :, 1:3], source.kv[1:, [7, 2], :, 1:3])
+    target.kv[1:, [5, 0], :, 1:3] = before[1:, [5, 0], :, 1:3]
+    assert torch.equal(target.kv, before)
+
+
+@pytest.mark.parametrize("layers", [range(0), range(-1, 1), range(1, LAYERS + 1), range(1, 1)])
+def test_layers_outside_the_storage_are_refused(layers: range) -> None:
+    with pytest.raises(InternalError, match="not within"):
+        storage().gather([0], 0, 1, torch.empty(1 << 20, dtype=torch.uint8), TAG, layers)
 
 
 @settings(deadline=None, max_examples=20, suppress_health_check=SHARED)
