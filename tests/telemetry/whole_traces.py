@@ -43,7 +43,7 @@ def _children_are_within_their_parents(root: CollectedSpan, spans: list[Collecte
 
 def _spans_come_in_order(spans: list[CollectedSpan], num_tokens: int) -> None:
     counts = Counter((span.service, span.name) for span in spans)
-    once = ["tokenize", "place", "open", "request"]
+    once = ["tokenize", "place", "request"]
     assert [counts["baton-router", name] for name in once] == [1] * len(once)
     assert counts["baton-prefill", "prefill"] == counts["baton-prefill", "queue"] == 1
     assert counts["baton-prefill", "chunk"] >= 1
@@ -51,7 +51,10 @@ def _spans_come_in_order(spans: list[CollectedSpan], num_tokens: int) -> None:
     queue, chunk = first["baton-prefill", "queue"], first["baton-prefill", "chunk"]
     # Opening and prefill begin at once.
     assert first["baton-router", "place"].end_ns <= queue.start_ns <= queue.end_ns <= chunk.start_ns
-    assert first["baton-router", "place"].end_ns <= first["baton-router", "open"].start_ns
+    # An output that ends with its first token may be over before decode has answered the open.
+    assert counts["baton-router", "open"] == 1 or (num_tokens == 1 and not counts["baton-router", "open"])
+    if counts["baton-router", "open"]:
+        assert first["baton-router", "place"].end_ns <= first["baton-router", "open"].start_ns
     if num_tokens == 1:
         assert counts["baton-decode", "decode"] == 0
         return
