@@ -8,6 +8,7 @@ step and can be awaited in another thread. Decides nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,8 @@ from common.worker.model_runner import row_limits
 from common.worker.row_table import RowTable
 from common.worker.step_marks import StepMarks
 from common.worker.step_plan import AddRow, Segment, StepPlan, StepResult
+
+_WARM_UP_STEP: Final = -1  # before any plan's: whoever waits for step 0 must not be told of this one
 
 
 class DeviceRunner:
@@ -72,7 +75,8 @@ class DeviceRunner:
         for num_tokens in (min(max_tokens, shape.num_blocks * shape.block_size, context_length), 1):
             blocks = list(range(-(-num_tokens // shape.block_size)))
             self.add_row(AddRow(0, SamplingParams(max_tokens=1, seed=0), [0], []))
-            self._launch(StepPlan(0, [Segment(0, [0] * num_tokens, 0, blocks, True, 0)]), captured=False).result()
+            plan = StepPlan(_WARM_UP_STEP, [Segment(0, [0] * num_tokens, 0, blocks, True, 0)])
+            self._launch(plan, captured=False).result()
             self.remove_row(0)
 
     def add_row(self, message: AddRow) -> None:

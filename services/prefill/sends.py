@@ -13,6 +13,7 @@ reads. Its blocks are read until all legs are done; `on_read_done` says so. Know
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 
 from common import errors
@@ -126,9 +127,10 @@ class Sends:
             else:
                 on_sent(max(reply.send_ns for reply in replies))
             doubtful = [op for op, reply in zip(operations, replies, strict=True) if not reply.slot_free]
-            await self._settle(handle, doubtful)
+            with contextlib.suppress(errors.Unavailable):  # the ranks are lost, and the slot with them
+                await self._settle(handle, doubtful)
         except errors.Unavailable as error:
-            on_failure(error)  # the ranks are lost, and the slots with them
+            on_failure(error)  # the ranks are lost before they said what became of the legs
         finally:
             for operation in operations:
                 operation.close()

@@ -125,3 +125,17 @@ async def test_send_after_the_end_fails_at_once() -> None:
     reads_done, failures = list[int](), list[errors.BatonError]()
     start(sends, handle, reads_done, failures)
     assert (reads_done, [type(failure) for failure in failures]) == ([1], [errors.Unavailable])
+
+
+async def test_failure_is_told_once_if_ranks_are_lost_while_a_leg_is_in_doubt() -> None:
+    async with running() as (sends, ranks):
+        reads_done, failures = list[int](), list[errors.BatonError]()
+        start(sends, await sends.slots.acquire(), reads_done, failures)
+        await turn()
+        ranks.finish_send("TransferTimeout", is_in_doubt=True)
+        ranks.finish_send("TransferTimeout", is_in_doubt=True)
+        await turn()
+        ranks.lose("rank 0 died")
+        await turn()
+        assert [type(failure) for failure in failures] == [errors.TransferTimeout]
+        assert reads_done == [1]
