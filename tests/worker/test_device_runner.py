@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from common.sampling.params import SamplingParams
 from common.worker.device_runner import DeviceRunner
 from common.worker.model_runner import Runner
-from common.worker.step_plan import Segment, StepPlan
+from common.worker.step_marks import StepMarks
+from common.worker.step_plan import AddRow, Segment, StepPlan
 from tests.models.tiny_checkpoints import write_tiny_checkpoint
 from tests.worker.runner_script import DRAWN, GREEDY, Script, device_parts, reference_runner
 
@@ -44,6 +46,19 @@ def test_rows_join_and_leave_between_captured_steps(runners: list[Runner]) -> No
     script.add(3, DRAWN)
     script.run(script.segment(3, 40), script.segment(5, output_index=8))
     script.run(*(script.segment(row, output_index=9) for row in (0, 3, 5)))
+
+
+async def test_warm_up_is_not_taken_for_the_first_step(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = StepMarks(torch.device("cpu"))
+    runner = DeviceRunner(*device_parts(checkpoint, monkeypatch), MAX_ROWS, graph_sizes=(), marks=marks)
+    runner.warm_up(8)
+    waiting = asyncio.create_task(marks.reached(0, 1))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not waiting.done(), "a chunk of the first plan would be sent before it is computed"
+    runner.add_row(AddRow(0, GREEDY, [5], []))
+    runner.launch(StepPlan(0, [Segment(0, [5, 6, 7], 0, [0], True, 0)])).result()
+    await waiting
 
 
 def test_a_sequence_handed_over_brings_all_its_blocks_with_its_first_step(runners: list[Runner]) -> None:
