@@ -1,7 +1,5 @@
 """Which tunings `benchmarks.few_rows` tries, and their compilation for Hopper in processes that need no GPU."""
 
-# mypy: disable-error-code="import-untyped"
-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -9,6 +7,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from benchmarks.compile_for_hopper import compile_for_hopper
 from common.kernels import triton_linear
 from common.kernels.linear_tuning import Launch, LinearTuning, padded_rows
 
@@ -123,37 +122,9 @@ def run_product(
 
 
 def prepare_process() -> None:
-    """Make this process compile for Hopper instead of launching; its kernels land in the cache on disk."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    class Hopper:
-        """The part of a driver that compiling asks for."""
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return device
-
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> object:
-        del warmup
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        COMPILED.append(kernel)
-        return kernel
-
+    """Make this process compile for Hopper instead of launching."""
     torch.set_num_threads(1)
-    driver.set_active(Hopper())
-    JITFunction.run = compile_only
-
-
-COMPILED: Final[list[object]] = []  # of this process
+    compile_for_hopper()
 
 
 def compile_config(config: Config) -> str | None:

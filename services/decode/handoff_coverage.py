@@ -1,4 +1,4 @@
-"""Which layers of which blocks of one hand-off are on their way or in place, and what may be cached of them. Pure.
+"""Which layers of which blocks of one hand-off are on their way or in place. Pure.
 
 A chunk is a rectangle of blocks and layers; each layer of each block is taken once, and in place once. A bit mask of
 layers for each block.

@@ -24,6 +24,8 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks.compile_for_hopper import compile_for_hopper
+
 ROOT: Final = Path(__file__).parents[2]
 MAX_SHARED_BYTES: Final = 227 << 10  # what a thread block can have on Hopper
 TIMEOUT_S: Final = 115
@@ -92,32 +94,8 @@ def test_kernels_of_a_decode_layer_start_early_and_write_late(compiled: list[Com
 
 def compile_all() -> Iterator[Compiled]:
     """Launch everything with launches replaced by compilation for compute capability 9.0."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    class Hopper:
-        """The part of a driver that compiling asks for."""
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return device
-
     kernels = {}
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
-        del warmup
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        kernels[kernel.hash] = kernel
-
-    driver.set_active(Hopper())
-    JITFunction.run = compile_only
+    compile_for_hopper(lambda kernel: kernels.update({kernel.hash: kernel}))
     for launch in launches():
         launch()
     for kernel in kernels.values():
