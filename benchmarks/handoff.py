@@ -3,6 +3,9 @@
 Two processes, blocks of an 8B model in shuffled order on both sides. Every leg's digest is checked as it arrives, every
 block is compared afterwards, and a damaged leg must be refused; only then is the rate believed. Without GPUs it does
 the same with a small model between two processes on the CPU.
+
+`python -m benchmarks.handoff host-cost` takes one GPU and no transport: how long starting a gather and a scatter holds
+up the thread that does it.
 """
 
 from __future__ import annotations
@@ -226,6 +229,27 @@ def check(side: Side) -> None:
     raise AssertionError("a damaged leg was accepted")
 
 
+def host_cost(num_rounds: int = 200, num_warmup: int = 10) -> None:
+    """Microseconds of host time, of slots of 64 MiB: every start finds the device idle, as the loop's watch would."""
+    device = torch.device("cuda", 0)
+    kernels = cast(KernelBackend, importlib.import_module("common.kernels.triton_backend"))
+    storage = KVStorage(16, 64, 8, 64, 128, torch.bfloat16, device, kernels)
+    storage.kv.normal_()
+    ids = random.Random(1).sample(range(64), 16)
+    slot = torch.zeros(storage.leg_bytes(len(ids), 8), dtype=torch.uint8, device=device)
+    _synchronize(device)
+    for name, start in (("start_gather", storage.start_gather), ("start_scatter", storage.start_scatter)):
+        times = []
+        for _ in range(num_warmup + num_rounds):
+            begin_s = time.perf_counter()
+            work = start(ids, 0, 8, slot, 5)
+            times.append(time.perf_counter() - begin_s)
+            work.wait()
+            work.result()
+        times = sorted(times[num_warmup:])
+        print(f"{name}: median {_micros(times)}, 9 of 10 within {times[len(times) * 9 // 10] * 1e6:.0f} µs", flush=True)
+
+
 def _micros(times: list[float]) -> str:
     return f"{statistics.median(times) * 1e6:.0f} µs" if times else "-"
 
@@ -242,12 +266,14 @@ def _synchronize(device: torch.device) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("scheme", choices=("ucx", "nccl"))
+    parser.add_argument("scheme", choices=("ucx", "nccl", "host-cost"))
     parser.add_argument("num_rounds", type=int, nargs="?", default=10)
     parser.add_argument("--address", help="of the receiving end: be the sending end")
     parser.add_argument("--in-thread", action="store_true", help="launch copies in a thread instead of on the loop")
     arguments = parser.parse_args()
-    if arguments.address is None:
+    if arguments.scheme == "host-cost":
+        host_cost()
+    elif arguments.address is None:
         asyncio.run(receive_side(arguments.scheme, arguments.num_rounds, arguments.in_thread))
     else:
         asyncio.run(send_side(arguments.scheme, arguments.address, arguments.in_thread))

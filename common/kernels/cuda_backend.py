@@ -201,7 +201,9 @@ def _store_slots(spans: Sequence[Span], block_size: int) -> npt.NDArray[np.int64
     """[T]: where each token's K and V go, block * block_size + offset."""
     parts: list[npt.NDArray[np.int64]] = []
     for span in spans:
-        positions = np.arange(span.context_length - span.num_queries, span.context_length)
-        blocks = np.asarray(span.block_ids, dtype=np.int64)[positions // block_size]
-        parts.append(blocks * block_size + positions % block_size)
+        begin, end = span.context_length - span.num_queries, span.context_length
+        first = begin // block_size
+        blocks = np.array(span.block_ids[first : -(-end // block_size)], dtype=np.int64)
+        slots = (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)
+        parts.append(slots[begin - first * block_size : end - first * block_size])
     return np.concatenate(parts)

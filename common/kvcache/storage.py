@@ -9,23 +9,25 @@ owns a block.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from common.errors import DigestMismatch, InternalError, Truncated
 from common.kernels.backend import KernelBackend, kernels_for
 from common.kernels.batch import KVShape
-from common.kvcache.device_queue import DeviceQueue, DeviceWork
+from common.kvcache.device_queue import DeviceQueue, DeviceWork, Parcel
 from common.kvcache.layout import HEADER_BYTES
 from common.kvcache.slot_header import DIGEST_OFFSET, check_digest, checked_digest, encode_header
 
 _WORD_BYTES: Final = 8
 _HEADER_WORDS: Final = HEADER_BYTES // _WORD_BYTES
 _DIGEST_WORD: Final = DIGEST_OFFSET // _WORD_BYTES
+_REPORT_WORDS: Final = _HEADER_WORDS + 2  # these two are what kernels that check on the device ask for
+_SCRATCH_WORDS: Final = 3
 
 
 @runtime_checkable
@@ -39,6 +41,7 @@ class SlotsOnDevice(Protocol):
         self,
         kv: torch.Tensor,
         words: torch.Tensor,
+        num_ids: int,
         first_head: int,
         num_heads: int,
         slot: torch.Tensor,
@@ -50,6 +53,7 @@ class SlotsOnDevice(Protocol):
         self,
         kv: torch.Tensor,
         words: torch.Tensor,
+        num_ids: int,
         first_head: int,
         num_heads: int,
         slot: torch.Tensor,
@@ -82,9 +86,12 @@ class KVStorage:
             (num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim), dtype=dtype, device=device
         )
         self._kernels = kernels_for(device) if kernels is None else kernels
-        self._queue = DeviceQueue(device)
-        self._scratch = torch.zeros(2, dtype=torch.int64, device=device)  # of launches, which follow each other
-        self._report = torch.zeros(_HEADER_WORDS + 2, dtype=torch.int64, device=device)  # of the last slot's check
+        # Asked once: looking for methods takes as long as a launch.
+        self._on_device = self._kernels if isinstance(self._kernels, SlotsOnDevice) else None
+        self._queue = DeviceQueue(device, _REPORT_WORDS)
+        self._scratch = torch.zeros(_SCRATCH_WORDS, dtype=torch.int64, device=device)  # launches follow each other
+        self._head_bytes = block_size * head_dim * self.kv.itemsize  # of K or V of a block
+        self._parts: dict[tuple[int, int], torch.Tensor] = {}  # `kv` of runs of layers
 
     @property
     def shape(self) -> KVShape:
@@ -99,8 +106,7 @@ class KVStorage:
     def leg_bytes(self, num_blocks: int, num_heads: int, layers: range | None = None) -> int:
         """Bytes that `gather` writes of these layers [all], header included."""
         num_layers = self.kv.shape[0] if layers is None else len(layers)
-        _, _, _, _, block_size, head_dim = self.kv.shape
-        return HEADER_BYTES + num_layers * num_blocks * 2 * num_heads * block_size * head_dim * self.kv.itemsize
+        return HEADER_BYTES + num_layers * num_blocks * 2 * num_heads * self._head_bytes
 
     def gather(
         self,
@@ -133,21 +139,27 @@ class KVStorage:
         num_bytes = self.leg_bytes(len(block_ids), num_heads, layers)
         if slot.numel() < num_bytes:
             raise InternalError(f"{num_bytes} bytes do not fit into a slot of {slot.numel()}")
-        kv = self._part(block_ids, first_local_head, num_heads, layers)
+        kv, ids = self._part(first_local_head, num_heads, layers), self._ids(block_ids)
         header = encode_header(tag, num_bytes - HEADER_BYTES, 0)
-        with self._queue.entered():
-            words = self._queue.upload(_words(header, block_ids))
-            if isinstance(self._kernels, SlotsOnDevice):
-                slot_words = slot[:num_bytes].view(torch.int64)
-                self._kernels.gather_slot(kv, words, first_local_head, num_heads, slot_words, self._scratch)
-            else:
-                payload = _payload(kv, slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
-                ids = words[_HEADER_WORDS:]
-                words[_DIGEST_WORD] = _signed(
-                    self._kernels.gather_blocks(kv, ids, first_local_head, num_heads, payload)
-                )
-                slot[:HEADER_BYTES].view(torch.int64).copy_(words[:_HEADER_WORDS])
-            return self._queue.mark()
+        if self._on_device is not None:
+            with self._queue.entered():
+                parcel = self._sent(header, ids)
+                try:
+                    self._on_device.gather_slot(
+                        kv, parcel.words, len(block_ids), first_local_head, num_heads, slot, self._scratch
+                    )
+                finally:
+                    work = self._queue.mark(parcel)
+                return work
+        with torch.inference_mode(), self._queue.entered():
+            parcel = self._sent(header, ids)
+            words = parcel.words[: _HEADER_WORDS + len(block_ids)]
+            payload = _payload(kv, slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
+            words[_DIGEST_WORD] = _signed(
+                self._kernels.gather_blocks(kv, words[_HEADER_WORDS:], first_local_head, num_heads, payload)
+            )
+            slot[:HEADER_BYTES].view(torch.int64).copy_(words[:_HEADER_WORDS])
+            return self._queue.mark(parcel)
 
     def scatter(
         self,
@@ -178,50 +190,67 @@ class KVStorage:
     ) -> DeviceWork:
         """`scatter` without waiting for a GPU: what the check finds is the outcome of the work."""
         num_bytes = self.leg_bytes(len(block_ids), num_heads, layers)
-        kv = self._part(block_ids, first_local_head, num_heads, layers)
+        kv, ids = self._part(first_local_head, num_heads, layers), self._ids(block_ids)
         if slot.numel() < num_bytes:
             raise Truncated(f"{slot.numel()} bytes arrived, {num_bytes} were expected")
         payload_bytes = num_bytes - HEADER_BYTES
-        with self._queue.entered():
-            words = self._queue.upload(_words(encode_header(expected_tag, payload_bytes, 0), block_ids))
-            if isinstance(self._kernels, SlotsOnDevice):
-                slot_words = slot[:num_bytes].view(torch.int64)
-                self._kernels.scatter_slot(
-                    kv, words, first_local_head, num_heads, slot_words, self._scratch, self._report
-                )
-                return self._queue.download(
-                    self._report, lambda report: _judge(report.tobytes(), expected_tag, payload_bytes)
-                )
+        header = encode_header(expected_tag, payload_bytes, 0)
+        if self._on_device is not None:
+            with self._queue.entered():
+                parcel = self._sent(header, ids)
+                try:
+                    self._on_device.scatter_slot(
+                        kv, parcel.words, len(block_ids), first_local_head, num_heads, slot, self._scratch,
+                        parcel.report,
+                    )  # fmt: skip
+                finally:  # what was launched before an error still writes into the parcel
+                    work = self._queue.mark(parcel, lambda report: _judge(report, expected_tag, payload_bytes))
+                return work
+        with torch.inference_mode(), self._queue.entered():
             payload = _payload(kv, slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
             announced = checked_digest(slot[:HEADER_BYTES].cpu().numpy().tobytes(), expected_tag, payload_bytes)
             check_digest(self._kernels.payload_digest(payload), announced)
-            self._kernels.scatter_blocks(kv, words[_HEADER_WORDS:], first_local_head, num_heads, payload)
-            return self._queue.mark()
+            parcel = self._sent(header, ids)
+            device_ids = parcel.words[_HEADER_WORDS : _HEADER_WORDS + len(block_ids)]
+            self._kernels.scatter_blocks(kv, device_ids, first_local_head, num_heads, payload)
+            return self._queue.mark(parcel)
 
-    def _part(self, block_ids: Sequence[int], first_head: int, num_heads: int, layers: range | None) -> torch.Tensor:
-        """`kv` of these layers alone. Checks everything: a wrong id would write into somebody else's memory."""
-        num_layers, num_blocks, _, num_kv_heads, _, _ = self.kv.shape
-        layers = range(num_layers) if layers is None else layers
-        if not 0 <= layers.start < layers.stop <= num_layers or layers.step != 1:
-            raise InternalError(f"layers [{layers.start}, {layers.stop}) are not within {num_layers}")
-        if not block_ids or not 0 <= min(block_ids) <= max(block_ids) < num_blocks:
-            raise InternalError(f"block ids {list(block_ids)[:8]} are not within {num_blocks} blocks")
+    def _sent(self, header: bytearray, ids: bytes) -> Parcel:
+        """Header, then block ids, on their way to the device in one copy."""
+        end = HEADER_BYTES + len(ids)
+        parcel = self._queue.parcel(end // _WORD_BYTES)
+        parcel.host[:HEADER_BYTES] = header
+        parcel.host[HEADER_BYTES:end] = ids
+        parcel.send()
+        return parcel
+
+    def _part(self, first_head: int, num_heads: int, layers: range | None) -> torch.Tensor:
+        """`kv` of these layers alone. Checks that layers and heads are the storage's."""
+        num_layers, _, _, num_kv_heads, _, _ = self.kv.shape
+        start, stop, step = (0, num_layers, 1) if layers is None else (layers.start, layers.stop, layers.step)
+        if not 0 <= start < stop <= num_layers or step != 1:
+            raise InternalError(f"layers [{start}, {stop}) are not within {num_layers}")
         if not (first_head >= 0 and num_heads >= 1 and first_head + num_heads <= num_kv_heads):
             raise InternalError(
                 f"heads [{first_head}, {first_head + num_heads}) are not within {num_kv_heads} KV heads"
             )
-        return self.kv[layers.start : layers.stop]
+        part = self._parts.get((start, stop))
+        if part is None:
+            part = self._parts[start, stop] = self.kv[start:stop]
+        return part
+
+    def _ids(self, block_ids: Sequence[int]) -> bytes:
+        """As int64. Checks every one: a wrong id would write into somebody else's memory."""
+        num_blocks = self.kv.shape[1]
+        if not block_ids or not 0 <= min(block_ids) <= max(block_ids) < num_blocks:
+            raise InternalError(f"block ids {list(block_ids)[:8]} are not within {num_blocks} blocks")
+        return array("q", block_ids).tobytes()
 
 
 def _payload(kv: torch.Tensor, part: torch.Tensor, num_blocks: int, num_heads: int) -> torch.Tensor:
     """The bytes of a slot seen as K and V of blocks of these layers."""
     num_layers, _, _, _, block_size, head_dim = kv.shape
     return part.view(kv.dtype).view(num_layers, num_blocks, 2, num_heads, block_size, head_dim)
-
-
-def _words(header: bytearray, block_ids: Sequence[int]) -> npt.NDArray[np.int64]:
-    """The header, then the block ids: [_HEADER_WORDS + n], so that one copy takes both to the device."""
-    return np.concatenate((np.frombuffer(header, dtype=np.int64), np.array(block_ids, dtype=np.int64)))
 
 
 def _judge(report: bytes, expected_tag: int, payload_bytes: int) -> None:

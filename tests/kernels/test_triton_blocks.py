@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.kernels import blocks_reference, triton_backend
+from common.kernels import blocks_reference, triton_backend, triton_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -63,3 +63,15 @@ def test_an_empty_payload_has_digest_zero() -> None:
     kv = random_kv(2, 16, 32, torch.float32)
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     assert triton_backend.gather_blocks(kv, none, 0, 2, torch.empty(2, 0, 2, 2, 16, 32, device=DEVICE)) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_kernel_that_was_compiled_is_launched_past_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = random_kv(4, 16, 32, torch.bfloat16)
+    triton_backend.gather_with_digest(kv, torch.tensor([7, 0], device=DEVICE), 0, 4, kv.new_empty(2, 2, 2, 4, 16, 32))
+    ids = torch.tensor([3, 8, 1], device=DEVICE)
+    payload, expected = (kv.new_zeros(2, 3, 2, 4, 16, 32) for _ in range(2))
+    digest = blocks_reference.gather_blocks(kv, ids, 0, 4, expected)
+    monkeypatch.setattr(triton_blocks, "_move_kernel", None)
+    assert triton_backend.gather_blocks(kv, ids, 0, 4, payload) == digest
+    assert torch.equal(payload, expected)

@@ -19,8 +19,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 class FakeWork(DeviceWork):
     """Device work that is done when the test says so."""
 
-    def __init__(self, outcome: Callable[[], None] | None = None) -> None:
-        super().__init__(None, outcome)
+    def __init__(self, outcome: Callable[[bytes], None] | None = None) -> None:
+        super().__init__(None, None, outcome)
         self.finished = threading.Event()
         self.num_looks = 0
 
@@ -89,7 +89,7 @@ async def test_a_failed_start_fails_its_future_alone(device: torch.device) -> No
 
 
 async def test_what_a_gpu_found_wrong_fails_its_future_alone() -> None:
-    def refuse() -> None:
+    def refuse(_: bytes) -> None:
         raise RuntimeError("damaged")
 
     copies, works = SlotCopies(GPU, "test"), [FakeWork(refuse), FakeWork()]

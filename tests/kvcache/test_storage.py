@@ -186,6 +186,57 @@ def test_a_slot_that_is_too_small_is_refused() -> None:
         storage().gather([0], 0, 1, torch.empty(HEADER_BYTES, dtype=torch.uint8), TAG)
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_copies_that_were_started_together_do_not_meet(device: str) -> None:
+    """Each has its own ids, header and verdict, also of several sizes, and whoever asks last learns the same."""
+    source, target = storage(seed=1), storage(seed=2)
+    if device == "cuda":
+        source, target = (on_gpu(one) for one in (source, target))
+    before = target.kv.clone()
+    id_lists = [[7, 2], [3], [11, 0, 5, 9], [8], [1, 10]]
+    slots = [torch.zeros(source.leg_bytes(4, 2), dtype=torch.uint8, device=device) for _ in id_lists]
+    synchronize(device)
+    works = [
+        source.start_gather(ids, 1, 2, slot, TAG + n) for n, (ids, slot) in enumerate(zip(id_lists, slots, strict=True))
+    ]
+    for work in works:
+        work.wait()
+    slots[3][HEADER_BYTES + 99] ^= 1
+    synchronize(device)
+    if chosen.kernels is None and device == "cpu":  # there a host looks before it returns
+        with pytest.raises(DigestMismatch):
+            target.start_scatter(id_lists[3], 1, 2, slots[3], TAG + 3)
+        del id_lists[3], slots[3]
+        tags = [TAG, TAG + 1, TAG + 2, TAG + 4]
+    else:
+        tags = [TAG + n for n in range(5)]
+    works = [target.start_scatter(ids, 1, 2, slot, tag) for ids, slot, tag in zip(id_lists, slots, tags, strict=True)]
+    for work, tag in reversed(list(zip(works, tags, strict=True))):
+        work.wait()
+        if tag == TAG + 3:
+            with pytest.raises(DigestMismatch, match="payload digest"):
+                work.result()
+        else:
+            work.result()
+    arrived = [7, 2, 3, 11, 0, 5, 9, 1, 10]
+    before[:, arrived, :, 1:3] = source.kv[:, arrived, :, 1:3]
+    assert torch.equal(target.kv, before)
+
+
+def on_gpu(source: KVStorage) -> KVStorage:
+    made = KVStorage(LAYERS, BLOCKS, 4, BLOCK_SIZE, HEAD_DIM, torch.float32, torch.device("cuda", 0))
+    made.kv.copy_(source.kv)
+    return made
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_writes_the_same_slot_and_takes_it_in_again() -> None:
     device = torch.device("cuda", 0)
