@@ -25,7 +25,7 @@ from common.kernels.dependent_launch import by_policy, launch_options, start_nex
 from common.kernels.linear_tuning import TUNED, Launch, LinearTuning, default_tuning, padded_rows
 from common.kernels.triton_device import current_stream, is_hopper
 
-MAX_ROWS: Final = 64
+MAX_ROWS: Final = 128
 PIECE_BYTES: Final = 256  # of a weight row, fetched by one instruction
 _MIN_ARRIVALS: Final = 4096
 _KEPT_ROW_ELEMENTS: Final = 1 << 18  # of parts, at least: 1 MiB
@@ -59,7 +59,7 @@ def is_ahead(x: torch.Tensor, weight: torch.Tensor, is_gated: bool) -> bool:
 
 
 def linear_few(x: torch.Tensor, weight: torch.Tensor, tuning: LinearTuning | None = None) -> torch.Tensor:
-    """x: [T, in], T <= 64; weight: [in, out] of strides (1, in). Returns [T, out]."""
+    """x: [T, in], T <= 128; weight: [in, out] of strides (1, in). Returns [T, out]."""
     out = x.new_empty((x.shape[0], weight.shape[1]))
     _launch(x, weight, out, False, False, tuning)
     return out

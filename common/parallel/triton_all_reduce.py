@@ -6,6 +6,9 @@ Program p writes its part to its region, tells program p of every other rank how
 waits until all have told it the same, and sums the regions in rank order: the same bits everywhere. Regions alternate:
 a rank that writes one again has heard of the epoch in between, which its readers announced after they had finished.
 Epochs live on the device, so that a captured graph may be replayed. Their differences are compared, so they may wrap.
+
+With the norm it is launched dependently (`common.kernels.dependent_launch`). Programs wait for each other, but the
+kernel behind cannot take their place: it starts when all of them are here.
 """
 
 # ruff: noqa: N803 - constants of a kernel are upper case
@@ -19,6 +22,8 @@ from typing import Final
 import torch
 import triton
 import triton.language as tl
+
+from common.kernels.dependent_launch import is_dependent, launch_options, start_next, wait_for_previous
 
 MAX_PROGRAMS: Final = 512  # few enough to run at once, as they wait for each other
 MAX_RANKS: Final = 8
@@ -64,7 +69,8 @@ def all_reduce(x: torch.Tensor, peers: PeerMemory) -> None:
     _all_reduce_kernel[(num_programs,)](
         x, x, x, x, peers.addresses, peers.epochs, x.numel(), chunk, 0.0,
         RANK=peers.rank, SIZE=peers.size, WITH_NORM=False, COLUMNS=chunk, MAX_RANKS=MAX_RANKS,
-        REGION_BYTES=REGION_BYTES, FLAGS_OFFSET=_FLAGS_OFFSET, num_warps=8 if chunk_bytes < 16 << 10 else 16,
+        REGION_BYTES=REGION_BYTES, FLAGS_OFFSET=_FLAGS_OFFSET, DEPENDENT=False,
+        num_warps=8 if chunk_bytes < 16 << 10 else 16,
     )  # fmt: skip
 
 
@@ -81,10 +87,12 @@ def all_reduce_add_rms_norm(
     out = torch.empty_like(x)
     num_rows, num_columns = x.shape
     columns = triton.next_power_of_2(num_columns)
+    dependent = is_dependent(num_rows, x.device)
     _all_reduce_kernel[(num_rows,)](
         x, residual, weight, out, peers.addresses, peers.epochs, num_columns, num_columns, eps,
         RANK=peers.rank, SIZE=peers.size, WITH_NORM=True, COLUMNS=columns, MAX_RANKS=MAX_RANKS,
-        REGION_BYTES=REGION_BYTES, FLAGS_OFFSET=_FLAGS_OFFSET, num_warps=min(16, max(4, columns // 256)),
+        REGION_BYTES=REGION_BYTES, FLAGS_OFFSET=_FLAGS_OFFSET, DEPENDENT=dependent,
+        num_warps=min(16, max(4, columns // 256)), **launch_options(dependent),
     )  # fmt: skip
     return out
 
@@ -93,9 +101,12 @@ def all_reduce_add_rms_norm(
 def _all_reduce_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, addresses_ptr, epochs_ptr, limit, stride, eps,
     RANK: tl.constexpr, SIZE: tl.constexpr, WITH_NORM: tl.constexpr, COLUMNS: tl.constexpr, MAX_RANKS: tl.constexpr,
-    REGION_BYTES: tl.constexpr, FLAGS_OFFSET: tl.constexpr,
+    REGION_BYTES: tl.constexpr, FLAGS_OFFSET: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows,) with a norm, `limit` columns each; else (chunks of COLUMNS,) of `limit` elements."""
+    if DEPENDENT:
+        start_next()
+        wait_for_previous()  # before others are told anything
     program = tl.program_id(0)
     epoch = tl.load(epochs_ptr + program) + 1
     columns = tl.arange(0, COLUMNS)

@@ -17,6 +17,8 @@ from common.kernels import dependent_launch, triton_backend, triton_linear
 from common.kernels.batch import KVShape, Span
 from common.kernels.dependent_launch import LaunchPolicy, by_policy, is_dependent, using
 from common.kernels.linear_tuning import TUNED, Launch, LinearTuning
+from common.parallel import triton_all_reduce
+from common.parallel.triton_all_reduce import PeerMemory
 
 CPU = torch.device("cpu")
 
@@ -84,6 +86,21 @@ def test_norms_read_weights_alone_before_they_wait(ahead: Ahead) -> None:
     assert torch.equal(added, expected)
     assert torch.equal(residual, own)
     assert ahead.num_waits == ahead.num_triggers == 6
+
+
+def test_a_sum_over_ranks_tells_nobody_before_it_waits(ahead: Ahead) -> None:
+    """One rank alone, whose memory shows what others would be told."""
+    x, residual, weight = random(3, 96), random(3, 96, seed=1), random(96, seed=2)
+    memory = torch.zeros(triton_all_reduce.PEER_BYTES, dtype=torch.uint8)
+    peers = PeerMemory.of(0, [memory.data_ptr()], CPU)
+    own = residual.clone()
+    expected = plainly(lambda: triton_all_reduce.all_reduce_add_rms_norm(x, own, weight, 1e-5, peers))
+    assert ahead.num_triggers == 0
+    added = triton_all_reduce.all_reduce_add_rms_norm(ahead.writes(x), ahead.writes(residual), weight, 1e-5, peers)
+    assert torch.equal(added, expected)
+    assert torch.equal(residual, own)
+    assert not memory.view(torch.float32).isnan().any(), "a part was sent before it was there"
+    assert ahead.num_waits == ahead.num_triggers == 3
 
 
 def test_silu_reads_nothing_before_it_waits(ahead: Ahead) -> None:

@@ -30,7 +30,8 @@ ROOT: Final = Path(__file__).parents[2]
 MAX_SHARED_BYTES: Final = 227 << 10  # what a thread block can have on Hopper
 TIMEOUT_S: Final = 115
 LAUNCHED_DEPENDENTLY: Final = {
-    "_decode_kernel", "_linear_kernel", "_qk_norm_rope_store_kernel", "_rms_norm_kernel", "_silu_mul_kernel"
+    "_all_reduce_kernel", "_decode_kernel", "_linear_kernel", "_qk_norm_rope_store_kernel", "_rms_norm_kernel",
+    "_silu_mul_kernel",
 }  # fmt: skip
 
 
@@ -128,6 +129,7 @@ def launches() -> Iterator[Callable[[], object]]:
     for head_dim in (128, 64):
         yield from attention_launches(head_dim, torch.bfloat16)
     yield from row_launches(torch.bfloat16)
+    yield from all_reduce_launches(torch.bfloat16)
     yield from dependent_launches(torch.bfloat16)
     yield from block_launches(torch.bfloat16)
     yield from step_launches()
@@ -169,7 +171,7 @@ def dependent_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
         with mock.patch.object(dependent_launch, "is_hopper", return_value=True):
             launch()
 
-    for launch in (*attention_launches(128, dtype), *row_launches(dtype)):
+    for launch in (*attention_launches(128, dtype), *row_launches(dtype), *all_reduce_launches(dtype)):
         yield partial(on_hopper, launch)
 
 
@@ -186,6 +188,14 @@ def row_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield lambda: triton_rows.softmax(x)
 
 
+def all_reduce_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from common.parallel import triton_all_reduce
+
+    peers = triton_all_reduce.PeerMemory.of(0, [0, 0], torch.device("cpu"))
+    x, residual = (torch.empty(2, 4096, dtype=dtype) for _ in range(2))
+    yield lambda: triton_all_reduce.all_reduce_add_rms_norm(x, residual, x[0], 1e-5, peers)
+
+
 def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     from common.kernels import triton_blocks
 
@@ -195,10 +205,11 @@ def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield lambda: triton_blocks.gather_with_digest(kv, ids, 2, 4, payload)
     yield lambda: triton_blocks.scatter_with_digest(kv, ids, 2, 4, payload)
     yield lambda: triton_blocks.digest_on_device(payload)
-    words, scratch, report = (torch.zeros(n, dtype=torch.int64) for n in (10, 2, triton_blocks.REPORT_WORDS))
-    slot = torch.zeros(triton_blocks.HEADER_WORDS + payload.nbytes // 8, dtype=torch.int64)
-    yield lambda: triton_blocks.gather_slot(kv, words, 2, 4, slot, scratch)
-    yield lambda: triton_blocks.scatter_slot(kv, words, 2, 4, slot, scratch, report)
+    sizes = (10, triton_blocks.SCRATCH_WORDS, triton_blocks.REPORT_WORDS)
+    words, scratch, report = (torch.zeros(n, dtype=torch.int64) for n in sizes)
+    slot = torch.zeros(triton_blocks.HEADER_WORDS * 8 + payload.nbytes, dtype=torch.uint8)
+    yield lambda: triton_blocks.gather_slot(kv, words, 2, 2, 4, slot, scratch)
+    yield lambda: triton_blocks.scatter_slot(kv, words, 2, 2, 4, slot, scratch, report)
 
 
 def step_launches() -> Iterator[Callable[[], object]]:

@@ -21,7 +21,7 @@ from common.kernels.triton_linear import (
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 # [T, in, out]: one row, ragged rows, inputs and outputs that fill no tile, all rows
-SIZES = [(1, 64, 48), (5, 136, 72), (17, 256, 128), (64, 96, 40)]
+SIZES = [(1, 64, 48), (5, 136, 72), (17, 256, 128), (64, 96, 40), (128, 96, 40)]
 TUNINGS = [
     LinearTuning(32, 32, split, num_stages=3, swap=swap, use_tma=use_tma)
     for split, swap, use_tma in itertools.product((1, 2, 3), (False, True), (False, True))
@@ -71,7 +71,7 @@ def test_parts_are_summed_anew_by_every_launch() -> None:
 def test_what_it_does_not_take() -> None:
     x, weight = random(4, 64), random(32, 64, seed=1).t()
     assert supports(x, weight)
-    assert not supports(random(65, 64), weight)
+    assert not supports(random(129, 64), weight)
     assert not supports(x, weight.contiguous())
     assert not supports(x.half(), weight)
     with pytest.raises(InternalError, match="strides"):
