@@ -159,6 +159,9 @@ class Comparison:
         ttft = "-" if summary.ttft is None else f"{summary.ttft.p50_s * 1e3:.0f} ms"
         cached = summary.cached_share or 0.0
         self._console.print(f"{name}, {rate:g} requests/s: {met}; TTFT p50 {ttft}, {cached:.0%} of the prompts cached")
+        for phase in ("prefill", "exposed_handoff"):
+            if (found := summary.phases.get(phase)) is not None:
+                self._console.print(f"  {phase}: p50 {found.p50_s * 1e3:.2f} ms, p99 {found.p99_s * 1e3:.2f} ms")
         for warning in summary.warnings:
             self._console.print(f"  ! {warning}")
 

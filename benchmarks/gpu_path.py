@@ -1,35 +1,43 @@
 """The whole path on GPUs: router, prefill and decode workers as processes of their own, over real UCX.
 
-    python -m benchmarks.gpu_path [--device cuda] [--shape llama-3.1-8b]
+    python -m benchmarks.gpu_path [--device cuda] [--shape llama-3.1-8b] [--prefill-workers 2 --decode-tp 2 --devices 4]
 
-First the shipped checkpoint in float32: greedy tokens must equal those of a deployment on the CPU, for every pairing of
-rank counts that the GPUs allow. Then a model of random weights: time to the first token of a prompt against the time
-that prefill took for it, how long the hand-off keeps the second token waiting, and the gaps between tokens while
-prompts arrive. Without GPUs all of it runs on the CPU with the shipped checkpoint, as a rehearsal. Prompts are repeated
-until there are enough for a p99 or `--limit` is near: how many there were is printed.
+First the shipped checkpoint in float32: greedy tokens must equal those of a deployment on the CPU, for the workers and
+ranks asked for, or without such flags for every pairing of rank counts that the GPUs allow. Then a model of random
+weights: its outputs with and without a hand-off may differ only where rounding decides; then the time to the first
+token against the time that prefill took for it, how long the hand-off keeps the second token waiting, and the gaps
+between tokens while prompts arrive. Without GPUs all of it runs on the CPU with the shipped checkpoint, as a rehearsal.
+Prompts are repeated until there are enough for a p99 or `--limit` is near: how many there were is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.goodput import GPU_ARGS, SHIPPED, write_model
+from benchmarks.gpu_path_check import (
+    FLOAT32,
+    PAIRINGS,
+    Topology,
+    check,
+    check_rounding,
+    deployed,
+    figures_of,
+    random_prompt,
+)
+from benchmarks.output_comparison import TOLERANCE
 from benchmarks.step_times import percentile
-from cli.client import Client, connect
-from cli.deployment import Deployment, DeploymentSpec
+from cli.client import Client
 from loadtest.arrivals import Arrivals
 from loadtest.generator import LoadTest, Observed, describe_target, run_load_test
 from loadtest.lengths import Fixed
@@ -38,18 +46,13 @@ from loadtest.sizes import RandomSizes
 from loadtest.statistics import summarize
 from loadtest.targets.base import TargetSpec
 from loadtest.workload import Workload
-from tests.integration.requests import ask, greedy_request
+from tests.integration.requests import greedy_request
 
-FLOAT32 = ("--dtype", "float32")
-CHECK_LENGTHS = (1, 63, 64, 65, 500, 2000)
-NUM_TOKENS = 24
 NUM_TIMED_TOKENS = 8  # of a request whose hand-off is timed: four gaps or more say how long a step takes
 NUM_WARM_UPS = 2
 MIN_REPEATS = 5
 P99_FROM = 100  # values: of fewer, the p99 would be the largest
 STOP_S = 5.0  # for load that ends after its last arrival, and for the processes
-READY_TIMEOUT_S = 240.0
-PAIRINGS = ((1, 1), (1, 2), (2, 1), (2, 2))  # prefill and decode ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,48 +65,6 @@ class Timing:
     second_gap_s: float  # first token to second
     step_s: float  # median of the gaps after that
     transport: str
-
-
-@asynccontextmanager
-async def deployed(spec: DeploymentSpec) -> AsyncIterator[tuple[Deployment, Client]]:
-    async with Deployment(spec, on_event=lambda event: print(event, file=sys.stderr)) as deployment:
-        await deployment.ready(READY_TIMEOUT_S)
-        async with connect(deployment.router_address) as client:
-            yield deployment, client
-
-
-def random_prompt(num_tokens: int, vocab_size: int, seed: int) -> list[int]:
-    generator = np.random.default_rng(seed)
-    drawn: list[int] = generator.integers(3, vocab_size, num_tokens).tolist()
-    return drawn
-
-
-async def tokens_of(device: str, prefill_tp: int, decode_tp: int, log_dir: Path) -> tuple[list[list[int]], str]:
-    """Greedy outputs of the shipped checkpoint, alone and all at once, and what carried the blocks."""
-    spec = DeploymentSpec(
-        model=SHIPPED, device=device, prefill_tp=prefill_tp, decode_tp=decode_tp,
-        prefill_args=FLOAT32, decode_args=FLOAT32, log_dir=log_dir,
-    )  # fmt: skip
-    async with deployed(spec) as (_, client):
-        vocab_size = (await client.model_info()).vocab_size
-        prompts = [random_prompt(length, vocab_size, seed) for seed, length in enumerate(CHECK_LENGTHS)]
-        alone = [await ask(client, greedy_request(prompt, NUM_TOKENS)) for prompt in prompts]
-        again = await asyncio.gather(*(ask(client, greedy_request(prompt, NUM_TOKENS)) for prompt in prompts))
-    assert [answer.tokens for answer in again] == [answer.tokens for answer in alone], "together differs from alone"
-    return [answer.tokens for answer in alone], alone[-1].lifetime.transport
-
-
-async def check(device: str, num_devices: int, log_dir: Path) -> None:
-    """Raises unless every pairing gives the tokens of the CPU."""
-    async with asyncio.TaskGroup() as tasks:
-        reference = tasks.create_task(tokens_of("cpu", 1, 1, log_dir / "cpu"))
-        for prefill_tp, decode_tp in PAIRINGS:
-            if prefill_tp + decode_tp > num_devices:
-                continue
-            got, transport = await tokens_of(device, prefill_tp, decode_tp, log_dir / f"{prefill_tp}-{decode_tp}")
-            expected, _ = await reference
-            assert got == expected, f"prefill TP {prefill_tp}, decode TP {decode_tp}: other tokens than on the CPU"
-            print(f"checked: prefill TP {prefill_tp} -> decode TP {decode_tp} over {transport}: as the CPU", flush=True)
 
 
 async def time_one(client: Client, prompt: Sequence[int]) -> Timing:
@@ -192,21 +153,35 @@ async def time_load(address: str, rate: float, num_requests: int, sizes: tuple[i
     return found | {"failed": summary.num_failed}
 
 
+def topology_of(args: argparse.Namespace) -> Topology:
+    return Topology(args.prefill_workers, args.prefill_tp, args.decode_workers, args.decode_tp)
+
+
+def topologies_to_check(topology: Topology, num_devices: int) -> list[Topology]:
+    """The one that was asked for; if that is the default, every pairing of rank counts that the devices allow."""
+    if topology != Topology():
+        return [topology]
+    return [pairing for pairing in PAIRINGS if pairing.num_devices <= num_devices]
+
+
 async def measure(args: argparse.Namespace, log_dir: Path) -> None:
     begun_s = time.monotonic()
     on_gpu = args.device == "cuda"
+    topology = topology_of(args)
     if not args.skip_check:
-        await check(args.device, args.devices, log_dir)
+        await check(args.device, topologies_to_check(topology, args.devices), log_dir)
     model = write_model(args.shape, log_dir) if on_gpu else SHIPPED
     common = (*GPU_ARGS, "--kv-bytes", str(args.kv_bytes)) if on_gpu else FLOAT32
-    spec = DeploymentSpec(
-        model=model, device=args.device, prefill_args=common, decode_args=common, log_dir=log_dir / "path"
-    )
+    spec = topology.spec(model, args.device, common, log_dir / "path")
     load_s = args.load_seconds * len(args.rates)
     until_s = begun_s + args.limit - load_s - STOP_S
     results: dict[str, object] = {"device": args.device, "shape": args.shape if on_gpu else SHIPPED.name}
+    results["topology"] = dataclasses.asdict(topology)
     async with deployed(spec) as (deployment, client):
-        print(f"ready after {time.monotonic() - begun_s:.0f} s", flush=True)
+        print(f"{topology}: ready after {time.monotonic() - begun_s:.0f} s", flush=True)
+        if not args.skip_rounding:
+            found = await check_rounding(deployment, client, model, log_dir / "path", args.tolerance)
+            results["rounding"] = figures_of(found)
         results["prompts"] = await time_prompts(client, args.prompts, args.repeats, until_s)
         results["load"] = {
             rate: await time_load(
@@ -227,6 +202,10 @@ def main() -> None:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where ranks compute (cpu)")
     add("--devices", type=int, default=2, help="how many there are (2)")
+    add("--prefill-workers", type=int, default=1, help="prefill workers (1)")
+    add("--prefill-tp", type=int, default=1, help="ranks of each (1)")
+    add("--decode-workers", type=int, default=1, help="decode workers (1)")
+    add("--decode-tp", type=int, default=1, help="ranks of each (1)")
     add("--shape", default="llama-3.1-8b", help="of the random weights, on GPUs (llama-3.1-8b)")
     add("--kv-bytes", type=int, default=40 << 30, help="KV memory of each worker on a GPU (40 GiB)")
     add("--prompts", type=int, nargs="+", default=[2048, 8192], help="prompt lengths, tokens (2048 8192)")
@@ -236,8 +215,12 @@ def main() -> None:
     add("--load-seconds", type=float, default=10.0, help="of arrivals at each rate (10)")
     add("--output-tokens", type=int, default=200, help="tokens of each answer under load (200)")
     add("--skip-check", action="store_true", help="do not compare with the CPU first")
+    add("--skip-rounding", action="store_true", help="do not compare outputs with and without a hand-off")
+    add("--tolerance", type=float, default=TOLERANCE, help=f"of logprobs where outputs part ({TOLERANCE})")
     add("--out", type=Path, help="a JSON file")
     args = parser.parse_args()
+    if topology_of(args).num_devices > args.devices:
+        parser.error(f"{topology_of(args)} needs {topology_of(args).num_devices} devices, there are {args.devices}")
     with tempfile.TemporaryDirectory() as directory:
         asyncio.run(measure(args, Path(directory)))
 

@@ -28,7 +28,7 @@ import grpc
 from baton.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, prefill_pb2, prefill_pb2_grpc, sampling_pb2
 
 from benchmarks.goodput import GPU_ARGS, SHIPPED, write_model
-from benchmarks.gpu_path import FLOAT32, deployed, random_prompt
+from benchmarks.gpu_path_check import FLOAT32, deployed, random_prompt
 from benchmarks.limits import Limit, exit_status
 from cli.client import Client
 from cli.deployment import Deployment, DeploymentSpec

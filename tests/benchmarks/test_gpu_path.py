@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_path import P99_FROM, Timing, figures, print_figures
+from benchmarks.goodput import SHIPPED
+from benchmarks.gpu_path import P99_FROM, Timing, figures, print_figures, topologies_to_check
+from benchmarks.gpu_path_check import PAIRINGS, Topology, check_rounding, deployed
 from benchmarks.prefill_slowdown import Prefilled, compare, measure
 
 
@@ -54,3 +56,23 @@ async def test_prompts_are_sent_and_kept_by_turns(tmp_path: Path) -> None:
     assert all(one.bytes_shipped > 1_000_000 for one in sent)
     assert all(one.bytes_shipped == 0 for one in kept)
     assert all(0 < one.steps_ms <= one.prefill_ms for one in (*sent, *kept))
+
+
+def test_the_topology_that_was_asked_for_is_checked_alone() -> None:
+    asked = Topology(num_prefill=2, decode_tp=2)
+    assert asked.num_devices == 4
+    assert topologies_to_check(asked, 4) == [asked]
+    assert topologies_to_check(Topology(), 3) == [pairing for pairing in PAIRINGS if pairing != Topology(1, 2, 1, 2)]
+
+
+@pytest.mark.slow
+async def test_two_prefill_workers_hand_off_what_two_decode_ranks_would_compute(tmp_path: Path) -> None:
+    log_dir = tmp_path / "path"
+    spec = Topology(num_prefill=2, decode_tp=2).spec(SHIPPED, "cpu", ("--dtype", "float32"), log_dir)
+    async with deployed(spec) as (deployment, client):
+        found = await check_rounding(deployment, client, SHIPPED, log_dir, tolerance=1e-3)
+    assert {name: (one.num_equal, one.num_outputs) for name, one in found.items()} == {
+        "alone and all at once": (16, 16),
+        "with and without a hand-off": (16, 16),
+        "reused blocks of a hand-off and none": (14, 14),
+    }
