@@ -1,7 +1,8 @@
 """That a request draws the same random numbers alone and in a batch: shown on logits that are equal by construction.
 
 Over logits that are all zero the token is the uniform number times the vocabulary, rounded down, so it shows the number
-itself; over others it must not depend on the batch either. On a GPU the sampler is that of captured steps.
+itself (to one token: on a GPU it has 24 bits, and so has the product); over others it must not depend on the batch
+either. On a GPU the sampler is that of captured steps.
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ def check_draws(
             draw = _sampler(device, vocab_size, members)
             numbers.append([draw(flat[: len(members)], at) for at in range(num_tokens)])
             tokens.append([draw(uneven[first : first + size], at) for at in range(num_tokens)])
-        if _by_request(numbers) != expected:
+        if _furthest(_by_request(numbers), expected) > 1:
             raise AssertionError(f"in batches of {size} other random numbers were drawn than their counters say")
         chosen.append(_by_request(tokens))
     if chosen[0] != chosen[1]:
         raise AssertionError("from equal logits a batch drew other tokens than its members alone")
     return len(requests) * num_tokens
+
+
+def _furthest(tokens: list[list[int]], expected: list[list[int]]) -> int:
+    """How many tokens the two are apart where they are furthest apart."""
+    return max(
+        abs(a - b) for own, others in zip(tokens, expected, strict=True) for a, b in zip(own, others, strict=True)
+    )
 
 
 def _by_request(groups: list[list[list[int]]]) -> list[list[int]]:
