@@ -8,6 +8,7 @@ thread here, so what a worker's front does in a process of its own comes on top 
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -140,7 +141,7 @@ class Traffic:
         request = SequenceRequest(
             request_id=f"request-{self._num_opened}",
             sequence_id=self._num_opened,
-            token_ids=tuple(self._rng.integers(self._vocab_size, size=length).tolist()),
+            token_ids=array("I", self._rng.integers(self._vocab_size, size=length).tolist()),
             num_prompt_tokens=length,
             sampling=SamplingParams(max_tokens=life - age + 1, seed=self._num_opened, temperature=0.0, ignore_eos=True),
             tenant="",

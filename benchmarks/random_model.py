@@ -17,7 +17,7 @@ from common.parallel.group import TensorParallelGroup
 from common.parallel.sharding import shard_of
 from common.sampling.params import SamplingParams
 from common.worker.model_runner import Runner
-from common.worker.step_plan import AddRow, Segment
+from common.worker.step_plan import AddRow, Segment, pack_tokens
 
 BLOCK_SIZE = 64
 SHAPES = Path(__file__).parent / "shapes"
@@ -71,7 +71,9 @@ class Front:
 
     def add(self, row: int, length: int, last_token: int | None = None, sampling: SamplingParams = GREEDY) -> None:
         """A sequence of which `length` tokens are said to be in blocks already."""
-        self.runner.add_row(AddRow(row, sampling, [1], [] if last_token is None else [last_token]))
+        self.runner.add_row(
+            AddRow(row, sampling, pack_tokens([1]), pack_tokens([] if last_token is None else [last_token]))
+        )
         self._tables[row], self._lengths[row], self._outputs[row] = [], length, 0 if last_token is None else 1
 
     def remove(self, row: int) -> None:
@@ -87,6 +89,7 @@ class Front:
         while (len(table) + len(new)) * BLOCK_SIZE < self._lengths[row]:
             new.append(self._free.pop())
         table += new
-        segment = Segment(row, token_ids, position, new, sample, self._outputs[row])
+        packed = None if token_ids is None else pack_tokens(token_ids)
+        segment = Segment(row, packed, position, new, sample, self._outputs[row])
         self._outputs[row] += int(sample)
         return segment

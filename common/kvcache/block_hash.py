@@ -41,7 +41,7 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes) -> list[
     """One digest per full block of `token_ids`; a partial last block has none."""
     if block_size < 1:
         raise InvalidArgument("block_size", block_size, "must be at least 1")
-    packed = _pack(token_ids)
+    packed = memoryview(_pack(token_ids))
     step = block_size * _TOKEN_BYTES
     parent = root_hash(salt)
     hashes = []
@@ -52,7 +52,7 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes) -> list[
 
 
 def _pack(token_ids: Sequence[int]) -> bytes:
-    """Little-endian uint32, so that a digest means the same on every host."""
+    """Little-endian uint32, so that a digest means the same on every host. An `array("I")` is copied as memory."""
     try:
         packed = array("I", token_ids)
     except (OverflowError, TypeError) as error:

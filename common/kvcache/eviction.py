@@ -75,6 +75,17 @@ class EvictionQueue:
                 return block_id
         return None
 
+    def push_and_pop(self, block_id: int, use: BlockUse) -> int:
+        """`push` a block that is not queued, then `pop`: much cheaper than the two if it goes first, as a parent mostly
+        does that becomes a leaf while its prefix is evicted."""
+        priority = self._policy(use)
+        if not self._heap or priority < self._heap[0][0]:
+            return block_id
+        self.push(block_id, use)
+        first = self.pop()
+        assert first is not None, "one was pushed just now"
+        return first
+
     def _drop_stale_entries(self) -> None:
         if len(self._heap) > 2 * len(self._serials) + _MIN_STALE_ENTRIES:
             self._heap = [entry for entry in self._heap if self._serials.get(entry[2]) == entry[1]]

@@ -190,11 +190,11 @@ class KVCacheManager:
         seq.num_committed_blocks += 1
 
     def _evict(self, num_blocks: int) -> None:
-        for _ in range(num_blocks):
-            block_id = self._trie.evict_one()
-            assert block_id is not None, "every cached block can be evicted"
+        evicted = self._trie.evict(num_blocks)
+        assert len(evicted) == max(0, num_blocks), "every cached block can be evicted"
+        for block_id in evicted:
             self._pool.evict(block_id)
-            self._num_evicted_blocks += 1
+        self._num_evicted_blocks += len(evicted)
 
     def _count_lookup(self, seq: SequenceBlocks) -> None:
         """Once, when the sequence gets its blocks: an admission taken back and retried counts once."""

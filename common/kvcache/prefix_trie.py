@@ -87,17 +87,30 @@ class PrefixTrie:
         node.idle = True
         self._queue_if_candidate(node)
 
-    def evict_one(self) -> int | None:
-        """Forget the idle leaf that the policy puts first and return its block; None if there is none."""
-        block_id = self._candidates.pop()
-        if block_id is None:
-            return None
-        node = self._by_block.pop(block_id)
-        del self._nodes[node.block_hash]
-        if node.parent is not None:
-            node.parent.num_children -= 1
-            self._queue_if_candidate(node.parent)
-        return block_id
+    def evict(self, num_blocks: int) -> list[int]:
+        """Forget so many nodes, each time the idle leaf that the policy puts first; fewer if there are no more.
+
+        Returns their blocks, in that order.
+        """
+        evicted: list[int] = []
+        block_id = self._candidates.pop() if num_blocks > 0 else None
+        while block_id is not None:
+            evicted.append(block_id)
+            node = self._by_block.pop(block_id)
+            del self._nodes[node.block_hash]
+            parent = node.parent
+            if parent is not None:
+                parent.num_children -= 1
+            if len(evicted) == num_blocks:
+                if parent is not None:
+                    self._queue_if_candidate(parent)
+                break
+            if parent is not None and parent.idle and parent.num_children == 0:
+                use = BlockUse(parent.last_used, parent.num_uses)
+                block_id = self._candidates.push_and_pop(parent.block_id, use)
+            else:
+                block_id = self._candidates.pop()
+        return evicted
 
     def _queue_if_candidate(self, node: _Node) -> None:
         if node.idle and node.num_children == 0:

@@ -30,7 +30,15 @@ from common.worker.mixed_step import MixedSize, fill
 from common.worker.model_runner import row_limits
 from common.worker.row_table import RowTable
 from common.worker.step_marks import StepMarks
-from common.worker.step_plan import AddRow, Segment, StepPlan, StepResult
+from common.worker.step_plan import (
+    TOKEN_BYTES,
+    AddRow,
+    Segment,
+    StepPlan,
+    StepResult,
+    pack_tokens,
+    unpack_tokens,
+)
 
 _WARM_UP_STEP: Final = -1  # before any plan's: whoever waits for step 0 must not be told of this one
 
@@ -74,16 +82,16 @@ class DeviceRunner:
         shape, context_length = self._shape, self._decoder.config.context_length
         for num_tokens in (min(max_tokens, shape.num_blocks * shape.block_size, context_length), 1):
             blocks = list(range(-(-num_tokens // shape.block_size)))
-            self.add_row(AddRow(0, SamplingParams(max_tokens=1, seed=0), [0], []))
-            plan = StepPlan(_WARM_UP_STEP, [Segment(0, [0] * num_tokens, 0, blocks, True, 0)])
+            self.add_row(AddRow(0, SamplingParams(max_tokens=1, seed=0), pack_tokens([0]), b""))
+            plan = StepPlan(_WARM_UP_STEP, [Segment(0, bytes(num_tokens * TOKEN_BYTES), 0, blocks, True, 0)])
             self._launch(plan, captured=False).result()
             self.remove_row(0)
 
     def add_row(self, message: AddRow) -> None:
         """Give the row to a sequence and rebuild its sampling state."""
         self._rows.require_free(message.row)
-        outputs = message.output_token_ids
-        fields = self._sampler.add(message.row, message.sampling, message.prompt_token_ids, outputs)
+        prompt, outputs = unpack_tokens(message.prompt_token_ids), unpack_tokens(message.output_token_ids)
+        fields = self._sampler.add(message.row, message.sampling, prompt, outputs)
         self._rows.add(message.row, has_last_token=bool(outputs))
         overwrite(self._sampler.row_state[message.row], fields)
 
@@ -199,7 +207,7 @@ class DeviceRunner:
         plan = decoder.kernels.plan_batch(spans, self._windows, self._shape, decoder.dtype, decoder.device)
         sampled = [segment for segment in segments if segment.sample]
         token_ids, positions, places, place_rows, ends, rows, output_indices = upload(
-            _step_arrays(segments), decoder.device
+            step_arrays(segments), decoder.device
         )
         if places.numel():
             last = self._sampler.row_state[:, 0].index_select(0, place_rows)
@@ -248,7 +256,7 @@ def _decodes(segment: Segment) -> bool:
     return segment.token_ids is None and segment.sample
 
 
-def _step_arrays(segments: list[Segment]) -> list[npt.NDArray[np.int64] | npt.NDArray[np.int32]]:
+def step_arrays(segments: list[Segment]) -> list[npt.NDArray[np.int64] | npt.NDArray[np.int32]]:
     """Token ids and positions; place and row of each last token; place, row and output index of each sampled one."""
     token_ids: list[npt.NDArray[np.int64]] = []
     positions: list[npt.NDArray[np.int64]] = []
@@ -258,7 +266,8 @@ def _step_arrays(segments: list[Segment]) -> list[npt.NDArray[np.int64] | npt.ND
     for segment in segments:
         if segment.token_ids is None:
             lasts.append((start, segment.row))
-        token_ids.append(np.array(segment.token_ids or [0], dtype=np.int64))
+        given = segment.token_ids or bytes(TOKEN_BYTES)
+        token_ids.append(np.frombuffer(given, dtype=np.uint32).astype(np.int64))
         positions.append(np.arange(segment.position, segment.position + segment.num_tokens))
         start += segment.num_tokens
         if segment.sample:

@@ -113,7 +113,7 @@ def fill(
     for number, chunk in enumerate(chunks):
         count, first = chunk.num_tokens, size.num_rows + start
         fields.chunks[:, number] = (chunk.row, count, start, chunk.position)
-        fields.token_ids[start : start + count] = chunk.token_ids or []
+        fields.token_ids[start : start + count] = np.frombuffer(chunk.token_ids or b"", dtype=np.int32)
         spans.append((first, Span(count, chunk.position + count, [])))
         if chunk.sample:
             samples.append((first + count - 1, chunk.row, chunk.output_index))

@@ -18,7 +18,7 @@ from common.models.decoder import Decoder
 from common.sampling.sampler import BatchSampler, SampleOutput
 from common.worker.row_table import RowLimits, RowTable
 from common.worker.step_marks import StepMarks
-from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan, StepResult
+from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan, StepResult, unpack_tokens
 
 
 class Pending(Protocol):
@@ -109,8 +109,8 @@ class ModelRunner:
     def add_row(self, message: AddRow) -> None:
         """Give the row to a sequence and rebuild its sampling state."""
         self._rows.require_free(message.row)
-        outputs = message.output_token_ids
-        self._sampler.add(message.row, message.sampling, message.prompt_token_ids, outputs)
+        prompt, outputs = unpack_tokens(message.prompt_token_ids), unpack_tokens(message.output_token_ids)
+        self._sampler.add(message.row, message.sampling, prompt, outputs)
         self._rows.add(message.row, has_last_token=bool(outputs))
         if outputs:
             self._last_tokens[message.row] = outputs[-1]
@@ -173,7 +173,7 @@ class ModelRunner:
                 rows.append(segment.row)
                 given.append(0)
             else:
-                given.extend(segment.token_ids)
+                given.extend(unpack_tokens(segment.token_ids))
         if len(rows) == len(given):
             return self._last_tokens.index_select(0, self._tensor(rows))
         token_ids = self._tensor(given)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from common.errors import InternalError
 from common.worker.step_plan import Segment, StepPlan
 
@@ -93,7 +95,7 @@ class RowTable:
             return f"a block id is not within {limits.num_blocks} blocks"
         if segment.token_ids is None:
             return "" if row.has_last_token else "the row has sampled no token yet"
-        if _outside(segment.token_ids, limits.vocab_size):
+        if np.frombuffer(segment.token_ids, dtype=np.uint32).max() >= limits.vocab_size:
             return f"a token id is not within the vocabulary of {limits.vocab_size}"
         return ""
 

@@ -3,11 +3,29 @@
 A rank has `max_rows` rows. A running sequence owns one row, on every rank, from `AddRow` to `RemoveRow`; the row keeps
 the sequence's block table, its sampling state and the token sampled last, so that a plan only carries what is new.
 Messages are applied in the order in which they were sent.
+
+Token ids travel *packed*: unsigned 32-bit integers in this host's byte order, in one piece of bytes, as a prompt has
+thousands of them and an integer object each would cost more than all else that a front does for it.
 """
+
+from array import array
+from collections.abc import Iterable
 
 import msgspec
 
 from common.sampling.params import SamplingParams
+
+TOKEN_BYTES = 4  # of a packed token id
+
+
+def pack_tokens(token_ids: Iterable[int]) -> bytes:
+    """Raises `OverflowError` for an id that is no uint32."""
+    return array("I", token_ids).tobytes()
+
+
+def unpack_tokens(packed: bytes) -> "array[int]":
+    """The ids again."""
+    return array("I", packed)
 
 
 class StepMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -18,12 +36,13 @@ class AddRow(StepMessage, frozen=True, array_like=True, tag=True):
     """A sequence takes a row. Resets the row's block table and rebuilds its sampling state by replay.
 
     `output_token_ids` are the tokens generated so far; the last of them is the input of a segment without token ids.
+    Both are packed.
     """
 
     row: int
     sampling: SamplingParams
-    prompt_token_ids: list[int]
-    output_token_ids: list[int]
+    prompt_token_ids: bytes
+    output_token_ids: bytes
 
 
 class RemoveRow(StepMessage, frozen=True, array_like=True, tag=True):
@@ -35,7 +54,7 @@ class RemoveRow(StepMessage, frozen=True, array_like=True, tag=True):
 class Segment(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive tokens of one row in one step.
 
-    `token_ids`: the input tokens, or None for the one token that the row sampled last (it stays on the device).
+    `token_ids`: the input tokens, packed, or None for the one token that the row sampled last (it stays on the device).
     `position`: absolute position of the first input token.
     `new_block_ids`: appended to the row's block table before the step; the table then covers every input token.
     `sample`: whether a token is sampled after the last input token.
@@ -43,7 +62,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     """
 
     row: int
-    token_ids: list[int] | None
+    token_ids: bytes | None
     position: int
     new_block_ids: list[int]
     sample: bool
@@ -51,7 +70,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def num_tokens(self) -> int:
-        return 1 if self.token_ids is None else len(self.token_ids)
+        return 1 if self.token_ids is None else len(self.token_ids) // TOKEN_BYTES
 
 
 class StepPlan(StepMessage, frozen=True, array_like=True, tag=True):

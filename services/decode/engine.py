@@ -187,7 +187,7 @@ def _num_tokens(step: StepPlan) -> int:
     for segment in reversed(step.segments):
         if segment.token_ids is None:
             break
-        num_tokens += len(segment.token_ids) - 1
+        num_tokens += segment.num_tokens - 1
     return num_tokens
 
 

@@ -95,7 +95,7 @@ def _segment(planned: PlannedRow) -> Segment:
     new_block_ids = seq.blocks.block_ids[seq.num_blocks_sent :]
     seq.num_blocks_sent = len(seq.blocks.block_ids)
     if chunk is not None:
-        token_ids = list(seq.request.token_ids[chunk.begin : chunk.end])
+        token_ids = seq.request.token_ids[chunk.begin : chunk.end].tobytes()
         seq.num_chunked = chunk.end
         return Segment(planned.row, token_ids, chunk.begin, new_block_ids, chunk.is_last, planned.output_index)
     position = seq.num_handoff_tokens + seq.num_planned

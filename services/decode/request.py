@@ -6,6 +6,7 @@ Plain values: knows neither gRPC nor asyncio nor tensors.
 from __future__ import annotations
 
 import enum
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -54,7 +55,7 @@ class DecodeSequence:
     blocks: SequenceBlocks
     hashes: list[bytes]  # of the full blocks known so far
     num_handoff_blocks: int  # blocks of everything before the first token
-    token_ids: list[int]
+    token_ids: array[int]  # "I"
     is_local: bool = False  # its prompt is computed here, nothing is handed off
     num_chunked: int = 0  # leading tokens that are in place, or in chunks that were planned
     num_computed: int = 0  # leading tokens, up to the first token, whose KV is in place
@@ -106,7 +107,8 @@ class DecodeSequence:
     def add_row(self) -> AddRow:
         """The message that gives the sequence its row on the ranks."""
         num_prompt = self.request.num_prompt_tokens
-        return AddRow(self.row, self.request.sampling, self.token_ids[:num_prompt], self.token_ids[num_prompt:])
+        prompt, output = self.token_ids[:num_prompt], self.token_ids[num_prompt:]
+        return AddRow(self.row, self.request.sampling, prompt.tobytes(), output.tobytes())
 
     def ended(self, end: End, finish_reason: int, error: str) -> SequenceEnded:
         """The last event of the sequence."""

@@ -132,7 +132,7 @@ class DecodeScheduler:
             blocks=blocks,
             hashes=hashes,
             num_handoff_blocks=-(-len(request.token_ids) // self._blocks.block_size),
-            token_ids=list(request.token_ids),
+            token_ids=request.token_ids[:],
             num_verified=blocks.num_cached_blocks,
             is_local=is_local,
             opened_s=now_s,

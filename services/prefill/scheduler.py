@@ -288,7 +288,7 @@ def _segment(chunk: Chunk) -> Segment:
     assert prompt.blocks is not None
     return Segment(
         row=chunk.row,
-        token_ids=list(prompt.request.token_ids[chunk.begin : chunk.end]),
+        token_ids=prompt.request.token_ids[chunk.begin : chunk.end].tobytes(),
         position=chunk.begin,
         new_block_ids=list(prompt.blocks.block_ids) if chunk.begin == prompt.num_cached else [],
         sample=chunk.is_last,

@@ -61,6 +61,36 @@ class RequestPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceToSend:
+    """What both workers are told of a sequence."""
+
+    plan: RequestPlan
+    choice: Choice
+    sequence_id: int
+    timeout_ns: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and token log."""
+        return len(self.plan.prompt_ids) + len(self.choice.tokens)
+
+    def write_to(self, pb: kv_pb2.Sequence) -> None:
+        """Fill in `pb`, where it will be sent from: protobuf copies a message by encoding and decoding it, but token
+        ids that are a field of another message as memory."""
+        plan = self.plan
+        pb.request_id = plan.request_id
+        pb.sequence_id = self.sequence_id
+        pb.token_ids.extend(plan.prompt_ids)
+        pb.token_ids.extend(self.choice.tokens)
+        pb.num_prompt_tokens = len(plan.prompt_ids)
+        pb.sampling.CopyFrom(plan.sampling)
+        pb.choice = self.choice.index
+        pb.tenant = plan.tenant
+        pb.timeout_ns = self.timeout_ns
+        pb.eos_token_ids.extend(plan.eos_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """Where one attempt goes. Without a prefill worker, decode computes the prompt itself."""
 
@@ -96,11 +126,12 @@ class Attempts:
 
         `on_prefilled` is called when the prompt's blocks are cached on both workers.
         """
-        sequence = self._sequence(plan, choice)
+        timeout_ns = int(plan.remaining_s() * 1e9)
+        sequence = SequenceToSend(plan, choice, next(self._sequence_ids), timeout_ns)
         sequence_id = sequence.sequence_id
         receiver = self._receiver(choice, pair, on_prefilled)
         if pair.prefill is not None:
-            pair.prefill.acquire(len(sequence.token_ids))
+            pair.prefill.acquire(sequence.num_tokens)
         pair.decode.acquire(1)
         ending: Ending | None = None
         was_opened = False
@@ -148,31 +179,16 @@ class Attempts:
 
         return SequenceReceiver(choice, on_local_prefill=on_local_prefill)
 
-    def _sequence(self, plan: RequestPlan, choice: Choice) -> kv_pb2.Sequence:
-        sequence = kv_pb2.Sequence(
-            request_id=plan.request_id,
-            sequence_id=next(self._sequence_ids),
-            token_ids=plan.prompt_ids,
-            num_prompt_tokens=len(plan.prompt_ids),
-            sampling=plan.sampling,
-            choice=choice.index,
-            tenant=plan.tenant,
-            timeout_ns=int(plan.remaining_s() * 1e9),
-            eos_token_ids=plan.eos_token_ids,
-        )
-        sequence.token_ids.extend(choice.tokens)
-        return sequence
-
     async def _open(
-        self, plan: RequestPlan, decode: Worker, sequence: kv_pb2.Sequence, ticket: kv_pb2.Ticket | None
+        self, plan: RequestPlan, decode: Worker, sequence: SequenceToSend, ticket: kv_pb2.Ticket | None
     ) -> None:
         """Without a ticket, decode computes the prompt itself."""
-        request = decode_pb2.OpenRequest(
-            sequence=sequence,
-            compute_locally=ticket is None,
-            traceparent=plan.record.traceparent,
-            ticket_id=0 if ticket is None else ticket.ticket_id,
-        )
+        request = decode_pb2.SessionRequest()
+        opening = request.open
+        opening.compute_locally = ticket is None
+        opening.traceparent = plan.record.traceparent
+        opening.ticket_id = 0 if ticket is None else ticket.ticket_id
+        sequence.write_to(opening.sequence)
         remaining_s = plan.remaining_s()
         start_ns = time.monotonic_ns()
         try:
@@ -185,19 +201,20 @@ class Attempts:
             raise _leg_failure(late, decode) from error
         except BatonError as error:
             raise _leg_failure(error, decode) from error
-        plan.record.opened(sequence.choice, start_ns, decode.name)
+        plan.record.opened(sequence.choice.index, start_ns, decode.name)
 
     async def _prefill(
         self,
         plan: RequestPlan,
         prefill: Worker,
         decode: Worker,
-        sequence: kv_pb2.Sequence,
+        sequence: SequenceToSend,
         ticket: kv_pb2.Ticket,
         receiver: SequenceReceiver,
         on_prefilled: Callable[[], None],
     ) -> None:
-        request = prefill_pb2.PrefillRequest(sequence=sequence, ticket=ticket)
+        request = prefill_pb2.PrefillRequest(ticket=ticket)
+        sequence.write_to(request.sequence)
         call = prefill.prefill_stub.Prefill(request, timeout=plan.remaining_s(), metadata=plan.record.metadata)
         try:
             async for response in call:

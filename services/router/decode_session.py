@@ -27,7 +27,8 @@ _Call: TypeAlias = "grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
 MAX_OUTGOING = 8192  # messages that wait for a worker that does not read; more, and it counts as lost
-_ENVELOPE_BYTES = 64  # of a SessionRequest around an OpenRequest, at most
+_MAX_TOKEN_BYTES = 5  # of a token id in a message
+_MAX_OTHER_BYTES = 4096  # of an Open besides token ids and sampling, all of which validation bounds
 
 
 class TokenReceiver(Protocol):
@@ -88,18 +89,20 @@ class DecodeSession:
         ticket.MergeFrom(self._tickets)
         return ticket
 
-    async def open(self, request: decode_pb2.OpenRequest) -> decode_pb2.OpenResponse:
-        """Register a sequence and wait for the answer. Raises what it was refused for, and `Unavailable` if the stream
-        breaks. Cancelling it leaves the sequence open, or about to be: `close` it."""
+    async def open(self, request: decode_pb2.SessionRequest) -> decode_pb2.OpenResponse:
+        """Register the sequence of an Open and wait for the answer. Raises what it was refused for, and `Unavailable`
+        if the stream breaks. Cancelling it leaves the sequence open, or about to be: `close` it."""
         self._require_standing()
-        num_bytes = request.ByteSize() + _ENVELOPE_BYTES
-        if num_bytes > self._max_message_bytes:
+        sequence = request.open.sequence
+        most = _MAX_TOKEN_BYTES * len(sequence.token_ids) + sequence.sampling.ByteSize() + _MAX_OTHER_BYTES
+        # Measuring takes as long as encoding, and Prefill waits for it: done only where it may be too much.
+        if most > self._max_message_bytes and (num_bytes := request.ByteSize()) > self._max_message_bytes:
             # It would break the stream for everybody.
             raise InvalidArgument("prompt", f"{num_bytes} bytes as a message", f"at most {self._max_message_bytes}")
-        sequence_id = request.sequence.sequence_id
+        sequence_id = sequence.sequence_id
         answer: asyncio.Future[decode_pb2.OpenResponse] = asyncio.get_running_loop().create_future()
         self._opening[sequence_id] = answer
-        self._send(decode_pb2.SessionRequest(open=request))
+        self._send(request)
         try:
             response = await answer
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ class ServedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate
 
-    def prompt_ids(self, request: ValidatedRequest) -> list[int]:
+    def prompt_ids(self, request: ValidatedRequest) -> Sequence[int]:
         """The prompt as token ids. Takes a while for long text. Raises `InvalidArgument`."""
         if request.token_ids is not None:
-            return list(request.token_ids)
+            return request.token_ids
         if request.text is not None:
             return self.tokenizer.encode(request.text)
         messages = [{"role": role, "content": content} for role, content in request.chat or ()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -135,7 +135,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 await asyncio.wait((writing,), timeout=WRITE_GRACE_S)
                 raise
 
-    async def _prompt_ids(self, request: ValidatedRequest) -> list[int]:
+    async def _prompt_ids(self, request: ValidatedRequest) -> Sequence[int]:
         # A message costs the template some characters, however short it is.
         chat = sum(len(role) + len(content) + MESSAGE_CHARS for role, content in request.chat or ())
         num_chars = len(request.text or "") + chat

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from baton.v1 import inference_pb2, sampling_pb2
@@ -45,7 +46,7 @@ class ValidatedRequest:
 
     request_id: str
     text: str | None
-    token_ids: tuple[int, ...] | None
+    token_ids: Sequence[int] | None  # the message's own: protobuf copies it into the next message as memory
     chat: tuple[tuple[str, str], ...] | None  # (role, content), oldest first
     add_generation_prompt: bool
     sampling: sampling_pb2.SamplingParams  # as the client sent it, within bounds
@@ -76,7 +77,7 @@ def validate(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> Val
     return ValidatedRequest(
         request_id=_request_id(request),
         text=request.text if kind == "text" else None,
-        token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
+        token_ids=request.token_ids.ids if kind == "token_ids" else None,
         chat=tuple((m.role, m.content) for m in chat.messages) if kind == "chat" else None,
         add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
         sampling=request.sampling,
@@ -165,15 +166,14 @@ def _check_prompt(request: inference_pb2.GenerateRequest, limits: ModelLimits) -
         raise InvalidArgument("prompt", None, "one of text, token_ids and chat must be set")
 
 
-def _check_token_ids(ids: object, limits: ModelLimits) -> None:
-    token_ids = tuple(ids)  # type: ignore[arg-type, var-annotated]
+def _check_token_ids(ids: Sequence[int], limits: ModelLimits) -> None:
     longest = limits.context_length - 1
-    if not 1 <= len(token_ids) <= longest:
+    if not 1 <= len(ids) <= longest:
         limit = f"1 to {longest} tokens (context length {limits.context_length})"
-        raise InvalidArgument("token_ids.ids", f"{len(token_ids)} tokens", limit)
-    if max(token_ids) >= limits.vocab_size:
-        index = next(i for i, token_id in enumerate(token_ids) if token_id >= limits.vocab_size)
-        raise InvalidArgument(f"token_ids.ids[{index}]", token_ids[index], f"0 to {limits.vocab_size - 1}")
+        raise InvalidArgument("token_ids.ids", f"{len(ids)} tokens", limit)
+    if max(ids[:]) >= limits.vocab_size:  # a slice is a list, made faster than protobuf iterates
+        index = next(i for i, token_id in enumerate(ids) if token_id >= limits.vocab_size)
+        raise InvalidArgument(f"token_ids.ids[{index}]", ids[index], f"0 to {limits.vocab_size - 1}")
 
 
 def _check_chat(chat: inference_pb2.ChatMessages, limits: ModelLimits, max_chars: int) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.worker.step_plan import AddRow, RemoveRow, SampledToken, Segment, StepPlan, StepResult
+from common.worker.step_plan import AddRow, RemoveRow, SampledToken, Segment, StepPlan, StepResult, unpack_tokens
 from tests.decode.requests import token_of
 
 
@@ -51,8 +51,8 @@ class FakeRanks:
             del self._rows[message.row]
             return
         assert message.row not in self._rows, "a row was given to two sequences"
-        tokens = message.prompt_token_ids + message.output_token_ids
-        self._rows[message.row] = _Row(message.sampling.seed, tokens, len(message.prompt_token_ids), [])
+        prompt, output = unpack_tokens(message.prompt_token_ids), unpack_tokens(message.output_token_ids)
+        self._rows[message.row] = _Row(message.sampling.seed, [*prompt, *output], len(prompt), [])
 
     def _step(self, segment: Segment) -> SampledToken | None:
         row = self._rows[segment.row]
@@ -61,7 +61,9 @@ class FakeRanks:
         if segment.token_ids is None:
             assert end == len(row.tokens), "the input is not the last token"
         else:
-            assert segment.token_ids == row.tokens[segment.position : end], "these are not the prompt's tokens"
+            assert [*unpack_tokens(segment.token_ids)] == row.tokens[segment.position : end], (
+                "these are not the prompt's tokens"
+            )
             assert segment.sample == (end == len(row.tokens)), "a token is sampled behind the last chunk only"
         for position in range(segment.position, end):
             block_id = row.block_ids[position // self._block_size]

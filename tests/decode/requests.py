@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from common.sampling.params import SamplingParams
@@ -30,7 +31,7 @@ def make_request(
     return SequenceRequest(
         request_id=f"request-{sequence_id}",
         sequence_id=sequence_id,
-        token_ids=tuple(token_ids),
+        token_ids=array("I", token_ids),
         num_prompt_tokens=len(token_ids) - num_output,
         sampling=SamplingParams(max_tokens=max_tokens, seed=seed, eos_token_ids=tuple(eos)),
         tenant="",

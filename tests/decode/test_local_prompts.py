@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.kvcache.kv_cache_manager import KVCacheManager
-from common.worker.step_plan import AddRow, SampledToken, Segment, StepResult
+from common.worker.step_plan import AddRow, SampledToken, Segment, StepResult, unpack_tokens
 from services.decode.plans import Plan
 from services.decode.request import DecodeSequence, End, PromptComputed, SequenceEnded, StepsBegin, TokenSampled
 from services.decode.scheduler import DecodeScheduler
@@ -55,7 +55,7 @@ def test_a_prompt_is_computed_in_chunks_and_its_first_token_comes_with_the_last(
     plans.append(scheduler.plan(3.0))
     chunks = [segments_of(plan)[0] for plan in plans]
     assert [(c.position, c.num_tokens, c.sample) for c in chunks] == [(0, 6, False), (6, 6, False), (12, 2, True)]
-    assert [token for chunk in chunks for token in chunk.token_ids or ()] == list(seq.request.token_ids)
+    assert [token for chunk in chunks for token in unpack_tokens(chunk.token_ids or b"")] == list(seq.request.token_ids)
     assert [len(chunk.new_block_ids) for chunk in chunks] == [4, 0, 0]
     assert chunks[-1].output_index == 0
     answer(scheduler, plans[1])

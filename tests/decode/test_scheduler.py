@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from common.kvcache.kv_cache_manager import KVCacheManager
-from common.worker.step_plan import AddRow, RemoveRow, SampledToken, StepPlan, StepResult
+from common.worker.step_plan import AddRow, RemoveRow, SampledToken, StepPlan, StepResult, pack_tokens
 from services.decode.plans import Plan
 from services.decode.request import DecodeSequence, End, SequenceEnded, SequenceState, TokenSampled
 from services.decode.scheduler import DecodeScheduler
@@ -63,7 +63,7 @@ def test_the_first_step_gets_row_blocks_and_the_token_of_prefill() -> None:
     plan = scheduler.plan(0.0)
     (add,) = plan.messages
     assert isinstance(add, AddRow)
-    assert (add.prompt_token_ids, add.output_token_ids) == ([1, 0, 1, 2], [3, 4, 1])
+    assert (add.prompt_token_ids, add.output_token_ids) == (pack_tokens([1, 0, 1, 2]), pack_tokens([3, 4, 1]))
     (segment,) = step_of(plan).segments
     assert (segment.token_ids, segment.position, segment.output_index) == (None, 6, 3)
     assert segment.new_block_ids == seq.blocks.block_ids

@@ -1,6 +1,7 @@
 """Block hashes: prefix identity, salts, packing."""
 
 import struct
+from array import array
 from hashlib import blake2b
 
 import pytest
@@ -45,6 +46,11 @@ def test_tokens_are_packed_as_little_endian_uint32() -> None:
     token_ids = [1, 70_000, 2**32 - 1]
     expected = blake2b(root_hash(b"s") + struct.pack("<3I", *token_ids), digest_size=16).digest()
     assert hash_blocks(token_ids, 3, b"s") == [expected]
+
+
+def test_packed_tokens_hash_as_any_others() -> None:
+    token_ids = list(range(100))
+    assert hash_blocks(array("I", token_ids), 16, b"s") == hash_blocks(token_ids, 16, b"s")
 
 
 def test_the_same_tokens_at_another_place_hash_differently() -> None:

@@ -65,6 +65,20 @@ def test_the_queue_equals_a_sorted_dictionary(steps: list[tuple[int, bool]]) -> 
     assert drain(queue) == sorted(model, key=model.__getitem__)
 
 
+@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=20), st.integers(0, 3))
+def test_push_and_pop_equals_the_two(entries: list[tuple[int, bool]], last_used: int) -> None:
+    one, other = EvictionQueue(least_recently_used), EvictionQueue(least_recently_used)
+    for queue in (one, other):
+        for block, (used, is_stale) in enumerate(entries):
+            queue.push(block, BlockUse(used, 1))
+            if is_stale:
+                queue.discard(block)
+    other.push(99, BlockUse(last_used, 1))
+    assert one.push_and_pop(99, BlockUse(last_used, 1)) == other.pop()
+    assert drain(one) == drain(other)
+
+
 def test_stale_entries_do_not_pile_up() -> None:
     queue = EvictionQueue(least_recently_used)
     for time in range(10_000):

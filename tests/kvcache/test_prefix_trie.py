@@ -42,14 +42,14 @@ def test_match_equals_a_dictionary_of_token_prefixes(
 def test_only_idle_leaves_are_evicted() -> None:
     trie = PrefixTrie(least_recently_used)
     insert_path(trie, hash_blocks([1, 2, 3], 1, SALT))
-    assert trie.evict_one() is None
+    assert trie.evict(1) == []
     trie.mark_idle(2)
-    assert trie.evict_one() == 2
-    assert trie.evict_one() is None
+    assert trie.evict(1) == [2]
+    assert trie.evict(1) == []
     trie.mark_idle(1)
     trie.mark_idle(0)
     trie.check_integrity(busy_blocks=set())
-    assert [trie.evict_one(), trie.evict_one(), trie.evict_one()] == [1, 0, None]
+    assert trie.evict(3) == [1, 0]
     assert len(trie) == 0
 
 
@@ -58,7 +58,7 @@ def test_a_parent_is_evicted_after_its_children_even_if_it_is_older() -> None:
     insert_path(trie, hash_blocks([1, 2], 1, SALT))
     trie.mark_idle(0)
     trie.mark_idle(1)
-    assert [trie.evict_one(), trie.evict_one()] == [1, 0]
+    assert trie.evict(3) == [1, 0]
 
 
 def test_the_branch_that_was_used_last_is_evicted_last() -> None:
@@ -69,7 +69,7 @@ def test_the_branch_that_was_used_last_is_evicted_last() -> None:
         trie.mark_idle(block)
     trie.mark_busy(0)
     trie.mark_idle(0)
-    assert [trie.evict_one(), trie.evict_one(), trie.evict_one()] == [1, 2, 0]
+    assert trie.evict(3) == [1, 2, 0]
 
 
 def test_an_exposed_parent_keeps_its_age() -> None:
@@ -78,7 +78,7 @@ def test_an_exposed_parent_keeps_its_age() -> None:
     insert_path(trie, hash_blocks([3], 1, SALT))
     for block in (0, 1, 2):
         trie.mark_idle(block)
-    assert [trie.evict_one(), trie.evict_one(), trie.evict_one()] == [1, 0, 2]
+    assert trie.evict(3) == [1, 0, 2]
 
 
 def test_frequency_reaches_the_policy() -> None:
@@ -88,7 +88,7 @@ def test_frequency_reaches_the_policy() -> None:
     trie.record_use(0)
     trie.mark_idle(0)
     trie.mark_idle(1)
-    assert trie.evict_one() == 1
+    assert trie.evict(1) == [1]
 
 
 def test_inserting_a_known_hash_or_below_an_unknown_parent_is_an_error() -> None:
@@ -112,7 +112,7 @@ def test_an_idle_block_gets_no_children() -> None:
     trie.mark_idle(0)
     with pytest.raises(InternalError, match="idle"):
         trie.insert(second, first, 1)
-    assert trie.evict_one() == 0
+    assert trie.evict(1) == [0]
 
 
 def test_the_integrity_check_notices_a_busy_block_below_an_idle_one() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from common.kvcache.kv_cache_manager import KVCacheManager
 from common.sampling.params import SamplingParams
 from common.worker.sequence import SequenceRequest
@@ -19,7 +21,7 @@ def make_request(
     return SequenceRequest(
         request_id=f"r-{start}",
         sequence_id=start,
-        token_ids=tuple(range(start * 1000, start * 1000 + num_tokens)),
+        token_ids=array("I", range(start * 1000, start * 1000 + num_tokens)),
         num_prompt_tokens=num_tokens - num_output_tokens,
         sampling=SamplingParams(max_tokens=max_tokens, seed=1),
         tenant=tenant,

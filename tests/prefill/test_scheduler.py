@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.errors import InternalError, InvalidArgument, ResourceExhausted
-from common.worker.step_plan import AddRow, RemoveRow, SampledToken, StepPlan, StepResult
+from common.worker.step_plan import TOKEN_BYTES, AddRow, RemoveRow, SampledToken, StepPlan, StepResult
 from services.prefill.admission import Policy, SchedulerLimits
 from services.prefill.request import (
     BlocksReady,
@@ -150,7 +150,7 @@ def test_migrated_sequence_replays_its_output() -> None:
     add_row, plan = scheduler.take_messages()
     assert isinstance(add_row, AddRow)
     assert isinstance(plan, StepPlan)
-    assert (len(add_row.prompt_token_ids), len(add_row.output_token_ids)) == (7, 3)
+    assert (len(add_row.prompt_token_ids), len(add_row.output_token_ids)) == (7 * TOKEN_BYTES, 3 * TOKEN_BYTES)
     assert plan.segments[0].output_index == 3
 
 

@@ -29,11 +29,11 @@ def session_of(cluster: Cluster) -> DecodeSession:
     return cluster.router.registry.worker(Role.DECODE, cluster.decodes[0].address).session
 
 
-def open_request(sequence_id: int, num_tokens: int = 5) -> decode_pb2.OpenRequest:
+def open_request(sequence_id: int, num_tokens: int = 5) -> decode_pb2.SessionRequest:
     sequence = kv_pb2.Sequence(
         sequence_id=sequence_id, token_ids=range(1, num_tokens + 1), num_prompt_tokens=num_tokens
     )
-    return decode_pb2.OpenRequest(sequence=sequence, ticket_id=sequence_id)
+    return decode_pb2.SessionRequest(open=decode_pb2.OpenRequest(sequence=sequence, ticket_id=sequence_id))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from common.models.decoder import Decoder
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import BatchSampler
 from common.worker.model_runner import ModelRunner, Runner
-from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan
+from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan, pack_tokens
 from tests.models.paged_run import BLOCK_SIZE, load_decoder, new_storage, random_tokens
 from tests.models.tiny_checkpoints import VOCAB_SIZE
 
@@ -56,8 +56,9 @@ class Script:
         self._step_id = 0
 
     def add(self, row: int, sampling: SamplingParams, outputs: list[int] | None = None, prompt: int = 9) -> None:
+        packed = pack_tokens(random_tokens(prompt, VOCAB_SIZE, seed=row))
         for runner in self._runners:
-            runner.add_row(AddRow(row, sampling, random_tokens(prompt, VOCAB_SIZE, seed=row), outputs or []))
+            runner.add_row(AddRow(row, sampling, packed, pack_tokens(outputs or [])))
         self._tables[row], self._ends[row] = [], 0
 
     def remove(self, row: int) -> None:
@@ -77,7 +78,7 @@ class Script:
         while (len(self._tables[row]) + len(new)) * BLOCK_SIZE < self._ends[row]:
             new.append(self._free.pop())
         self._tables[row] += new
-        token_ids = random_tokens(num_tokens, VOCAB_SIZE, seed=row + position) if num_tokens else None
+        token_ids = pack_tokens(random_tokens(num_tokens, VOCAB_SIZE, seed=row + position)) if num_tokens else None
         return Segment(row, token_ids, position, new, sample, output_index)
 
     def run(self, *segments: Segment) -> list[SampledToken]:

@@ -13,7 +13,7 @@ from common.sampling.params import SamplingParams
 from common.worker.device_runner import DeviceRunner
 from common.worker.model_runner import Runner
 from common.worker.step_marks import StepMarks
-from common.worker.step_plan import AddRow, Segment, StepPlan
+from common.worker.step_plan import AddRow, Segment, StepPlan, pack_tokens
 from tests.models.tiny_checkpoints import write_tiny_checkpoint
 from tests.worker.runner_script import DRAWN, GREEDY, Script, device_parts, reference_runner
 
@@ -56,8 +56,8 @@ async def test_warm_up_is_not_taken_for_the_first_step(checkpoint: Path, monkeyp
     for _ in range(5):
         await asyncio.sleep(0)
     assert not waiting.done(), "a chunk of the first plan would be sent before it is computed"
-    runner.add_row(AddRow(0, GREEDY, [5], []))
-    runner.launch(StepPlan(0, [Segment(0, [5, 6, 7], 0, [0], True, 0)])).result()
+    runner.add_row(AddRow(0, GREEDY, pack_tokens([5]), b""))
+    runner.launch(StepPlan(0, [Segment(0, pack_tokens([5, 6, 7]), 0, [0], True, 0)])).result()
     await waiting
 
 

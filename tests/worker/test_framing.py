@@ -6,14 +6,14 @@ import msgspec
 import pytest
 
 from common.worker.framing import MAX_FRAME_BYTES, AsyncFrames, BlockingFrames, encode_frame
-from common.worker.step_plan import RemoveRow, Segment, StepPlan
+from common.worker.step_plan import RemoveRow, Segment, StepPlan, pack_tokens
 
 
 async def test_messages_survive_the_way_between_asyncio_and_blocking_sockets() -> None:
     left, right = socket.socketpair()
     frames = await AsyncFrames.open(left)
     blocking = BlockingFrames(right)
-    plan = StepPlan(3, [Segment(1, [5, 6], 64, [9], False, 0), Segment(2, None, 70, [], True, 4)])
+    plan = StepPlan(3, [Segment(1, pack_tokens([5, 6]), 64, [9], False, 0), Segment(2, None, 70, [], True, 4)])
     frames.send(plan)
     frames.send(RemoveRow(7))
     received = [blocking.receive(), blocking.receive()]
@@ -37,4 +37,4 @@ async def test_end_of_the_stream_inside_a_frame_is_an_end() -> None:
 
 def test_oversized_message_is_refused() -> None:
     with pytest.raises(ValueError, match="frame limit"):
-        encode_frame(StepPlan(0, [Segment(0, [2**40] * (MAX_FRAME_BYTES // 9 + 1), 0, [], False, 0)]))
+        encode_frame(StepPlan(0, [Segment(0, bytes(MAX_FRAME_BYTES), 0, [], False, 0)]))

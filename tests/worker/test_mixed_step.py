@@ -14,7 +14,7 @@ from common.kernels import triton_step
 from common.kernels.triton_prefill import EMPTY_TILE
 from common.worker.mixed_graphs import chunk_sizes, row_sizes
 from common.worker.mixed_step import MAX_CHUNKS, MixedSize, blank, cut, fill, num_elements
-from common.worker.step_plan import Segment
+from common.worker.step_plan import Segment, pack_tokens, unpack_tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPARE_ROW = 31
@@ -46,7 +46,7 @@ def test_the_budget_is_captured_and_its_halves(chunk_tokens: int, expected: tupl
 def make_segments(lengths: list[int], positions: list[int]) -> list[Segment]:
     """Every other chunk ends its prompt. Row 2 decodes nothing: it belongs to nobody."""
     return [
-        Segment(3 + number, [7 * number + place for place in range(length)], position, [], number % 2 == 0, number)
+        Segment(3 + number, pack_tokens(range(7 * number, 7 * number + length)), position, [], number % 2 == 0, number)
         for number, (length, position) in enumerate(zip(lengths, positions, strict=False))
     ]
 
@@ -116,7 +116,7 @@ def test_chunks_find_their_tokens_positions_slots_and_tables(
     )
     at = [(chunk, chunk.position + place) for chunk in chunks for place in range(chunk.num_tokens)]
     padding = 128 - len(at)
-    ids = [token for chunk in chunks for token in chunk.token_ids or []]
+    ids = [token for chunk in chunks for token in unpack_tokens(chunk.token_ids or b"")]
     assert token_ids.tolist() == ids + [0] * padding
     assert places.tolist() == [position for _, position in at] + [0] * padding
     assert (

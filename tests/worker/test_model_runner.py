@@ -14,7 +14,7 @@ from common.parallel.group import TensorParallelGroup
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import BatchSampler
 from common.worker.model_runner import ModelRunner
-from common.worker.step_plan import AddRow, RemoveRow, SampledToken, Segment, StepPlan
+from common.worker.step_plan import AddRow, RemoveRow, SampledToken, Segment, StepPlan, pack_tokens
 from tests.models.paged_run import BLOCK_SIZE, load_decoder, load_reference, new_storage, random_tokens
 from tests.models.tiny_checkpoints import CONTEXT_LENGTH, VOCAB_SIZE, write_tiny_checkpoint
 from tests.parallel.in_process_group import run_ranks
@@ -42,7 +42,7 @@ class Bench:
     def add(
         self, row: int, prompt: list[int], outputs: list[int] | None = None, sampling: SamplingParams | None = None
     ) -> None:
-        self.runner.add_row(AddRow(row, sampling or greedy(), prompt, outputs or []))
+        self.runner.add_row(AddRow(row, sampling or greedy(), pack_tokens(prompt), pack_tokens(outputs or [])))
         self.tables[row] = []
 
     def remove(self, row: int) -> None:
@@ -62,7 +62,8 @@ class Bench:
         self, row: int, token_ids: list[int] | None, position: int, sample: bool = True, output_index: int = 0
     ) -> Segment:
         end = position + (1 if token_ids is None else len(token_ids))
-        return Segment(row, token_ids, position, self.grow(row, end), sample, output_index)
+        packed = None if token_ids is None else pack_tokens(token_ids)
+        return Segment(row, packed, position, self.grow(row, end), sample, output_index)
 
     def run(self, *segments: Segment) -> list[SampledToken]:
         self._step_id += 1
@@ -166,17 +167,18 @@ def test_logprobs_come_with_the_token_they_belong_to(checkpoint: Path) -> None:
 def test_a_bad_segment_gets_an_error_and_the_others_run(checkpoint: Path) -> None:
     bench = Bench(checkpoint)
     prompt = prompt_of(10)
+    packed = pack_tokens(prompt)
     for row in range(7):
         bench.add(row, prompt)
     sampled = bench.run(
-        Segment(0, prompt, 0, [], True, 0),
-        Segment(1, [VOCAB_SIZE], 0, [3], True, 0),
-        Segment(2, prompt, 0, [NUM_BLOCKS], True, 0),
+        Segment(0, packed, 0, [], True, 0),
+        Segment(1, pack_tokens([VOCAB_SIZE]), 0, [3], True, 0),
+        Segment(2, packed, 0, [NUM_BLOCKS], True, 0),
         Segment(3, None, 0, [4], True, 0),
-        Segment(4, prompt, CONTEXT_LENGTH - 5, list(range(32)), True, 0),
-        Segment(7, prompt, 0, [5], True, 0),
-        Segment(5, [], 0, [6], True, 0),
-        Segment(6, prompt, 0, [7], True, 0),
+        Segment(4, packed, CONTEXT_LENGTH - 5, list(range(32)), True, 0),
+        Segment(7, packed, 0, [5], True, 0),
+        Segment(5, b"", 0, [6], True, 0),
+        Segment(6, packed, 0, [7], True, 0),
     )
     named = ["do not cover", "token id", "block id", "no token yet", "beyond", "no sequence", "0 tokens", ""]
     for token, part in zip(sampled, named, strict=True):
@@ -189,8 +191,9 @@ def test_a_refused_segment_can_be_sent_again(checkpoint: Path) -> None:
     bench = Bench(checkpoint)
     prompt = prompt_of(10)
     bench.add(0, prompt)
-    assert bench.run(Segment(0, [VOCAB_SIZE], 0, [1], True, 0))[0].error
-    assert bench.run(Segment(0, prompt, 0, [1], True, 0))[0].token_id == reference_tokens(checkpoint, prompt, 1)[0]
+    assert bench.run(Segment(0, pack_tokens([VOCAB_SIZE]), 0, [1], True, 0))[0].error
+    again = Segment(0, pack_tokens(prompt), 0, [1], True, 0)
+    assert bench.run(again)[0].token_id == reference_tokens(checkpoint, prompt, 1)[0]
 
 
 def test_a_row_starts_anew_for_its_next_sequence(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from baton.v1 import kv_pb2, sampling_pb2
 from common.errors import DeadlineExceeded, InvalidArgument
 from common.sampling.params import SamplingParams
 from common.worker.sequence import SequenceLimits, SequenceRequest
-from common.worker.step_plan import AddRow
+from common.worker.step_plan import AddRow, pack_tokens
 
 LIMITS = SequenceLimits(vocab_size=100, context_length=64)
 
@@ -31,13 +32,13 @@ def sequence_pb() -> kv_pb2.Sequence:
 
 def test_fields_are_taken_over_and_the_deadline_is_local() -> None:
     request = SequenceRequest.from_proto(sequence_pb(), 100.0, LIMITS)
-    assert request.token_ids == (5, 6, 7, 8)
+    assert request.token_ids == array("I", [5, 6, 7, 8])
     assert request.num_output_tokens == 1
     assert request.deadline_s == 102.5
     assert request.sampling == SamplingParams(
         max_tokens=10, seed=3, choice=2, temperature=0.5, stop_token_ids=(9,), eos_token_ids=(1,)
     )
-    assert request.add_row(4) == AddRow(4, request.sampling, [5, 6, 7], [8])
+    assert request.add_row(4) == AddRow(4, request.sampling, pack_tokens([5, 6, 7]), pack_tokens([8]))
 
 
 def test_unset_sampling_fields_take_the_protocols_defaults() -> None:
