@@ -1,19 +1,21 @@
 """That a request draws the same random numbers alone and in a batch: shown on logits that are equal by construction.
 
 Over logits that are all zero the token is the uniform number times the vocabulary, rounded down, so it shows the number
-itself (to one token: on a GPU it has 24 bits, and so has the product); over others it must not depend on the batch
-either. On a GPU the sampler is that of captured steps.
+itself; over others it must not depend on the batch either. On a GPU the sampler is that of captured steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 
 from common.sampling.params import SamplingParams
 from common.sampling.philox import uniform
 from common.sampling.sampler import BatchSampler
+
+SHOWN: Final = 6  # of what differs
 
 Draw = Callable[[torch.Tensor, int], list[int]]  # (logits [n, vocab], output index) → tokens
 
@@ -33,19 +35,25 @@ def check_draws(
             draw = _sampler(device, vocab_size, members)
             numbers.append([draw(flat[: len(members)], at) for at in range(num_tokens)])
             tokens.append([draw(uneven[first : first + size], at) for at in range(num_tokens)])
-        if _furthest(_by_request(numbers), expected) > 1:
-            raise AssertionError(f"in batches of {size} other random numbers were drawn than their counters say")
+        if wrong := _differences(requests, _by_request(numbers), expected):
+            raise AssertionError(
+                f"in batches of {size} other random numbers were drawn than their counters say, {len(wrong)} of "
+                f"{len(requests) * num_tokens}: {'; '.join(wrong[:SHOWN])}"
+            )
         chosen.append(_by_request(tokens))
     if chosen[0] != chosen[1]:
         raise AssertionError("from equal logits a batch drew other tokens than its members alone")
     return len(requests) * num_tokens
 
 
-def _furthest(tokens: list[list[int]], expected: list[list[int]]) -> int:
-    """How many tokens the two are apart where they are furthest apart."""
-    return max(
-        abs(a - b) for own, others in zip(tokens, expected, strict=True) for a, b in zip(own, others, strict=True)
-    )
+def _differences(requests: Sequence[SamplingParams], tokens: list[list[int]], expected: list[list[int]]) -> list[str]:
+    """What was drawn and what should have been."""
+    return [
+        f"request {number} (top-p {params.top_p:g}) at {at}: {token}, not {right}"
+        for number, (params, own, others) in enumerate(zip(requests, tokens, expected, strict=True))
+        for at, (token, right) in enumerate(zip(own, others, strict=True))
+        if token != right
+    ]
 
 
 def _by_request(groups: list[list[list[int]]]) -> list[list[int]]:
