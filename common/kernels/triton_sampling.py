@@ -142,9 +142,10 @@ def _drawn(
     for start in range(0, vocab_size, CHUNK):
         ids = start + tl.arange(0, CHUNK)
         own = tl.sum(_weights(logits_ptr, ids, vocab_size, floor, min_p, top, temperature, SHIFT))
-        if running <= target:  # so far every chunk ends at or before the target
-            first = start
-            before = running
+        # So far every chunk ends at or before the target. Not an `if`: the compiler tells what a loop changes by the
+        # values of a first look, in which `running` is `before`, and would leave `before` as it was.
+        first = tl.where(running <= target, start, first)
+        before = tl.where(running <= target, running, before)
         running += own
     ids = first + tl.arange(0, CHUNK)
     weight = _weights(logits_ptr, ids, vocab_size, floor, min_p, top, temperature, SHIFT)

@@ -47,6 +47,7 @@ class Compiled:
     triggers: bool  # lets the kernel behind it start early
     waits: bool  # for the kernel ahead of it
     writes_before_waiting: bool
+    last_loop: list[str]  # types of the values that its last `for` hands on from turn to turn
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,14 @@ def test_kernels_of_a_decode_layer_start_early_and_write_late(compiled: list[Com
     assert {kernel.name for kernel in compiled if kernel not in dependent} >= LAUNCHED_DEPENDENTLY
 
 
+@pytest.mark.slow
+def test_a_draw_from_many_chunks_remembers_the_sum_before_the_chosen_one(compiled: list[Compiled]) -> None:
+    """Where it begins, the sum before it, and the running sum: the compiler once took the second for a constant."""
+    draws = [kernel for kernel in compiled if kernel.name == "_draw_kernel"]
+    assert draws
+    assert all(sorted(kernel.last_loop) == ["f64", "f64", "i32"] for kernel in draws)
+
+
 def compile_all() -> Iterator[Compiled]:
     """Launch everything with launches replaced by compilation for compute capability 9.0."""
     kernels = {}
@@ -111,7 +120,13 @@ def compile_all() -> Iterator[Compiled]:
             triggers="griddepcontrol.launch_dependents" in ptx,
             waits="griddepcontrol.wait" in ptx,
             writes_before_waiting=re.search(r"\b(st|atom|red)\.", before_waiting) is not None,
+            last_loop=last_loop(kernel.asm["ttgir"]),
         )
+
+
+def last_loop(ttgir: str) -> list[str]:
+    found = re.findall(r"scf\.for .* -> \((.*?)\) ", ttgir)
+    return found[-1].split(", ") if found else []
 
 
 def stack_bytes(cubin: bytes) -> int:
@@ -133,6 +148,7 @@ def launches() -> Iterator[Callable[[], object]]:
     yield from dependent_launches(torch.bfloat16)
     yield from block_launches(torch.bfloat16)
     yield from step_launches()
+    yield from draw_launches()
     yield from product_launches(torch.bfloat16)
 
 
@@ -223,6 +239,16 @@ def step_launches() -> Iterator[Callable[[], object]]:
     token_ids, positions, slots = (torch.zeros(512, dtype=torch.int64) for _ in range(3))
     yield lambda: triton_step.begin_step(packed, state, row_tables, 64, token_ids, positions, lengths, tables)
     yield lambda: triton_step.begin_chunks(chunks, new_ids, row_tables, 64, token_ids, positions, slots, tables)
+
+
+def draw_launches() -> Iterator[Callable[[], object]]:
+    from common.kernels.triton_sampling import NUM_STATE_FIELDS, draw_tokens
+
+    vocab_size = 128256
+    rows, indices, token_ids = (torch.zeros(2, dtype=torch.int32) for _ in range(3))
+    state = torch.zeros(3, NUM_STATE_FIELDS, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield partial(draw_tokens, torch.zeros(2, vocab_size, dtype=dtype), vocab_size, rows, indices, state, token_ids)
 
 
 def product_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
