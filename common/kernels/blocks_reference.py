@@ -18,6 +18,10 @@ from typing import Final
 import torch
 
 DIGEST_PIECE_WORDS: Final = 1 << 14  # 128 KiB: a piece, its fold and the keys stay in a core's cache
+# Of kernels that write and check slots on the device (`triton_blocks`), in words of 64 bits.
+HEADER_WORDS: Final = 8
+REPORT_WORDS: Final = HEADER_WORDS + 2  # the slot's header, the digest of its payload, whether all is as expected
+SCRATCH_WORDS: Final = 3  # digest so far, programs that are done, whether the last check found no fault
 _WORD_BYTES: Final = 8
 _MASK: Final = (1 << 64) - 1
 _LOW_HALF: Final = 0xFFFF_FFFF

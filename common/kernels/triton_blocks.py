@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.kernels.blocks_reference import DIGEST_PIECE_WORDS
+from common.kernels.blocks_reference import DIGEST_PIECE_WORDS, HEADER_WORDS
 
 _MAX_CHUNK_WORDS: Final = 2048
 _MAX_ALIGN_WORDS: Final = 16
@@ -32,9 +32,6 @@ _NOTHING: Final = 0  # what the last program to finish does with the digest
 _WRITE_HEADER: Final = 1
 _CHECK_HEADER: Final = 2
 _IF_CHECKED: Final = 3  # a scatter that does nothing unless the check before it found no fault
-HEADER_WORDS: Final = 8
-REPORT_WORDS: Final = HEADER_WORDS + 2
-SCRATCH_WORDS: Final = 3  # digest so far, programs that are done, whether the last check found no fault
 
 _compiled: Final[dict[tuple[object, ...], Any]] = {}  # by all that Triton specialises a kernel for
 

@@ -19,15 +19,14 @@ import torch
 from common.errors import DigestMismatch, InternalError, Truncated
 from common.kernels.backend import KernelBackend, kernels_for
 from common.kernels.batch import KVShape
+from common.kernels.blocks_reference import HEADER_WORDS, REPORT_WORDS, SCRATCH_WORDS
 from common.kvcache.device_queue import DeviceQueue, DeviceWork, Parcel
 from common.kvcache.layout import HEADER_BYTES
 from common.kvcache.slot_header import DIGEST_OFFSET, check_digest, checked_digest, encode_header
 
 _WORD_BYTES: Final = 8
-_HEADER_WORDS: Final = HEADER_BYTES // _WORD_BYTES
 _DIGEST_WORD: Final = DIGEST_OFFSET // _WORD_BYTES
-_REPORT_WORDS: Final = _HEADER_WORDS + 2  # these two are what kernels that check on the device ask for
-_SCRATCH_WORDS: Final = 3
+assert HEADER_WORDS * _WORD_BYTES == HEADER_BYTES, "kernels and transports mean the same header"
 
 
 @runtime_checkable
@@ -88,8 +87,8 @@ class KVStorage:
         self._kernels = kernels_for(device) if kernels is None else kernels
         # Asked once: looking for methods takes as long as a launch.
         self._on_device = self._kernels if isinstance(self._kernels, SlotsOnDevice) else None
-        self._queue = DeviceQueue(device, _REPORT_WORDS)
-        self._scratch = torch.zeros(_SCRATCH_WORDS, dtype=torch.int64, device=device)  # launches follow each other
+        self._queue = DeviceQueue(device, REPORT_WORDS)
+        self._scratch = torch.zeros(SCRATCH_WORDS, dtype=torch.int64, device=device)  # launches follow each other
         self._head_bytes = block_size * head_dim * self.kv.itemsize  # of K or V of a block
         self._parts: dict[tuple[int, int], torch.Tensor] = {}  # `kv` of runs of layers
 
@@ -153,12 +152,12 @@ class KVStorage:
                 return work
         with torch.inference_mode(), self._queue.entered():
             parcel = self._sent(header, ids)
-            words = parcel.words[: _HEADER_WORDS + len(block_ids)]
+            words = parcel.words[: HEADER_WORDS + len(block_ids)]
             payload = _payload(kv, slot[HEADER_BYTES:num_bytes], len(block_ids), num_heads)
             words[_DIGEST_WORD] = _signed(
-                self._kernels.gather_blocks(kv, words[_HEADER_WORDS:], first_local_head, num_heads, payload)
+                self._kernels.gather_blocks(kv, words[HEADER_WORDS:], first_local_head, num_heads, payload)
             )
-            slot[:HEADER_BYTES].view(torch.int64).copy_(words[:_HEADER_WORDS])
+            slot[:HEADER_BYTES].view(torch.int64).copy_(words[:HEADER_WORDS])
             return self._queue.mark(parcel)
 
     def scatter(
@@ -211,7 +210,7 @@ class KVStorage:
             announced = checked_digest(slot[:HEADER_BYTES].cpu().numpy().tobytes(), expected_tag, payload_bytes)
             check_digest(self._kernels.payload_digest(payload), announced)
             parcel = self._sent(header, ids)
-            device_ids = parcel.words[_HEADER_WORDS : _HEADER_WORDS + len(block_ids)]
+            device_ids = parcel.words[HEADER_WORDS : HEADER_WORDS + len(block_ids)]
             self._kernels.scatter_blocks(kv, device_ids, first_local_head, num_heads, payload)
             return self._queue.mark(parcel)
 

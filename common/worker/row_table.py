@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import InternalError
-from common.worker.step_plan import Segment, StepPlan
+from common.worker.step_plan import TOKEN_BYTES, Segment, StepPlan
 
 
 @dataclass(slots=True)
@@ -95,6 +95,8 @@ class RowTable:
             return f"a block id is not within {limits.num_blocks} blocks"
         if segment.token_ids is None:
             return "" if row.has_last_token else "the row has sampled no token yet"
+        if len(segment.token_ids) % TOKEN_BYTES:
+            return f"{len(segment.token_ids)} bytes are not packed token ids"
         if np.frombuffer(segment.token_ids, dtype=np.uint32).max() >= limits.vocab_size:
             return f"a token id is not within the vocabulary of {limits.vocab_size}"
         return ""

@@ -213,7 +213,7 @@ def all_reduce_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
 
 
 def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from common.kernels import triton_blocks
+    from common.kernels import blocks_reference, triton_blocks
 
     kv = torch.empty(2, 4, 2, 8, 64, 128, dtype=dtype)
     ids = torch.tensor([1, 3])
@@ -221,9 +221,9 @@ def block_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield lambda: triton_blocks.gather_with_digest(kv, ids, 2, 4, payload)
     yield lambda: triton_blocks.scatter_with_digest(kv, ids, 2, 4, payload)
     yield lambda: triton_blocks.digest_on_device(payload)
-    sizes = (10, triton_blocks.SCRATCH_WORDS, triton_blocks.REPORT_WORDS)
+    sizes = (10, blocks_reference.SCRATCH_WORDS, blocks_reference.REPORT_WORDS)
     words, scratch, report = (torch.zeros(n, dtype=torch.int64) for n in sizes)
-    slot = torch.zeros(triton_blocks.HEADER_WORDS * 8 + payload.nbytes, dtype=torch.uint8)
+    slot = torch.zeros(blocks_reference.HEADER_WORDS * 8 + payload.nbytes, dtype=torch.uint8)
     yield lambda: triton_blocks.gather_slot(kv, words, 2, 2, 4, slot, scratch)
     yield lambda: triton_blocks.scatter_slot(kv, words, 2, 2, 4, slot, scratch, report)
 

@@ -192,6 +192,7 @@ def test_a_refused_segment_can_be_sent_again(checkpoint: Path) -> None:
     prompt = prompt_of(10)
     bench.add(0, prompt)
     assert bench.run(Segment(0, pack_tokens([VOCAB_SIZE]), 0, [1], True, 0))[0].error
+    assert "packed" in bench.run(Segment(0, pack_tokens(prompt) + b"?", 0, [1], True, 0))[0].error
     again = Segment(0, pack_tokens(prompt), 0, [1], True, 0)
     assert bench.run(again)[0].token_id == reference_tokens(checkpoint, prompt, 1)[0]
 
