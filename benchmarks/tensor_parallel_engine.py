@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import gc
+import signal
 from collections.abc import Sequence
 from typing import Final, cast
 
@@ -34,7 +35,11 @@ _MEETING_S: Final = 120.0  # also for NCCL's eager calls: a rank may still compi
 
 
 class Rank:
-    """A process's place in the group. A phase that takes too long ends the process with all its tracebacks."""
+    """A process's place in the group. A phase that takes too long ends the process by SIGALRM, with a traceback.
+
+    By a signal, as its handler stops the thread that it shows: faulthandler's timer reads frames that still change, and
+    that ended a process with SIGSEGV instead.
+    """
 
     def __init__(self, rank: int, address: str, rehearses: bool, phase_limit_s: float) -> None:
         torch.set_num_threads(1)
@@ -44,12 +49,13 @@ class Rank:
         self.device = torch.device("cpu") if rehearses else torch.device("cuda", rank)
         if not rehearses:
             torch.cuda.set_device(self.device)
+        faulthandler.register(signal.SIGALRM, all_threads=False, chain=True)
         self.enter_phase()
         self.group = TensorParallelGroup.open(rank, SIZE, address, self.device, _MEETING_S)
 
     def enter_phase(self) -> None:
         """The last phase is over. A kernel that hangs cannot keep this limit from ending the process."""
-        faulthandler.dump_traceback_later(self._phase_limit_s, exit=True)
+        signal.setitimer(signal.ITIMER_REAL, self._phase_limit_s)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -79,7 +85,7 @@ class Rank:
         self.release()
         self.told([0])
         self.group.close()
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 def small_config(rehearses: bool) -> ModelConfig:

@@ -233,6 +233,7 @@ class PrefillEngine:
             return
         while self.scheduler.num_in_flight < MAX_PLANS_IN_FLIGHT and self.scheduler.plan():
             pass
+        now_ns = self._now_ns()  # before the ranks can begin: a step lies within what is noted of its prompts
         for message in self.scheduler.take_messages():
             self._ranks.submit(message)
             if isinstance(message, StepPlan):
@@ -242,7 +243,6 @@ class PrefillEngine:
                 self._counters.step_tokens.observe(sum(segment.num_tokens for segment in message.segments))
         if not self.scheduler.num_in_flight and not self.scheduler.num_waiting_tokens:
             self._clock.rest()
-        now_ns = self._now_ns()
         for event in self.scheduler.take_events():
             job = self._jobs[event.prompt]
             job.take(event, now_ns, compute_ns)

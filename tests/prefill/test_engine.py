@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
 from common.errors import InternalError, Unavailable
+from common.worker.rank_messages import FrontStepMessage
 from common.worker.step_plan import StepResult
 from common.worker.step_watchdog import StepWatchdog
 from services.prefill.engine import PrefillEngine, SendableBlocks
@@ -17,9 +19,9 @@ from tests.prefill.builders import make_request, make_scheduler
 from tests.prefill.fakes import FIRST_TOKEN, FakeRanks, Wire
 
 
-def make_engine(ranks: FakeRanks, step_timeout_s: float = 60.0) -> PrefillEngine:
-    watchdog = StepWatchdog(ranks, step_timeout_s)
-    return PrefillEngine(ranks, watchdog, make_scheduler(), PrefillMetrics(), lambda: None)
+def make_engine(ranks: FakeRanks, now_ns: Callable[[], int] = time.monotonic_ns) -> PrefillEngine:
+    watchdog = StepWatchdog(ranks, 60.0)
+    return PrefillEngine(ranks, watchdog, make_scheduler(), PrefillMetrics(), lambda: None, now_ns)
 
 
 @asynccontextmanager
@@ -89,6 +91,25 @@ async def test_job_learns_of_its_blocks_and_its_token() -> None:
         assert await job.sendable_blocks(4) == SendableBlocks(6, -1)
         assert (await token).token_id == FIRST_TOKEN
         assert job.received_ns <= job.scheduled_ns < job.sampled_ns
+
+
+async def test_prompt_is_scheduled_before_ranks_can_begin_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_ns = 1_000
+    submit = FakeRanks.submit
+
+    def slow_submit(self: FakeRanks, message: FrontStepMessage) -> None:
+        nonlocal now_ns
+        now_ns += 500  # the front is held up when the ranks have the plan already
+        submit(self, message)
+
+    monkeypatch.setattr(FakeRanks, "submit", slow_submit)
+    ranks = FakeRanks(Wire(), [1])
+    ranks.is_manual = True
+    engine = make_engine(ranks, lambda: now_ns)
+    job = engine.submit(make_request(4))
+    await turn()
+    assert ranks.plans
+    assert (job.received_ns, job.scheduled_ns) == (1_000, 1_000)
 
 
 async def test_lost_ranks_fail_jobs_now_and_later() -> None:
