@@ -82,6 +82,7 @@ def cases(args: argparse.Namespace, model: Path) -> tuple[Case, list[Case]]:
     on_gpu = args.device == "cuda"
     common = GPU_ARGS if on_gpu else ()
     prefill_args = (*common, *(("--kv-bytes", str(args.prefill_kv_bytes)) if on_gpu else ()))
+    prefill_args += ("--capture-tokens", str(args.capture_tokens))
     decode_args = (
         *common,
         *(("--kv-bytes", str(args.decode_kv_bytes)) if on_gpu else ()),
@@ -223,6 +224,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rows", type=int, default=128, help="sequences that a worker decodes at once (128)")
     add("--prefill-kv-bytes", type=int, default=20 << 30, help="KV memory of a prefill worker on a GPU (20 GiB)")
     add("--decode-kv-bytes", type=int, default=48 << 30, help="KV memory of a decode worker on a GPU (48 GiB)")
+    add("--capture-tokens", type=int, default=0, help="of the prefill worker (0)")
     add("--seed", type=int, default=1, help="of arrivals and prompts (1)")
     add("--out", type=Path, default=Path("goodput"), help="directory of the reports (goodput)")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Steps with a chunk of a prompt beside decoding rows on one GPU: captured as graphs against kernel by kernel.
+"""Steps with a chunk of a prompt, beside decoding rows or alone, on one GPU: as graphs against kernel by kernel.
 
     python -m benchmarks.mixed_steps
 
@@ -218,7 +218,7 @@ def small_config() -> ModelConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 32, 64], help="that decode")
+    parser.add_argument("--rows", type=int, nargs="+", default=[0, 16, 32, 64], help="that decode")
     parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, 512], help="tokens, up to 1024")
     parser.add_argument("--steps", type=int, default=48, help="of each case, each way (48)")
     parser.add_argument("--shape", default="llama-3.1-8b", help="of the random weights (llama-3.1-8b)")

@@ -160,18 +160,20 @@ def plan_mixed(
     block_tables, chunk_tables: [rows or chunks, columns] int32, of `table_columns`, all entries naming some block;
     tiles: [n, 4] int32, see `PrefillBatch`, of up to `queries` queries each (`tile_queries`). Before each replay fill
     these and `decode.context_lengths` (0: padding), and `store_slots` of the chunks' tokens, which come last; the
-    captured part starts with `refresh_decode`.
+    captured part starts with `refresh_decode`, unless there are no rows.
     """
     device, num_rows = block_tables.device, block_tables.shape[0]
     slots = torch.full((num_rows + num_tokens,), -1, dtype=torch.int64, device=device)
-    lengths = torch.zeros(num_rows, dtype=torch.int32, device=device)
-    decode = DecodeBatch(
-        query_rows=torch.arange(num_rows, dtype=torch.int32, device=device),
-        block_tables=block_tables,
-        context_lengths=lengths,
-        tile_ends={window: torch.zeros_like(lengths) for window in {None, *windows}},
-        store_slots=slots[:num_rows],
-    )
+    decode = None
+    if num_rows:
+        lengths = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        decode = DecodeBatch(
+            query_rows=torch.arange(num_rows, dtype=torch.int32, device=device),
+            block_tables=block_tables,
+            context_lengths=lengths,
+            tile_ends={window: torch.zeros_like(lengths) for window in {None, *windows}},
+            store_slots=slots[:num_rows],
+        )
     plan = TritonPlan(
         shape=shape,
         store_slots=slots,
@@ -179,7 +181,8 @@ def plan_mixed(
         decode=decode,
         decode_tuning=default_tuning(shape.block_size, shape.head_dim, dtype),
     )
-    refresh_decode(plan)
+    if decode is not None:
+        refresh_decode(plan)
     return plan
 
 

@@ -25,7 +25,7 @@ from common.sampling.params import SamplingParams
 from common.worker.decode_graphs import DecodeGraphs, batch_sizes
 from common.worker.device_step import DeviceStep, StepClock
 from common.worker.graph_capture import GraphCapture
-from common.worker.mixed_graphs import MixedGraphs, chunk_sizes, row_sizes
+from common.worker.mixed_graphs import MixedGraphs, chunk_sizes, prompt_sizes, row_sizes
 from common.worker.mixed_step import MixedSize, fill
 from common.worker.model_runner import row_limits
 from common.worker.row_table import RowTable
@@ -54,10 +54,12 @@ class DeviceRunner:
         graph_sizes: tuple[int, ...] | None = None,
         marks: StepMarks | None = None,
         chunk_tokens: int = 0,
+        prompts_alone: bool = False,
     ) -> None:
         """Captures the decode steps; `graph_sizes` [empty: none]. `marks` [none] learns what the other steps store.
 
-        `chunk_tokens`: captures steps with so many tokens of prompts as well [0: none]; `marks` learns nothing of them.
+        `chunk_tokens`: captures steps with up to so many tokens of prompts as well [0: none]: beside rows that decode
+        and without, or, with `prompts_alone`, without them only and in finer sizes.
         """
         self._decoder = decoder
         self._marks = marks
@@ -72,9 +74,11 @@ class DeviceRunner:
         sizes = batch_sizes(max_rows) if graph_sizes is None else graph_sizes
         capture = GraphCapture(decoder.device)
         own = decoder, storage, self._sampler, self._row_tables
-        self._mixed = (
-            MixedGraphs(*own, row_sizes(max_rows), chunk_sizes(chunk_tokens), capture) if chunk_tokens else None
-        )
+        self._mixed = None
+        if chunk_tokens:
+            alone = (0,), prompt_sizes(chunk_tokens)
+            chunks = alone if prompts_alone else (row_sizes(max_rows), chunk_sizes(chunk_tokens))
+            self._mixed = MixedGraphs(*own, *chunks, capture)
         self._graphs = DecodeGraphs(*own, sizes, capture) if sizes else None
 
     def warm_up(self, max_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Steps with chunks of prompts beside decoding rows as captured CUDA graphs, one per number of rows and of tokens.
+"""Steps with chunks of prompts, alone or beside decoding rows, as captured CUDA graphs: one per number of each.
 
 Whatever differs between steps of one size is in one array (`mixed_step`) that goes up before the replay. Both numbers
 are padded to the next captured ones.
@@ -32,9 +32,9 @@ _MIN_TOKENS: Final = 64
 
 
 def row_sizes(max_rows: int) -> tuple[int, ...]:
-    """Numbers of decoding rows to capture, so that up to `max_rows` fit."""
+    """Numbers of decoding rows to capture: none, and so that up to `max_rows` fit."""
     beyond = range(_ROWS[-1] + _ROWS_BEYOND, max_rows, _ROWS_BEYOND)
-    return (*(size for size in (*_ROWS, *beyond) if size < max_rows), max_rows)
+    return (0, *(size for size in (*_ROWS, *beyond) if size < max_rows), max_rows)
 
 
 def chunk_sizes(chunk_tokens: int) -> tuple[int, ...]:
@@ -43,6 +43,11 @@ def chunk_sizes(chunk_tokens: int) -> tuple[int, ...]:
     while sizes[-1] > _MIN_TOKENS:
         sizes.append(-(-sizes[-1] // 2 // _MIN_TOKENS) * _MIN_TOKENS)
     return tuple(reversed(sizes))
+
+
+def prompt_sizes(prompt_tokens: int) -> tuple[int, ...]:
+    """Numbers of tokens to capture where no row decodes, so that up to `prompt_tokens` >= 1 fit: multiples of 64."""
+    return tuple(range(_MIN_TOKENS, prompt_tokens + _MIN_TOKENS, _MIN_TOKENS))
 
 
 class MixedGraphs:
@@ -116,19 +121,20 @@ class MixedGraphs:
     @torch.inference_mode()
     def _step(self, step: _Step) -> DecodeOutput:
         fields, decode, num_rows = step.fields, step.plan.decode, step.size.num_rows
-        assert decode is not None
         num_tokens = num_rows + step.size.num_tokens
         token_ids, positions = self._token_ids[:num_tokens], self._positions[:num_tokens]
-        triton_step.begin_step(
-            fields.decode,
-            self._sampler.row_state,
-            self._row_tables,
-            self._storage.shape.block_size,
-            token_ids[:num_rows],
-            positions[:num_rows],
-            decode.context_lengths,
-            decode.block_tables,
-        )
+        if decode is not None:
+            triton_step.begin_step(
+                fields.decode,
+                self._sampler.row_state,
+                self._row_tables,
+                self._storage.shape.block_size,
+                token_ids[:num_rows],
+                positions[:num_rows],
+                decode.context_lengths,
+                decode.block_tables,
+            )
+            refresh_decode(step.plan)
         triton_step.begin_chunks(
             fields.chunks,
             fields.token_ids,
@@ -139,7 +145,6 @@ class MixedGraphs:
             step.plan.store_slots[num_rows:],
             self._chunk_tables,
         )
-        refresh_decode(step.plan)
         hidden = self._decoder.forward(token_ids, positions, step.plan, self._storage.kv)
         logits = self._decoder.head(hidden.index_select(0, fields.places))
         self._sampler.draw(logits, fields.rows, fields.output_indices, step.token_ids)

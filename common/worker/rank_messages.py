@@ -17,8 +17,8 @@ class StartRank(StepMessage, frozen=True, array_like=True, tag=True):
     `transport_url`: where to listen, or to connect from. `peer_name`: how this rank names itself to peers.
     `corrupt_every`: fault injection for tests, flips a bit in every n-th leg that is sent (0: never). `first_device`:
     rank i takes the device `first_device` + i. `random_weights`: draw them instead of reading them. `captures_steps`:
-    most steps have one token a row, so a GPU captures those; beside them so many tokens of prompts as
-    `captured_chunk_tokens` says (0: none).
+    most steps have one token a row, so a GPU captures those. `captured_chunk_tokens`: it captures steps with up to so
+    many tokens of prompts too (0: none), beside such rows if it captures these.
     """
 
     rank: int

@@ -73,7 +73,7 @@ def _runner(decoder: Decoder, storage: KVStorage, start: StartRank, marks: StepM
 
 
 def _device_runner(decoder: Decoder, storage: KVStorage, start: StartRank, marks: StepMarks | None) -> Runner:
-    """Steps are captured where their kind is the rule; the largest that is not is run once, to compile."""
+    """Steps of the kinds that `StartRank` names are captured; the largest that is not is run once, to compile."""
     module = importlib.import_module(_DEVICE_RUNNER)
     graph_sizes = None if start.captures_steps else ()
     runner = module.DeviceRunner(
@@ -83,6 +83,7 @@ def _device_runner(decoder: Decoder, storage: KVStorage, start: StartRank, marks
         graph_sizes=graph_sizes,
         marks=marks,
         chunk_tokens=start.captured_chunk_tokens,
+        prompts_alone=not start.captures_steps,
     )
     runner.warm_up(start.max_step_tokens)
     return cast(Runner, runner)

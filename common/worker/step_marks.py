@@ -2,7 +2,8 @@
 
 The step thread tells (`begin`, `stored`, `end`), another thread's event loop waits (`reached`). On a GPU a step runs
 long after it was launched: what is noted then are events on its stream, and a thread of this module sleeps on those
-that somebody waits for, so that nobody looks again and again. Steps pass in the order of their ids.
+that somebody waits for, so that nobody looks again and again. A step that is replayed from a graph tells of no layer:
+all are stored at its end. Steps pass in the order of their ids.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _KEPT_STEPS: Final = 8  # more than a front plans ahead; older ones are over
 class _Step:
     step_id: int
     num_layers: int = 0  # that have stored, or on a GPU were launched
-    events: list[torch.cuda.Event] = field(default_factory=list)  # one a layer, on a GPU
+    events: list[torch.cuda.Event] = field(default_factory=list)  # on a GPU: one a layer, or one at the end
     over: bool = False
 
 
@@ -52,18 +53,17 @@ class StepMarks:
     def stored(self) -> None:
         """The next layer of the step has stored the K and V of all of its tokens (on a GPU: that was launched)."""
         with self._lock:
-            step = self._steps[-1]
-            step.num_layers += 1
-            if self._sleeper is not None:
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-                step.events.append(event)
+            self._steps[-1].num_layers += 1
+            self._note(self._steps[-1])
             self._settle()
 
     def end(self) -> None:
-        """Nothing more will be stored by the step, whatever came of it."""
+        """Nothing more will be stored by the step (on a GPU: launched), whatever came of it."""
         with self._lock:
-            self._steps[-1].over = True
+            step = self._steps[-1]
+            step.over = True
+            if not step.events:
+                self._note(step)
             self._settle()
 
     async def reached(self, step_id: int, num_layers: int) -> None:
@@ -89,6 +89,13 @@ class StepMarks:
         """End the thread, once the events are over that it sleeps on."""
         if self._sleeper is not None:
             self._sleeper.close()
+
+    def _note(self, step: _Step) -> None:
+        """What was launched so far is over when this event is."""
+        if self._sleeper is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            step.events.append(event)
 
     def _settle(self) -> None:
         """Answer the waits whose step has come far enough. Called with the lock."""

@@ -47,12 +47,12 @@ class Harness:
         torch.testing.assert_close(_slots(self.storage)[written], _slots(self.expected)[written], rtol=1e-3, atol=1e-4)
 
 
-MakeHarness = Callable[[str], Harness]
+MakeHarness = Callable[..., Harness]
 
 
 @pytest.fixture
 def make_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeHarness:
-    def make(family: str) -> Harness:
+    def make(family: str, prompts_alone: bool = False) -> Harness:
         torch.set_num_threads(1)
         # Small sizes: an interpreted step takes time for each token.
         monkeypatch.setattr(mixed_graphs, "_MIN_TOKENS", 16)
@@ -60,7 +60,14 @@ def make_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeHarness
         checkpoint = write_tiny_checkpoint(family, tmp_path / family, seed=11)
         model_runner, expected = reference_runner(checkpoint, MAX_ROWS)
         decoder, storage = device_parts(checkpoint, monkeypatch)
-        device_runner = DeviceRunner(decoder, storage, MAX_ROWS, graph_sizes=(4,), chunk_tokens=CHUNK_TOKENS)
+        device_runner = DeviceRunner(
+            decoder,
+            storage,
+            MAX_ROWS,
+            graph_sizes=() if prompts_alone else (4,),
+            chunk_tokens=CHUNK_TOKENS,
+            prompts_alone=prompts_alone,
+        )
         graphs = device_runner._mixed
         assert graphs is not None
         sizes: list[Size] = []
@@ -127,7 +134,7 @@ def test_rows_join_and_leave_and_chunks_have_any_length(make_harness: MakeHarnes
             harness.run(*segments)
     assert len(harness.sizes) >= 8
     assert {tokens for _, tokens in harness.sizes} == {16, 32}
-    assert len({rows for rows, _ in harness.sizes}) >= 2
+    assert len({rows for rows, _ in harness.sizes} - {0}) >= 2
 
 
 def test_prompts_run_without_rows_that_decode_and_beside_more_than_the_smallest_graph(
@@ -143,7 +150,23 @@ def test_prompts_run_without_rows_that_decode_and_beside_more_than_the_smallest_
     harness.run(*decoding, harness.script.segment(8, 7, sample=False), harness.script.segment(9, output_index=1))
     harness.run(harness.script.segment(8, 16), *(harness.script.segment(row, output_index=2) for row in (3, 9)))
     harness.run(harness.script.segment(0, output_index=2))  # what it sat out left it its last token
-    assert harness.sizes == [(2, 32), (10, 16), (2, 16)]
+    assert harness.sizes == [(0, 32), (10, 16), (2, 16)]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral_window"])
+def test_short_steps_of_prompts_alone(make_harness: MakeHarness, family: str) -> None:
+    """As in a prefill worker: what is longer, and what a prompt has left of a long one, in any order."""
+    harness = make_harness(family, prompts_alone=True)
+    for row, sampling in enumerate((GREEDY, DRAWN, GREEDY)):
+        harness.script.add(row, sampling)
+    harness.run(harness.script.segment(0, CHUNK_TOKENS + 1, sample=False))  # too long
+    harness.run(harness.script.segment(0, 20), harness.script.segment(1, 5, sample=False))
+    harness.run(harness.script.segment(2, 3), harness.script.segment(1, 8))
+    harness.script.remove(0)
+    harness.script.add(0, GREEDY)
+    harness.run(harness.script.segment(0, 1))
+    harness.run(harness.script.segment(2, output_index=1))  # a row that decodes, which prefill workers have not
+    assert harness.sizes == [(0, 32), (0, 16), (0, 16)]
 
 
 def test_steps_beyond_the_captured_run_kernel_by_kernel(make_harness: MakeHarness) -> None:
@@ -156,7 +179,7 @@ def test_steps_beyond_the_captured_run_kernel_by_kernel(make_harness: MakeHarnes
     assert harness.sizes == []
     harness.run(harness.script.segment(9, output_index=1), harness.script.segment(0, output_index=2))
     harness.run(*(harness.script.segment(row, 4, output_index=2) for row in range(MAX_CHUNKS)))
-    assert harness.sizes == [(2, 32)]
+    assert harness.sizes == [(0, 32)]
 
 
 def test_a_row_that_must_choose_anew_does_so_wherever_it_is_sampled(make_harness: MakeHarness) -> None:
@@ -181,12 +204,19 @@ def test_a_row_that_must_choose_anew_does_so_wherever_it_is_sampled(make_harness
 
 def test_a_rank_captures_what_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, storage = device_parts(write_tiny_checkpoint("qwen3", tmp_path, seed=11), monkeypatch)
-    for chunk_tokens, expected in ((0, None), (100, (64, 128))):
+    for captures_steps, chunk_tokens, expected in (
+        (True, 0, None),
+        (True, 200, ((0, 2), (64, 128, 256))),
+        (False, 0, None),
+        (False, 200, ((0,), (64, 128, 192, 256))),
+    ):
         start = StartRank(
             rank=0, tp_size=1, group_address="", model_dir="", device="cuda", dtype="auto", num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE, max_rows=2, max_step_tokens=3, num_slots=1, slot_bytes=1, transport_url="",
-            transport_progress="", peer_name="", captures_steps=True, captured_chunk_tokens=chunk_tokens,
+            transport_progress="", peer_name="", captures_steps=captures_steps, captured_chunk_tokens=chunk_tokens,
         )  # fmt: skip
         runner = rank_runtime._device_runner(decoder, storage, start, None)
         assert isinstance(runner, DeviceRunner)
-        assert (None if runner._mixed is None else runner._mixed._tokens) == expected
+        graphs = runner._mixed
+        assert (None if graphs is None else (graphs._rows, graphs._tokens)) == expected
+        assert (runner._graphs is not None) == captures_steps

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.kernels import triton_step
 from common.kernels.triton_prefill import EMPTY_TILE
-from common.worker.mixed_graphs import chunk_sizes, row_sizes
+from common.worker.mixed_graphs import chunk_sizes, prompt_sizes, row_sizes
 from common.worker.mixed_step import MAX_CHUNKS, MixedSize, blank, cut, fill, num_elements
 from common.worker.step_plan import Segment, pack_tokens, unpack_tokens
 
@@ -25,8 +25,8 @@ BLOCK_SIZE, COLUMNS = 16, 24
 def test_every_number_of_rows_fits(max_rows: int) -> None:
     sizes = row_sizes(max_rows)
     assert list(sizes) == sorted(set(sizes))
-    assert sizes[-1] == max_rows
-    assert max(b - a for a, b in zip((0, *sizes), sizes, strict=False)) <= 128
+    assert (sizes[0], sizes[-1]) == (0, max_rows)
+    assert max(b - a for a, b in pairwise(sizes)) <= 128
 
 
 @given(chunk_tokens=st.integers(1, 4096))
@@ -41,6 +41,13 @@ def test_every_number_of_tokens_fits_with_less_padding_than_tokens(chunk_tokens:
 @pytest.mark.parametrize(("chunk_tokens", "expected"), [(64, (64,)), (100, (64, 128)), (512, (64, 128, 256, 512))])
 def test_the_budget_is_captured_and_its_halves(chunk_tokens: int, expected: tuple[int, ...]) -> None:
     assert chunk_sizes(chunk_tokens) == expected
+
+
+@given(prompt_tokens=st.integers(1, 4096))
+def test_prompts_alone_are_padded_by_less_than_64_tokens(prompt_tokens: int) -> None:
+    sizes = prompt_sizes(prompt_tokens)
+    assert sizes == tuple(range(64, sizes[-1] + 1, 64))
+    assert prompt_tokens <= sizes[-1] < prompt_tokens + 64
 
 
 def make_segments(lengths: list[int], positions: list[int]) -> list[Segment]:

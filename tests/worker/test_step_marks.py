@@ -62,6 +62,35 @@ async def test_end_answers_who_waits_for_layers_that_never_come(marks: StepMarks
     marks.close()
 
 
+async def test_step_replayed_from_a_graph_is_awaited_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells of no layer: all that a GPU can be asked for is what was launched last."""
+    recorded: list[FakeEvent] = []
+
+    class FakeEvent:
+        def __init__(self) -> None:
+            self.is_over = threading.Event()
+
+        def record(self) -> None:
+            recorded.append(self)
+
+        def synchronize(self) -> None:
+            assert self.is_over.wait(60.0)
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    marks = StepMarks(torch.device("cuda"))
+    waits = [asyncio.create_task(marks.reached(0, layer)) for layer in (1, 32)]
+    await turn()
+    marks.begin(0)
+    marks.end()
+    assert len(recorded) == 1
+    await turn()
+    assert not any(wait.done() for wait in waits), "the device has not come so far"
+    recorded[0].is_over.set()
+    for wait in waits:
+        await wait
+    marks.close()
+
+
 async def test_steps_long_over_are_answered_at_once(marks: StepMarks) -> None:
     for step_id in range(20):
         marks.begin(step_id)
