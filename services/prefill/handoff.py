@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from baton.v1 import kv_pb2
 
@@ -31,6 +32,8 @@ from services.prefill.sends import Sends
 
 # How long decode may take, after the grant's time, to say what became of a chunk.
 ANSWER_GRACE_S = 5.0
+
+_T = TypeVar("_T")
 
 _ERROR_BY_REASON: dict[int, type[errors.TransferError]] = {
     kv_pb2.CHUNK_REJECT_REASON_DIGEST_MISMATCH: errors.DigestMismatch,
@@ -115,7 +118,7 @@ class Handoff:
             if kind == "accepted" and not self._accepted.done():
                 self._accepted.set_result(response.accepted)
             elif kind == "joined":
-                self._joined.set_result(None)
+                _resolve(self._joined, None)
             elif kind in ("grant", "chunk_verified", "chunk_rejected"):
                 answer: Answer = getattr(response, kind)
                 chunk = self._chunks.get(answer.chunk_index)
@@ -237,7 +240,7 @@ class Handoff:
         begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def fail(error: errors.BatonError) -> None:
-            begun.set_result(0)
+            _resolve(begun, 0)
             chunk.inbox.put_nowait(SendFailed(attempt, error))
 
         num_bytes = sum(leg.num_bytes for leg in legs)
@@ -252,7 +255,7 @@ class Handoff:
             chunk.step_id,
             max(0.0, deadline_s - asyncio.get_running_loop().time()),
             on_read_done=lambda: self._engine.end_read(self._job),
-            on_sent=lambda send_ns: begun.set_result(self._now_ns() - send_ns),
+            on_sent=lambda send_ns: _resolve(begun, self._now_ns() - send_ns),
             on_failure=fail,
         )
         return begun
@@ -260,6 +263,12 @@ class Handoff:
     async def _abort(self, chunk: Chunk, reason: str) -> None:
         aborted = kv_pb2.ChunkAborted(chunk_index=chunk.index, reason=reason)
         await self._stream.send(kv_pb2.HandoffRequest(chunk_aborted=aborted))
+
+
+def _resolve(future: asyncio.Future[_T], value: _T) -> None:
+    """Unless whoever waited was cancelled, and the future with it."""
+    if not future.done():
+        future.set_result(value)
 
 
 def first_error(group: BaseExceptionGroup[errors.BatonError]) -> errors.BatonError:

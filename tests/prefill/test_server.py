@@ -9,6 +9,8 @@ from baton.v1 import kv_pb2, prefill_pb2, sampling_pb2, worker_pb2
 
 from common import errors
 from common.worker.step_plan import SampledToken
+from services.prefill.handoff import Handoff
+from services.prefill.handoff_chunk import Answer, Chunk
 from tests.prefill.fakes import FIRST_TOKEN, Stage, drain
 from tests.prefill.harness import BLOCK_SIZE, running
 
@@ -282,6 +284,36 @@ async def test_router_goes_away_while_a_rank_gathers() -> None:
         assert (status.num_blocks_held, status.num_slots_in_use) == (2, 1)
         harness.ranks.finish_send()
         await harness.settled()
+
+
+@pytest.mark.parametrize("error", ["", "PeerLost"])
+async def test_router_goes_away_when_decode_has_a_chunk_and_our_rank_has_not_said_so(
+    error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the rank says later concerns nobody, the worker least of all."""
+    verified = asyncio.Event()
+    verdict = Handoff._verdict
+
+    async def noting(self: Handoff, chunk: Chunk, deadline_s: float) -> Answer:
+        answer = await verdict(self, chunk, deadline_s)
+        verified.set()
+        return answer
+
+    monkeypatch.setattr(Handoff, "_verdict", noting)
+    async with running() as harness:
+        harness.ranks.holds_sends = True
+        call = harness.call(harness.request(8))
+        async with asyncio.timeout(5):
+            await harness.ranks.on_held.wait()
+            harness.ranks.wire.deliver(harness.ranks.held[0][0].tag)
+            await verified.wait()
+            call.cancel()
+            await harness.until(lambda status: status.num_running == 0)
+        while harness.ranks.held:
+            harness.ranks.finish_send(error)
+        await harness.settled()
+        harness.ranks.holds_sends = False
+        await harness.prefill(harness.request(8))
 
 
 async def test_send_in_doubt_keeps_its_slot_until_it_is_drained() -> None:
