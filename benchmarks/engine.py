@@ -23,6 +23,7 @@ from benchmarks.random_model import random_decoder, read_shape
 from benchmarks.rehearsal import compute_device, device_name
 from benchmarks.tensor_parallel_engine import KERNELS, small_config
 from common.models.decoder import Decoder
+from common.quiet_collector import quiet_collector
 
 DECODE_CASES = [(1024, n) for n in (1, 8, 32, 64, 128, 256)] + [(8192, n) for n in (1, 8, 32, 64)]
 # Of a Llama-3.1-8B shape: the goal and vLLM 0.25.0 on the same GPU, milliseconds.
@@ -153,6 +154,7 @@ def main() -> None:
     results: dict[str, object] = {"device": device_name(device), "errors": check(device) if checks else {}}
     cases = chosen_cases(args.only, device.type == "cpu", args.blocks)
     bench = Bench(load(device), cases.max_blocks, cases.max_rows, cases.sizes)
+    quiet_collector()  # as a rank does
     results["decode"] = [asdict(timing) for timing in time_decode(bench, cases.decode, args.steps)]
     results["prefill"] = [asdict(timing) for timing in time_prefill(bench, cases.prefill)]
     if args.out:

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.random_model import BLOCK_SIZE, GREEDY, Front, random_decoder, random_storage, read_shape
 from common.models.config import ModelConfig
+from common.quiet_collector import quiet_collector
 from common.sampling.params import SamplingParams
 from common.worker.device_runner import DeviceRunner
 from common.worker.device_step import DeviceStep
@@ -229,6 +230,7 @@ def main() -> None:
     count = same_tokens(device, small_config())
     print(f"small float32 model: {count} tokens as they are chosen kernel by kernel", flush=True)
     bench = Bench(read_shape(args.shape), max(args.rows), args.chunks, args.steps, device)
+    quiet_collector()  # as a rank does
     ways = " | ".join(f"{way}: step ms | slowest | device | launch" for way in ("captured", "kernel by kernel"))
     print(f"| rows | chunk | {ways} | error of K and V | same tokens |\n|{'---|' * 12}", flush=True)
     cases = []
