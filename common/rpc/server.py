@@ -15,11 +15,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from common.errors import FailedPrecondition, InternalError
 from common.rpc.client import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
+from common.rpc.health import HealthServicer
 from common.rpc.status import abort_with, find_baton_error
 
 _logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ class RpcServer:
     def __init__(self, address: str, *, max_message_bytes: int, so_reuseport: bool = False) -> None:
         self._address = address
         self._health = HealthServicer()
-        self._service_names = [""]
         self._server = grpc.aio.server(
             interceptors=[_ErrorInterceptor()],
             options=[
@@ -66,12 +65,11 @@ class RpcServer:
     ) -> None:
         """Add a service before `start`: `add(add_DecodeServicer_to_server, servicer, "baton.v1.Decode")`."""
         add_fn(servicer, self._server)
-        self._service_names.append(service_full_name)
+        self._health.names.add(service_full_name)
 
     async def start(self) -> int:
         """Bind and serve. Returns the port (the kernel's choice if the address ends in `:0`)."""
-        await self.set_serving(False)
-        names = [name for name in self._service_names if name]
+        names = filter(None, self._health.names)
         reflection.enable_server_reflection(
             [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME],
             self._server,
@@ -83,15 +81,13 @@ class RpcServer:
         await self._server.start()
         return port
 
-    async def set_serving(self, serving: bool) -> None:
-        """What grpc.health.v1 answers, for every service and for the server as a whole."""
-        response = health_pb2.HealthCheckResponse
-        for name in self._service_names:
-            await self._health.set(name, response.SERVING if serving else response.NOT_SERVING)
+    def set_serving(self, serving: bool) -> None:
+        """What grpc.health.v1 answers from now on, for every service and for the server as a whole."""
+        self._health.set_serving(serving)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls at once, give those under way `grace_s` seconds, then cancel them."""
-        await self._health.enter_graceful_shutdown()
+        self._health.end()
         await self._server.stop(grace_s)
 
 

@@ -109,7 +109,7 @@ async def _report(
         status.notify()
         if worker.is_ready is not was_ready:
             was_ready = worker.is_ready
-            await server.set_serving(was_ready)
+            server.set_serving(was_ready)
 
 
 async def _stop_signal() -> None:

@@ -1,5 +1,5 @@
-"""The sessions of the router processes: what is pending is merged per sequence, so a slow router costs memory for its
-sequences, not for its steps.
+"""The sessions of the router processes: what is pending is merged per sequence, into messages of bounded size. A slow
+router gets few messages for many steps, and is given up when too many of them wait.
 
 Knows neither blocks nor ranks.
 """
@@ -7,6 +7,7 @@ Knows neither blocks nor ranks.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from baton.v1 import decode_pb2, kv_pb2, sampling_pb2
@@ -20,6 +21,12 @@ from common.errors import (
     Unavailable,
 )
 from services.decode.request import End, PromptComputed, RouterEvent, SequenceEnded, StepsBegin, TokenSampled
+
+# Of tokens in one message: far below what any router takes, whatever its settings.
+MAX_MESSAGE_TOKEN_BYTES = 32 << 10
+MAX_FULL_MESSAGES = 2048  # that wait for a router that does not read; more, and its session ends
+_TOKEN_BYTES = 5  # of a token id in a message, at most
+_LOGPROB_BYTES = 15  # of each log-probability beside it, the messages that hold it included, at most
 
 _PROTO_END = {
     End.FINISHED: decode_pb2.SEQUENCE_END_FINISHED,
@@ -37,7 +44,9 @@ class Session:
         self.session_id = session_id
         self._tickets = tickets  # to be told
         self._max_pending = max_pending
-        self._pending: dict[int, decode_pb2.SequenceTokens] = {}
+        self._full: deque[dict[int, decode_pb2.SequenceTokens]] = deque()  # messages to which nothing is added
+        self._pending: dict[int, decode_pb2.SequenceTokens] = {}  # the last message
+        self._num_token_bytes = 0  # in it, at most
         self._answers: list[decode_pb2.OpenResponse] = []
         self._flushed = asyncio.Event()
         self._error: BatonError | None = None
@@ -54,12 +63,14 @@ class Session:
         while True:
             await self._flushed.wait()
             self._flushed.clear()
-            if self._error is not None:
-                raise self._error
-            pending, self._pending = self._pending, {}
-            answers, self._answers = self._answers, []
-            tickets, self._tickets = self._tickets, None
-            yield decode_pb2.SessionResponse(sequences=pending.values(), opened=answers, tickets=tickets)
+            self._begin_message()
+            while self._full:
+                if self._error is not None:
+                    raise self._error
+                pending = self._full.popleft()
+                answers, self._answers = self._answers, []
+                tickets, self._tickets = self._tickets, None
+                yield decode_pb2.SessionResponse(sequences=pending.values(), opened=answers, tickets=tickets)
 
     def tell_tickets(self, tickets: kv_pb2.Ticket) -> None:
         """Say what tickets say from now on."""
@@ -74,12 +85,16 @@ class Session:
 
     def add_token(self, event: TokenSampled) -> None:
         """Append a token to what is pending of its sequence."""
+        if self._num_token_bytes >= MAX_MESSAGE_TOKEN_BYTES:
+            self._begin_message()
+        self._num_token_bytes += _TOKEN_BYTES
         entry = self._entry(event.key[1])
         if not entry.token_ids:
             entry.first_position = event.position
         entry.token_ids.append(event.token_id)
         if event.logprob is not None:
             entry.logprobs.append(_logprobs(event.token_id, event.logprob, event.top_logprobs))
+            self._num_token_bytes += _LOGPROB_BYTES * (1 + len(event.top_logprobs))
 
     def add_prompt(self, event: PromptComputed) -> None:
         """Say how the prompt was computed here, with the first token."""
@@ -105,11 +120,19 @@ class Session:
         if self._pending:
             self._flushed.set()
         self._end_unless_read(len(self._pending))
+        if len(self._full) > MAX_FULL_MESSAGES:
+            self.end(ResourceExhausted(f"{len(self._full)} full messages wait for a router that does not read"))
 
     def end(self, error: BatonError) -> None:
         """The stream raises this next, unless it was ended before."""
         self._error = self._error or error
         self._flushed.set()
+
+    def _begin_message(self) -> None:
+        """What comes from now on goes into another message than what is pending."""
+        self._full.append(self._pending)
+        self._pending = {}
+        self._num_token_bytes = 0
 
     def _end_unless_read(self, num_pending: int) -> None:
         if num_pending > self._max_pending:
@@ -123,7 +146,7 @@ class Session:
 
 
 class Sessions:
-    """All router sessions. `max_pending` bounds the sequences with something unread, per session."""
+    """All router sessions. `max_pending` bounds the sequences in a message, per session."""
 
     def __init__(self, max_pending: int, max_sessions: int = 256) -> None:
         self._max_pending = max_pending

@@ -10,6 +10,7 @@ import sys
 from common.config import load_config_or_exit
 from common.errors import BatonError
 from common.parent_death import end_with_parent
+from common.rpc.status import find_baton_error
 from common.telemetry.request_log import configure_logging
 from services.router.config import RouterConfig
 from services.router.process import run_router
@@ -22,14 +23,17 @@ def main() -> None:
     config = load_config_or_exit(RouterConfig, argv, os.environ)
     configure_logging(config.log_level, config.service)
     end_with_parent(os.environ, signal.SIGTERM)
+    failure: BatonError | None = None
     try:
         if config.processes > 1:
             asyncio.run(supervise(own_command(), argv, config))
         else:
             asyncio.run(run_router(config))
-    except BatonError as error:
-        sys.stderr.write(f"baton router: {error}\n")
-        raise SystemExit(1) from error
+    except* BatonError as group:
+        failure = find_baton_error(group)
+    if failure is not None:
+        sys.stderr.write(f"baton router: {failure}\n")
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

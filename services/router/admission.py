@@ -54,8 +54,10 @@ class AdmissionQueue:
             interval_s = (now_s - self._last_release_s) / num_places
             mean_s = self._mean_release_s
             self._mean_release_s = interval_s if mean_s is None else mean_s + _RATE_WEIGHT * (interval_s - mean_s)
-        self._last_release_s = now_s
-        return self._admit()
+        admitted = self._admit()
+        # An idle router says nothing about how fast places come free: what follows counts only if it stays busy.
+        self._last_release_s = now_s if 2 * self.num_in_flight >= self.max_in_flight else None
+        return admitted
 
     def give_up(self, request: int) -> list[int]:
         """Take a waiting request out. Returns the requests that it stood in the way of."""

@@ -52,6 +52,11 @@ class RequestPlan:
     deadline_s: float  # of time.monotonic()
     record: RequestRecord
 
+    @property
+    def max_sequence_tokens(self) -> int:
+        """How long an output's sequence may become."""
+        return len(self.prompt_ids) + self.sampling.max_tokens
+
     def remaining_s(self) -> float:
         """Time left; raises `DeadlineExceeded` if there is none."""
         remaining_s = self.deadline_s - time.monotonic()

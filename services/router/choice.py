@@ -1,11 +1,12 @@
 """One of a request's outputs: its token log, its text, and what of both the client has not been sent yet.
 
-Plain synchronous state. Tokens come in order (see `sequence_receiver`) and go out merged: however slow the client is,
-what waits for it is one message. Knows nothing of workers or gRPC calls.
+Plain synchronous state. Tokens come in order (see `sequence_receiver`) and go out merged: what waits for a slow client
+is few messages, each of bounded size. Knows nothing of workers or gRPC calls.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,11 @@ from baton.v1 import inference_pb2, sampling_pb2
 from services.router.detokenizer import IncrementalDetokenizer
 from services.router.stop_strings import StopStringMatcher
 from services.router.tokenizer import Tokenizer
+
+# In one message: far below the 4 MiB that clients take by default, and below what a router with the lowest limit sends.
+MAX_MESSAGE_TOKENS = 4096
+MAX_MESSAGE_LOGPROBS = 256  # tokens with log-probabilities, each of at most 300 bytes
+MAX_MESSAGE_CHARS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +49,12 @@ class Choice:
         self.lifetime = inference_pb2.Lifetime()
         self.is_complete = False  # ended, and its lifetime is final
         self._limits = limits
-        self._tokenizer = tokenizer
         self._detokenizer = IncrementalDetokenizer(tokenizer, continues_text=limits.continues_text)
         self._stop_matcher = StopStringMatcher(limits.stop) if limits.stop else None
         self._on_change = on_change
         self._pending_text = ""
-        self._pending_logprobs: list[sampling_pb2.PositionLogprobs] = []
+        # As they will be sent. A copy: a part of a worker's message would keep all of that message in memory.
+        self._pending_logprobs: deque[inference_pb2.GenerateResponse] = deque()
         self._num_taken = 0  # tokens that `take` has handed out
 
     @property
@@ -68,7 +74,7 @@ class Choice:
                 if self.has_ended:
                     break
         if logprobs:
-            self._pending_logprobs += logprobs[: len(self.tokens) - num_before]
+            self._add_logprobs(logprobs[: len(self.tokens) - num_before])
         if not self.has_ended or not num_before:
             # The last tokens go with the last message, which follows at once; but a first token never waits.
             self._on_change(self)
@@ -90,22 +96,40 @@ class Choice:
         on_change, self._on_change = self._on_change, _nobody
         on_change(self)  # whose owner holds us: a cycle would be left to the garbage collector
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether there is something to `take`, besides the news that it is complete."""
+        return len(self.tokens) > self._num_taken or bool(self._pending_text)
+
     def take(self) -> inference_pb2.GenerateResponse | None:
-        """Everything that waits, as one message; None while there is nothing."""
-        num_tokens = len(self.tokens)
-        if num_tokens == self._num_taken and not self._pending_text and not self.is_complete:
+        """What waits, as much as one message may hold; None while there is nothing. The last one of a choice that is
+        complete has its `finish_reason`."""
+        if not self.has_pending and not self.is_complete:
             return None
-        response = inference_pb2.GenerateResponse(
-            choice=self.index, text_delta=self._pending_text, token_ids=self.tokens[self._num_taken :]
-        )
         if self._pending_logprobs:
-            response.logprobs.extend(self._pending_logprobs)
-            self._pending_logprobs = []
-        self._pending_text = ""
-        self._num_taken = num_tokens
-        if self.is_complete:
+            response = self._pending_logprobs.popleft()
+            num_tokens = len(response.logprobs)
+        else:
+            response = inference_pb2.GenerateResponse()
+            num_tokens = MAX_MESSAGE_TOKENS
+        token_ids = self.tokens[self._num_taken : self._num_taken + num_tokens]
+        self._num_taken += len(token_ids)
+        response.choice = self.index
+        response.token_ids.extend(token_ids)
+        response.text_delta = self._pending_text[:MAX_MESSAGE_CHARS]
+        self._pending_text = self._pending_text[MAX_MESSAGE_CHARS:]
+        if self.is_complete and not self.has_pending:
             response.finish_reason = self.finish_reason
         return response
+
+    def _add_logprobs(self, logprobs: Sequence[sampling_pb2.PositionLogprobs]) -> None:
+        while logprobs:
+            if not self._pending_logprobs or len(self._pending_logprobs[-1].logprobs) >= MAX_MESSAGE_LOGPROBS:
+                self._pending_logprobs.append(inference_pb2.GenerateResponse())
+            last = self._pending_logprobs[-1].logprobs
+            room = MAX_MESSAGE_LOGPROBS - len(last)
+            last.extend(logprobs[:room])
+            logprobs = logprobs[room:]
 
     def _accept_run(self, token_ids: Sequence[int]) -> None:
         """Tokens of which only the last may complete a stop string."""
@@ -123,10 +147,10 @@ class Choice:
             reason = sampling_pb2.FINISH_REASON_STOP
         self.tokens.extend(token_ids)
         self._push_text(self._detokenizer.push(text_ids))
+        if limits.include_stop_in_output and len(text_ids) < len(token_ids):
+            self._push_text(self._detokenizer.push_ending(token_ids[-1]))
         if reason != sampling_pb2.FINISH_REASON_UNSPECIFIED:
             self.end(reason)
-            if limits.include_stop_in_output and len(text_ids) < len(token_ids):
-                self._pending_text += self._tokenizer.decode(token_ids[-1:], skip_special_tokens=False)
 
     def _push_text(self, text: str) -> None:
         if self._stop_matcher is None:

@@ -63,6 +63,7 @@ class DecodeSession:
         self._opening: dict[int, asyncio.Future[decode_pb2.OpenResponse]] = {}
         self._outgoing: deque[decode_pb2.SessionRequest] = deque()
         self._has_outgoing = asyncio.Event()
+        self._has_overflowed = False  # the call was cancelled because the worker does not read
         self._call: _Call | None = None
         self._tickets: kv_pb2.Ticket | None = None  # without an id
         self.stands = False
@@ -136,6 +137,7 @@ class DecodeSession:
 
     async def _run_one_stream(self) -> None:
         self._outgoing.clear()
+        self._has_overflowed = False
         self._send(decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id=self._session_id)))
         call: _Call = self._stub.Session(wait_for_ready=True)
         writing = asyncio.create_task(self._write_to(call))
@@ -151,7 +153,7 @@ class DecodeSession:
                 self._route(response)
         except asyncio.CancelledError:
             # Either the call was cancelled, by `_send`, or this task.
-            if len(self._outgoing) <= MAX_OUTGOING or is_being_cancelled():
+            if not self._has_overflowed or is_being_cancelled():
                 raise
         finally:
             self._call = None
@@ -174,6 +176,7 @@ class DecodeSession:
         self._outgoing.append(request)
         self._has_outgoing.set()
         if len(self._outgoing) > MAX_OUTGOING and self._call is not None:
+            self._has_overflowed = True
             self._call.cancel()
 
     def _require_standing(self) -> None:

@@ -30,6 +30,10 @@ class IncrementalDetokenizer:
         """The text that these tokens settle; may be empty."""
         return self._stream.push([token_id for token_id in token_ids if token_id not in self._skipped])
 
+    def push_ending(self, token_id: int) -> str:
+        """As `push`, of the token that ends the sequence and is to be seen, even if it is special."""
+        return self._stream.push([token_id])
+
     def flush(self) -> str:
         """The rest, at the end of the sequence; an unfinished character becomes U+FFFD."""
         return self._stream.flush()

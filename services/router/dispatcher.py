@@ -70,15 +70,26 @@ class Dispatcher:
             return self._registry.has_pair
         return bool(self._registry.candidates(Role.DECODE))
 
+    async def wait_for_place(self) -> None:
+        """Return when a new request would find workers. Raises `Unavailable` if none become ready in time."""
+        give_up_s = time.monotonic() + self.limits.placement_timeout_s
+        while not self.has_place:
+            await self._wait_changed(give_up_s, _missing(self.limits.local_prefill))
+
     async def place(self, plan: RequestPlan, choice: Choice, avoid: set[str], pinned: str | None) -> Pair:
-        """The next pair, waiting for one to become ready if there is none. Raises `Unavailable`."""
+        """The next pair, waiting for one to become ready if there is none that the sequence fits. Raises
+        `Unavailable`."""
         limits = self.limits
         patience_s = limits.migration_timeout_s if choice.tokens else limits.placement_timeout_s
         give_up_s = time.monotonic() + patience_s
         registry = self._registry
+        fingerprint = pinned if choice.tokens else None
+        num_known, num_tokens = len(plan.prompt_ids) + len(choice.tokens), plan.max_sequence_tokens
         while True:
-            prefills, decodes = registry.candidates(Role.PREFILL), registry.candidates(Role.DECODE)
-            fingerprint = pinned if choice.tokens else None
+            known_prefills, known_decodes = registry.candidates(Role.PREFILL), registry.candidates(Role.DECODE)
+            # Prefill holds what there is, and is asked for one token more.
+            prefills = [c for c in known_prefills if c.holds(num_known + 1)]
+            decodes = [c for c in known_decodes if c.holds(num_tokens)]
             placed = place(prefills, decodes, self._rng, avoid, fingerprint, limits.local_prefill)
             if placed is not None:
                 prefill, decode = placed
@@ -87,11 +98,18 @@ class Dispatcher:
                     registry.worker(Role.DECODE, decode.address),
                     decode.layout_fingerprint,
                 )
-            try:
-                async with asyncio.timeout(max(0.0, give_up_s - time.monotonic())):
-                    await registry.wait_changed()
-            except TimeoutError as error:
-                raise Unavailable(_missing(limits.local_prefill)) from error
+            missing = _missing(limits.local_prefill)
+            if len(prefills) < len(known_prefills) or len(decodes) < len(known_decodes):
+                missing += f": some are too small for a sequence of up to {num_tokens} tokens"
+            await self._wait_changed(give_up_s, missing)
+
+    async def _wait_changed(self, give_up_s: float, missing: str) -> None:
+        """Until something changed, or `Unavailable` for want of what is missing."""
+        try:
+            async with asyncio.timeout(max(0.0, give_up_s - time.monotonic())):
+                await self._registry.wait_changed()
+        except TimeoutError as error:
+            raise Unavailable(missing) from error
 
 
 class _ChoiceRun:

@@ -1,4 +1,4 @@
-"""Writes a request's choices to its client: whatever waits is merged, so a slow client costs bounded memory.
+"""Writes a request's choices to its client: whatever waits is merged, so a slow client gets few messages.
 
 One task writes; choices only mark themselves as changed. Knows nothing of workers.
 """
@@ -59,6 +59,8 @@ class OutputStream:
                 del self._changed[choice]
                 response = choice.take()
                 if response is not None:
+                    if choice.has_pending:
+                        self._changed[choice] = None  # the rest follows, behind other choices
                     self._finish_message(choice, response, received_ns)
                     await write(response)
 
@@ -81,7 +83,7 @@ class OutputStream:
             self._last_sent_ns[choice.index] = now_ns
             if last_ns is not None and self._gaps is not None:
                 self._gaps.observe((now_ns - last_ns) * 1e-9)
-        if choice.is_complete:
+        if response.finish_reason:
             choice.lifetime.time_to_first_token_ns = self._first_sent_ns[choice.index] - received_ns
             choice.lifetime.total_ns = now_ns - received_ns
             response.lifetime.CopyFrom(choice.lifetime)

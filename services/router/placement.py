@@ -28,6 +28,11 @@ class Candidate:
     address: str
     layout_fingerprint: str
     load: int
+    max_sequence_tokens: int = 0  # what it can hold of one sequence, prompt and output together; 0: it does not say
+
+    def holds(self, num_tokens: int) -> bool:
+        """Whether a sequence that may become so long fits."""
+        return self.max_sequence_tokens == 0 or num_tokens <= self.max_sequence_tokens
 
 
 def place(

@@ -44,7 +44,6 @@ class RouterProcess:
         self.registry = WorkerRegistry(
             config.prefill,
             config.decode,
-            session_id=secrets.token_hex(16),
             max_message_bytes=config.max_message_bytes,
             workers_file=config.workers_file,
             file_interval_s=config.workers_file_interval_s,
@@ -106,7 +105,7 @@ class RouterProcess:
         while True:
             serving = self._dispatcher.has_place
             if serving is not was_serving:
-                await self._server.set_serving(serving)
+                self._server.set_serving(serving)
                 _logger.info("serving" if serving else "not serving: no ready workers")
                 was_serving = serving
             await self.registry.wait_changed()

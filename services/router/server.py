@@ -109,7 +109,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         record.admitted(admitted_ns)
         prompt_ids = await self._prompt_ids(request)
         record.tokenized(admitted_ns, time.monotonic_ns(), len(prompt_ids))
-        sampling = resolve_sampling(request, len(prompt_ids), self._limits)
+        sampling = await self._resolved(request, len(prompt_ids))
         plan = RequestPlan(
             request_id=request.request_id,
             prompt_ids=prompt_ids,
@@ -134,6 +134,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 output.cut_off()
                 await asyncio.wait((writing,), timeout=WRITE_GRACE_S)
                 raise
+
+    async def _resolved(self, request: ValidatedRequest, num_prompt_tokens: int) -> sampling_pb2.SamplingParams:
+        """Within what the workers hold, which is not known while there are none: then this waits for some."""
+        sampling = resolve_sampling(request, num_prompt_tokens, self._limits)
+        if self._dispatcher.has_place:
+            return sampling
+        await self._dispatcher.wait_for_place()
+        return resolve_sampling(request, num_prompt_tokens, self._limits)
 
     async def _prompt_ids(self, request: ValidatedRequest) -> Sequence[int]:
         # A message costs the template some characters, however short it is.

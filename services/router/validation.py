@@ -14,8 +14,8 @@ from baton.v1 import inference_pb2, sampling_pb2
 
 from common.errors import InvalidArgument, NotFound
 from common.sampling import params
-from common.sampling.limits import MAX_CHOICES
-from services.router.stop_strings import validate_stop_strings
+from common.sampling.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from services.router.stop_strings import MAX_STOP_STRINGS, validate_stop_strings
 
 MAX_TENANT_CHARS = 128
 MAX_REQUEST_ID_CHARS = 128
@@ -68,6 +68,7 @@ def validate(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> Val
         raise InvalidArgument("n", n, f"1 to {MAX_CHOICES}")
     if len(request.tenant) > MAX_TENANT_CHARS:
         raise InvalidArgument("tenant", request.tenant, f"at most {MAX_TENANT_CHARS} characters")
+    _check_counts(request)
     validate_stop_strings(tuple(request.stop))
     _check_prompt(request, limits)
     seed = request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(64)
@@ -127,6 +128,18 @@ def resolve_sampling(
 def within(parent: str, error: InvalidArgument) -> InvalidArgument:
     """The same error for a field that is part of another."""
     return InvalidArgument(f"{parent}.{error.field}", _Shown(error.value), error.limit)
+
+
+def _check_counts(request: inference_pb2.GenerateRequest) -> None:
+    """Before anything is made of each entry: a message may hold millions, and everybody waits meanwhile."""
+    sampling = request.sampling
+    for field, num_entries, most in (
+        ("stop", len(request.stop), MAX_STOP_STRINGS),
+        ("sampling.logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIAS),
+        ("sampling.stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS),
+    ):
+        if num_entries > most:
+            raise InvalidArgument(field, num_entries, f"at most {most} entries")
 
 
 def _check_sampling(given: sampling_pb2.SamplingParams, limits: ModelLimits, seed: int, longest_output: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import secrets
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,7 @@ class Role(enum.Enum):
 class Worker:
     """One address: its channel, and its status while that is known."""
 
-    def __init__(self, address: str, role: Role, session_id: str, registry: WorkerRegistry) -> None:
+    def __init__(self, address: str, role: Role, registry: WorkerRegistry) -> None:
         self.address = address
         self.role = role
         self.status: worker_pb2.WorkerStatus | None = None
@@ -52,6 +53,8 @@ class Worker:
         self._status_stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self.channel)
         self.prefill_stub: prefill_pb2_grpc.PrefillAsyncStub = prefill_pb2_grpc.PrefillStub(self.channel)
         decode_stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(self.channel)
+        # A name of its own: a worker that is listed twice, by different addresses, has two sessions.
+        session_id = secrets.token_hex(16)
         self.session = DecodeSession(address, decode_stub, session_id, registry.max_message_bytes, registry.notify)
 
     @property
@@ -73,7 +76,9 @@ class Worker:
             load = status.num_open
         else:
             return None
-        return Candidate(self.address, status.layout_fingerprint, load + self._dispatched_load)
+        return Candidate(
+            self.address, status.layout_fingerprint, load + self._dispatched_load, status.max_sequence_tokens
+        )
 
     @property
     def is_idle(self) -> bool:
@@ -158,12 +163,10 @@ class WorkerRegistry:
         prefill: Iterable[str],
         decode: Iterable[str],
         *,
-        session_id: str,
         max_message_bytes: int,
         workers_file: Path | None = None,
         file_interval_s: float = 1.0,
     ) -> None:
-        self.session_id = session_id
         self.max_message_bytes = max_message_bytes
         self._static = {(address, Role.PREFILL) for address in prefill}
         self._static |= {(address, Role.DECODE) for address in decode}
@@ -230,7 +233,7 @@ class WorkerRegistry:
 
     def _set_workers(self, runs: asyncio.TaskGroup, wanted: set[tuple[str, Role]]) -> None:
         for key in wanted - self._workers.keys():
-            worker = self._workers[key] = Worker(*key, self.session_id, self)
+            worker = self._workers[key] = Worker(*key, self)
             self._runs[key] = runs.create_task(worker.run())
         for key, worker in self._workers.items():
             worker.listed = key in wanted

@@ -104,6 +104,70 @@ async def test_answers_that_nobody_reads_end_the_stream_too() -> None:
         await anext(responses)
 
 
+async def test_what_waits_for_a_router_that_stands_still_comes_in_small_messages() -> None:
+    num_sequences, num_steps, top = 64, 40, [(100_000 + index, -2.0) for index in range(20)]
+    sessions = Sessions(max_pending=num_sequences)
+    session = sessions.begin("router")
+    responses = session.responses()
+    await anext(responses)
+    session.answer(decode_pb2.OpenResponse(sequence_id=num_sequences))
+    for position in range(num_steps):
+        for sequence_id in range(num_sequences):
+            sessions.publish(TokenSampled(("router", sequence_id), position, position * 1000, -1.0, top))
+        sessions.flush()
+    for sequence_id in range(num_sequences):
+        sessions.publish(end(sequence_id, End.FINISHED))
+    sessions.flush()
+    tokens: dict[int, list[int]] = {sequence_id: [] for sequence_id in range(num_sequences)}
+    ended: set[int] = set()
+    opened: list[int] = []
+    while len(ended) < num_sequences:
+        response = await anext(responses)
+        assert response.ByteSize() < 1 << 16  # the lowest limit that a router can be given
+        opened += [answer.sequence_id for answer in response.opened]
+        for entry in response.sequences:
+            assert entry.sequence_id not in ended
+            assert not entry.token_ids or entry.first_position == len(tokens[entry.sequence_id])
+            assert [logprobs.chosen.token_id for logprobs in entry.logprobs] == entry.token_ids
+            tokens[entry.sequence_id] += entry.token_ids
+            if entry.end:
+                ended.add(entry.sequence_id)
+    assert opened == [num_sequences]
+    assert all(ids == [position * 1000 for position in range(num_steps)] for ids in tokens.values())
+
+
+async def test_tokens_of_one_sequence_are_not_too_much_for_a_message_either() -> None:
+    sessions = Sessions(max_pending=8)
+    responses = sessions.begin("router").responses()
+    await anext(responses)
+    for position in range(20_000):
+        sessions.publish(token(1, position, 2**32 - 1))
+    sessions.flush()
+    num_tokens = 0
+    while num_tokens < 20_000:
+        (entry,) = (response := await anext(responses)).sequences
+        assert response.ByteSize() < 1 << 16
+        assert entry.first_position == num_tokens
+        num_tokens += len(entry.token_ids)
+
+
+async def test_a_router_that_stands_still_for_too_long_loses_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.decode.sessions.MAX_MESSAGE_TOKEN_BYTES", 10)  # two tokens
+    monkeypatch.setattr("services.decode.sessions.MAX_FULL_MESSAGES", 3)
+    sessions = Sessions(max_pending=8)
+    session = sessions.begin("router")
+    responses = session.responses()
+    await anext(responses)
+    for position in range(8):
+        sessions.publish(token(1, position, 5))
+        sessions.flush()
+    assert not session.is_over
+    sessions.publish(token(1, 8, 5))
+    sessions.flush()
+    with pytest.raises(ResourceExhausted):
+        await anext(responses)
+
+
 async def test_a_session_needs_a_name() -> None:
     with pytest.raises(InvalidArgument, match="session_id"):
         Sessions(max_pending=2).begin("")

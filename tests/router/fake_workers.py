@@ -116,7 +116,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._add_service(self.server)
         port = await self.server.start()
         self.address = f"127.0.0.1:{port}"
-        await self.server.set_serving(True)
+        self.server.set_serving(True)
 
     async def die(self) -> None:
         """Stop at once, as a process that is killed."""
@@ -161,6 +161,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         super().__init__(worker_pb2.WORKER_ROLE_DECODE, name, script)
         self._tickets = tickets
         self._streams: dict[str, asyncio.Queue[decode_pb2.SessionResponse | None]] = {}
+        self.sessions_begun: list[str] = []
         self.open: dict[int, OpenSequence] = {}
         self.opened: list[kv_pb2.Sequence] = []
         self.closed: list[int] = []
@@ -175,6 +176,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         self, request_iterator: AsyncIterator[decode_pb2.SessionRequest], context: Any
     ) -> AsyncIterator[decode_pb2.SessionResponse]:
         session_id = (await anext(request_iterator)).begin.session_id
+        self.sessions_begun.append(session_id)
         queue = self._streams[session_id] = asyncio.Queue()
         reading = asyncio.create_task(self._read(session_id, request_iterator))
         try:

@@ -62,6 +62,24 @@ def test_the_hint_follows_the_recent_rate() -> None:
     assert caught.value.retry_after_s == pytest.approx(2.0 * 4)
 
 
+def test_idle_time_is_no_part_of_the_rate() -> None:
+    queue = AdmissionQueue(2, 1)
+    now_s = 0.0
+    for idle_s in (0.0, 3600.0):
+        now_s += idle_s
+        for request in range(3):
+            queue.enter(request, 1)
+        for request in range(3, 20):  # a place comes free every 0.5 s, and is taken
+            now_s += 0.5
+            queue.leave(1, now_s)
+            queue.enter(request, 1)
+        assert queue.retry_after_s() == pytest.approx(0.5 * 2)
+        for _ in range(3):
+            now_s += 0.5
+            queue.leave(1, now_s)
+        assert queue.num_in_flight == 0
+
+
 async def test_a_waiter_that_is_cancelled_frees_its_turn() -> None:
     admission = Admission(AdmissionQueue(1, 4))
     order: list[str] = []

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import tokenizers
 from baton.v1 import decode_pb2, inference_pb2, prefill_pb2, sampling_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +17,7 @@ from services.router.output_stream import OutputStream
 from services.router.sequence_receiver import FirstToken, SequenceReceiver
 from services.router.tokenizer import Tokenizer
 from tests.router.byte_checkpoint import EOS_TOKEN_ID, byte_ids, write_byte_checkpoint
+from tests.router.sample_tokenizers import byte_level, metaspace, save, sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,32 @@ def test_no_more_than_max_tokens_are_accepted(tokenizer: Tokenizer) -> None:
     assert finished(choice) == (byte_ids("abc"), "abc", sampling_pb2.FINISH_REASON_LENGTH)
 
 
+@pytest.mark.parametrize("build", [byte_level, sentencepiece, metaspace], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("text", ["hello world", "naïve 世", "hello</s>"])
+def test_a_stop_token_that_is_kept_is_text_like_any_other(
+    tmp_path: Path, build: Callable[[], tokenizers.Tokenizer], text: str
+) -> None:
+    tokenizer = Tokenizer.from_directory(save(tmp_path, build()))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = ids[: ids.index(ids[-1]) + 1]
+    choice = Choice(0, ChoiceLimits(1000, frozenset(ids[-1:]), (), True, False), tokenizer, lambda choice: None)
+    for token_id in ids:
+        choice.accept((token_id,), ())
+    assert choice.has_ended
+    assert finished(choice) == (
+        ids,
+        tokenizer.decode(ids, skip_special_tokens=False),
+        sampling_pb2.FINISH_REASON_STOP,
+    )
+
+
+def test_a_stop_string_that_ends_with_a_kept_stop_token_is_kept_once(tokenizer: Tokenizer) -> None:
+    (last,) = byte_ids("c")
+    choice = Choice(0, ChoiceLimits(1000, frozenset({last}), ("bc",), True, True), tokenizer, lambda choice: None)
+    choice.accept(byte_ids("abcd"), ())
+    assert finished(choice)[:2] == (byte_ids("abc"), "abc")
+
+
 async def test_a_slow_writer_gets_one_message_for_all_that_waited(tokenizer: Tokenizer) -> None:
     output = OutputStream("id", 1, 5, lambda: 0)
     limits = ChoiceLimits(1000, frozenset(), (), False, True)
@@ -99,6 +129,55 @@ async def test_a_slow_writer_gets_one_message_for_all_that_waited(tokenizer: Tok
     assert [len(response.token_ids) for response in written] == [1, 500]
     assert written[1].text_delta == "b" * 500
     assert written[1].usage.num_output_tokens == 501
+
+
+def position_logprobs(token_id: int, num_top: int) -> sampling_pb2.PositionLogprobs:
+    top = [sampling_pb2.TokenLogprob(token_id=2**32 - 1, logprob=-2.5)] * num_top
+    return sampling_pb2.PositionLogprobs(chosen=sampling_pb2.TokenLogprob(token_id=token_id, logprob=-1.5), top=top)
+
+
+@pytest.mark.parametrize(("num_top", "num_tokens"), [(20, 2_000), (None, 50_000)])
+async def test_what_waits_for_a_slow_client_comes_in_small_messages(
+    tokenizer: Tokenizer, num_top: int | None, num_tokens: int
+) -> None:
+    output = OutputStream("id", 1, 5, lambda: 0)
+    limits = ChoiceLimits(num_tokens, frozenset(), (), False, True)
+    output.choices = [Choice(index, limits, tokenizer, output.on_change) for index in range(2)]
+    text = "abcdefg€" * (num_tokens // 10)  # of ten bytes, which are tokens
+    ids = byte_ids(text)
+    for choice in output.choices:
+        for start in range(0, num_tokens, 300):
+            piece = ids[start : start + 300]
+            choice.accept(piece, [] if num_top is None else [position_logprobs(i, num_top) for i in piece])
+        choice.end(sampling_pb2.FINISH_REASON_LENGTH)
+        choice.complete()
+    written: list[inference_pb2.GenerateResponse] = []
+
+    async def write(response: inference_pb2.GenerateResponse) -> None:
+        written.append(response)
+
+    await output.write_to(write, 0)
+    assert max(response.ByteSize() for response in written) < 1 << 17  # what the lowest limit of a router lets it send
+    for index in range(2):
+        mine = [response for response in written if response.choice == index]
+        assert [token_id for response in mine for token_id in response.token_ids] == ids
+        assert "".join(response.text_delta for response in mine) == text
+        told = [entry.chosen.token_id for response in mine for entry in response.logprobs]
+        assert told == ([] if num_top is None else ids)
+        assert all(len(response.logprobs) in (0, len(response.token_ids)) for response in mine)
+        ends = [(bool(response.finish_reason), response.HasField("lifetime")) for response in mine]
+        assert ends == [(False, False)] * (len(mine) - 1) + [(True, True)]
+    assert [response.HasField("usage") for response in written] == [False] * (len(written) - 1) + [True]
+
+
+def test_logprobs_that_wait_keep_no_message_of_a_worker(tokenizer: Tokenizer) -> None:
+    choice = make_choice(tokenizer)
+    received = decode_pb2.SequenceTokens(token_ids=byte_ids("a"), logprobs=[position_logprobs(7, 1)])
+    choice.accept(received.token_ids, received.logprobs)
+    received.logprobs[0].chosen.token_id = 8  # seen by whoever holds a part of it
+    message = choice.take()
+    assert message is not None
+    assert message.logprobs[0].chosen.token_id == 7
 
 
 def entry(position: int, text: str, end: decode_pb2.SequenceEnd.ValueType = 0) -> decode_pb2.SequenceTokens:  # type: ignore[assignment]

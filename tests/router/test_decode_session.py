@@ -105,13 +105,16 @@ async def test_a_sequence_too_large_for_a_message_is_refused_and_the_session_sta
         assert len(cluster.decodes[0].opened) == 1
 
 
-async def test_a_worker_that_does_not_read_counts_as_lost(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_too_many", [1, 3])  # one is gone again when the writer wakes before the reader
+async def test_a_worker_that_does_not_read_counts_as_lost(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, num_too_many: int
+) -> None:
     monkeypatch.setattr(decode_session, "MAX_OUTGOING", 3)
     session = session_of(cluster)
     cluster.script.num_opens_ignored = 1
     opening = asyncio.ensure_future(session.open(open_request(1)))
     await asyncio.wait_for(cluster.decodes[0].open_seen.wait(), 5)
-    for sequence_id in range(2, 8):  # nothing can be written before this task waits
+    for sequence_id in range(2, 2 + 3 + num_too_many):  # nothing can be written before this task waits
         session.close(sequence_id)
     with pytest.raises(Unavailable):
         await opening

@@ -61,6 +61,19 @@ def test_a_wrong_start_says_what_is_wrong(arguments: list[str], named: str) -> N
     assert "Traceback" not in done.stderr
 
 
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        arguments = ["--listen", address, "--model", str(write_byte_checkpoint(tmp_path)), "--decode", "127.0.0.1:1"]
+        command = [sys.executable, "-m", "services.router", *arguments]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert f"baton router: cannot listen on {address}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_children_share_the_port_and_have_metrics_ports_of_their_own() -> None:
     values = {"model": "m", "prefill": ("a:1",), "processes": 2, "metrics_port": 9000}
     config = RouterConfig.model_validate(values)

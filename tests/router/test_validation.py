@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from common.errors import BatonError, InvalidArgument, NotFound
 from common.rpc.status import error_from_rpc
+from services.router import validation
 from services.router.validation import ModelLimits, resolve_sampling, validate
 from tests.router.cluster import Cluster, running_cluster
 
@@ -164,6 +165,20 @@ def test_an_unknown_model_is_not_found(served: tuple[asyncio.Runner, Cluster]) -
     runner, cluster = served
     assert isinstance(runner.run(refusal(cluster, make(model="other"))), NotFound)
     assert cluster.num_opened == 0
+
+
+@pytest.mark.parametrize("field", ["stop", "sampling.logit_bias", "sampling.stop_token_ids"])
+def test_too_many_entries_are_refused_before_any_is_looked_at(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: object) -> None:
+        raise AssertionError("entries were looked at")
+
+    monkeypatch.setattr(validation, "validate_stop_strings", look)
+    monkeypatch.setattr(validation, "_check_sampling", look)
+    biases = dict.fromkeys(range(2000), 1.0)
+    value = {"stop": [""] * 2000, "sampling.logit_bias": biases, "sampling.stop_token_ids": [1] * 2000}[field]
+    with pytest.raises(InvalidArgument) as caught:
+        validate(make(**{field.replace(".", "__"): value}), LIMITS)
+    assert (caught.value.field, caught.value.value) == (field, "2000")
 
 
 def test_a_request_without_a_prompt_is_refused() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import grpc
 import pytest
-from baton.v1 import inference_pb2, worker_pb2
+from baton.v1 import decode_pb2, inference_pb2, sampling_pb2, worker_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.errors import InvalidArgument
+from common.errors import InvalidArgument, Unavailable
 from common.rpc.status import error_from_rpc
+from services.router import server
+from services.router.validation import ModelLimits, ValidatedRequest, resolve_sampling
 from services.router.workers import Role
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import FakeDecode, Script, Tickets, letters
@@ -89,6 +91,18 @@ async def test_a_worker_that_restarts_is_found_again(tmp_path: Path) -> None:
         await cluster.wait_until_serving(True)
 
 
+async def test_a_worker_that_is_listed_twice_keeps_both_sessions(tmp_path: Path) -> None:
+    decode = FakeDecode("d", Script(), Tickets())
+    await decode.start()
+    addresses = (decode.address, f"ipv4:{decode.address}")
+    async with running_cluster(tmp_path, num_decodes=0, decode=addresses) as cluster:
+        await wait_for_candidates(cluster, Role.DECODE, 2)
+        workers = [cluster.router.registry.worker(Role.DECODE, address) for address in addresses]
+        assert len(decode.sessions_begun) == len(set(decode.sessions_begun)) == 2
+        assert all(worker.session.stands for worker in workers)
+    await decode.die()
+
+
 async def test_workers_of_another_layout_are_not_paired(tmp_path: Path) -> None:
     async with running_cluster(tmp_path) as cluster:
         cluster.decodes[0].status.layout_fingerprint = "other"
@@ -138,3 +152,54 @@ async def test_a_sequence_is_no_longer_than_every_workers_kv_cache(tmp_path: Pat
             assert error.field == field
             assert "context length 12" in error.limit
         assert cluster.num_opened == 1
+
+
+async def test_max_tokens_is_resolved_by_workers_that_come_while_a_request_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    def observed(request: ValidatedRequest, num_tokens: int, limits: ModelLimits) -> sampling_pb2.SamplingParams:
+        asked.set()
+        return resolve_sampling(request, num_tokens, limits)
+
+    monkeypatch.setattr(server, "resolve_sampling", observed)
+    async with running_cluster(tmp_path) as cluster:
+        workers = (*cluster.prefills, *cluster.decodes)
+        for worker in workers:
+            await worker.die()
+        await cluster.wait_until(lambda: not any(cluster.router.registry.candidates(role) for role in Role))
+        generating = asyncio.ensure_future(cluster.generate(inference_pb2.GenerateRequest(text="hello")))
+        await asyncio.wait_for(asked.wait(), 20)
+        for worker in workers:
+            worker.status.max_sequence_tokens = 12
+            await worker.start()
+        assert (await generating)[0].token_ids == letters(0, 7)
+        assert cluster.decodes[0].opened[0].sampling.max_tokens == 7
+
+
+@pytest.mark.parametrize("large_comes_back", [True, False])
+async def test_a_sequence_moves_only_to_workers_that_hold_it(tmp_path: Path, large_comes_back: bool) -> None:
+    async with running_cluster(tmp_path, num_decodes=2, migration_timeout_s=20 if large_comes_back else 0) as cluster:
+        registry = cluster.router.registry
+
+        async def shrink_the_other(decode: FakeDecode) -> None:
+            (other,) = (worker for worker in cluster.decodes if worker is not decode)
+            other.status.max_sequence_tokens = 12
+            other.set_state(worker_pb2.WORKER_STATE_READY)
+            await cluster.wait_until(lambda: registry.max_sequence_tokens == 12)
+            if not large_comes_back:
+                decode.set_state(worker_pb2.WORKER_STATE_STARTING)
+                await cluster.wait_until(lambda: len(registry.candidates(Role.DECODE)) == 1)
+
+        cluster.script.at_position.update({4: shrink_the_other, 5: decode_pb2.SEQUENCE_END_LOST})
+        generating = asyncio.ensure_future(cluster.generate(inference_pb2.GenerateRequest(text="hello")))
+        if large_comes_back:
+            assert (await generating)[0].token_ids == letters(0, 507)
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await generating
+            error = error_from_rpc(caught.value)
+            assert isinstance(error, Unavailable)
+            assert "too small for a sequence of up to 512 tokens" in str(error)
+        assert sorted(len(decode.opened) for decode in cluster.decodes) == [0, 1 + large_comes_back]

@@ -25,6 +25,7 @@ from common.errors import (
     Unavailable,
 )
 from common.rpc.client import open_channel
+from common.rpc.health import HealthServicer
 from common.rpc.server import RpcServer
 from common.rpc.status import error_from_rpc
 
@@ -181,10 +182,67 @@ async def test_health_follows_set_serving_for_every_name() -> None:
         for name in ("", "baton.v1.Worker"):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
-        await served.server.set_serving(True)
+        served.server.set_serving(True)
         for name in ("", "baton.v1.Worker"):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def health_request() -> health_pb2.HealthCheckRequest:
+    return health_pb2.HealthCheckRequest(service="baton.v1.Worker")
+
+
+async def test_a_watch_that_nobody_reads_delays_neither_health_nor_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    writing = asyncio.Event()
+    watch = HealthServicer.Watch
+
+    async def observed(self: HealthServicer, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        writing.set()  # before its first write, which is never over
+        await watch(self, request, context)
+
+    monkeypatch.setattr(HealthServicer, "Watch", observed)
+    async with Served() as served:
+        # No window for messages, and none that grows by itself.
+        options = [("grpc.http2.lookahead_bytes", 0), ("grpc.http2.bdp_probe", 0)]
+        deaf = grpc.aio.insecure_channel(f"127.0.0.1:{served.port}", options=options)
+        unread = health_pb2_grpc.HealthStub(deaf).Watch(health_request())
+        await asyncio.wait_for(writing.wait(), 20)
+        health: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(served.channel)
+        read = aiter(health.Watch(health_request()))
+        assert (await asyncio.wait_for(anext(read), 20)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        for serving in (True, False, True):
+            served.server.set_serving(serving)
+            expected = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+            assert (await asyncio.wait_for(anext(read), 20)).status == expected
+            assert (await health.Check(health_request(), timeout=20)).status == expected
+        await asyncio.wait_for(served.server.stop(0.1), 20)
+        unread.cancel()
+        await deaf.close()
+
+
+async def test_a_watch_ends_with_the_server_and_does_not_hold_it_up() -> None:
+    async with Served() as served:
+        served.server.set_serving(True)
+        watch = aiter(health_pb2_grpc.HealthStub(served.channel).Watch(health_request()))
+        assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVING
+        stopping = asyncio.create_task(served.server.stop(3600))
+        assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(StopAsyncIteration):
+            await anext(watch)
+        await asyncio.wait_for(stopping, 20)
+        served.server.set_serving(True)  # too late to be heard
+
+
+async def test_health_of_a_service_that_is_not_there() -> None:
+    async with Served() as served:
+        health: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(served.channel)
+        unknown = health_pb2.HealthCheckRequest(service="other")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health.Check(unknown)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        watch = health.Watch(unknown)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
 
 
 async def test_reflection_lists_every_service() -> None:

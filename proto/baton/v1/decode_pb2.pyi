@@ -104,7 +104,7 @@ class SessionBegin(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """Random per router process. A second stream of the same session replaces the first."""
+    """Random per router process and worker address. A second stream of the same session replaces the first."""
     def __init__(
         self,
         *,
@@ -120,8 +120,8 @@ Global___SessionBegin: _TypeAlias = SessionBegin  # noqa: Y015
 
 @_typing.final
 class SessionResponse(_message.Message):
-    """Answers, and tokens of one engine step, or of several if the router is slow. The first one of a stream says that the
-    session stands, and has nothing else but perhaps tickets.
+    """Answers, and tokens of one engine step, or of several if the router is slow, or a part of them if they would be
+    large. The first one of a stream says that the session stands, and has nothing else but perhaps tickets.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
