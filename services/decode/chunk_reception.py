@@ -116,9 +116,13 @@ class ChunkReception:
         try:
             await self._fill(transfer)
         finally:
-            # A second cancel must not keep the first from being finished: until then a rank may write to the blocks.
+            # Nothing is answered before all is taken back: until then a rank may write to the blocks, and why we lost
+            # the bytes is not known. So a cancel that comes meanwhile changes nothing.
             settling = self._context.spawn(self._settle(transfer, slots, handle))
-            await asyncio.shield(settling)
+            while not settling.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({settling})
+            settling.result()
             if self._connection_lost:
                 raise PeerLost("the transport connection is closed")
 

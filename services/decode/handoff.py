@@ -26,7 +26,7 @@ from common.errors import (
 from common.telemetry.tracing import NO_SPAN, Span
 from services.decode.handoff_context import HandoffContext
 from services.decode.handoff_stream import HandoffStream, Write
-from services.decode.request import BlocksReserved, DecodeSequence, End, SequenceEnded
+from services.decode.request import BlocksReserved, DecodeSequence, End, SequenceEnded, SequenceState
 
 MAX_EARLY: Final = 4096
 
@@ -86,6 +86,8 @@ class Handoffs:
             seq = find(begin.ticket_id)
         if seq is None:
             raise NotFound("the ticket is not, or no longer, of this worker")
+        if seq.state is not SequenceState.OPEN:
+            raise FailedPrecondition(f"the ticket's sequence is {seq.state.name.lower()} already")
         if begin.ticket_id in self._streams:
             raise FailedPrecondition("another hand-off of this ticket is under way")
         return seq

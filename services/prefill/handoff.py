@@ -143,6 +143,8 @@ class Handoff:
             raise errors.TransferError(f"decode holds {accepted.num_blocks_reused} of {self._job.num_blocks} blocks")
         self.stats.num_blocks_reused = accepted.num_blocks_reused
         in_flight = asyncio.Semaphore(self._setup.max_chunks_in_flight)
+        assert self._connecting is not None
+        await asyncio.shield(self._connecting)  # an offer takes a slot at decode, which others could use meanwhile
         first_block = accepted.num_blocks_reused
         async with asyncio.TaskGroup() as tasks:
             while first_block < self._job.num_blocks:
@@ -162,8 +164,7 @@ class Handoff:
                 raise error
             chunk.attempt += 1
             self.stats.num_chunks_resent += 1
-            if isinstance(error, errors.PeerLost):
-                await self._connect()
+            await self._connect()  # whichever end failed may have closed the connection
             await self._job.ready(chunk.shape.end_block)  # a grant may have run out while a slow step computed
         if chunk.shape.num_stored_layers == self._setup.layout.num_layers:
             self.stats.num_blocks_shipped += chunk.shape.num_blocks
@@ -228,10 +229,8 @@ class Handoff:
         If no slot is free in time, gives the grant back.
         """
         legs = self._legs.pack(chunk.shape.num_blocks, chunk.shape.num_layers, grant.legs)
-        assert self._connecting is not None
         try:
             async with asyncio.timeout_at(deadline_s):
-                await asyncio.shield(self._connecting)
                 handle = await self._sends.slots.acquire()
         except TimeoutError:
             await self._abort(chunk, "no send slot was free in time")

@@ -214,6 +214,32 @@ async def test_a_chunk_that_the_sender_gives_back_may_be_offered_again() -> None
         await router.leave()
 
 
+async def test_an_abort_that_comes_while_a_chunk_is_taken_back_hastens_no_verdict() -> None:
+    """Until every rank has said what became of its leg, nobody knows what prefill must do about it."""
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        front.group.cancel_outcome, front.group.hold_cancels = "peer_lost", True
+        prefill.offer(0, 0, 3)
+        await prefill.receive("grant")
+        _, post = await next_post(front)
+        front.group.finish(post, "TransferTimeout", "for the log")
+        await _turns()
+        assert front.group.num_cancels == 1
+        prefill.send(chunk_aborted=kv_pb2.ChunkAborted(chunk_index=0, reason="not sent in time"))
+        await _turns()
+        assert front.worker.counters.snapshot()["chunks_aborted"] == 1
+        assert front.worker.status().num_blocks_held == 3
+        assert not sum(n for name, n in front.worker.counters.snapshot().items() if name.startswith("chunks_rejected"))
+        front.group.answer_cancels()
+        rejected = (await prefill.receive("chunk_rejected")).chunk_rejected
+        assert rejected.reason == kv_pb2.CHUNK_REJECT_REASON_PEER_LOST
+        await prefill.break_off()
+        await front.until_free()
+        await router.leave()
+
+
 async def test_a_slot_in_doubt_is_quarantined_until_its_connection_has_drained() -> None:
     async with running_front(num_slots=1) as front:
         router = await Router(front).subscribed()
@@ -439,6 +465,24 @@ async def test_a_peer_that_breaks_the_protocol_loses_its_stream_only(mistake: st
         await router.leave()
 
 
+async def test_a_second_hand_off_of_a_joined_sequence_is_refused_and_changes_nothing() -> None:
+    async with running_front() as front:
+        front.group.hangs = True
+        router = await Router(front).subscribed()
+        ticket = router.open(1)
+        prefill = Prefill(front, ticket)
+        await prefill.receive("accepted")
+        await ship(front, prefill, 0, 0, 3)
+        prefill.finish(3)
+        await prefill.receive("joined")
+        await prefill.over()
+        with pytest.raises(FailedPrecondition, match="already"):
+            await Prefill(front, ticket).over()
+        assert front.worker.scheduler.num_open == 1
+        await router.leave()
+        await front.until(lambda: front.worker.scheduler.num_open == 0)
+
+
 async def test_a_chunk_that_always_fails_is_given_up() -> None:
     async with running_front(max_chunk_resends=2) as front:
         router = await Router(front).subscribed()
@@ -488,6 +532,12 @@ async def test_a_hand_off_whose_blocks_go_to_others_ends_as_preempted() -> None:
         assert len(router.tokens[1]) == 13
         await front.until_free()
         await router.leave()
+
+
+async def _turns() -> None:
+    """Let everything run that can: nothing here waits for another process."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 async def _fail(front: Front, prefill: Prefill, index: int, first_block: int, num_blocks: int) -> None:

@@ -52,7 +52,7 @@ class _Owner:
 
 class FakeRanks(RankGroup):
     """Ranks that compute nothing. With `is_manual` steps are answered by `answer_step`, with `holds_sends` legs by
-    `finish_send`."""
+    `finish_send`, with `holds_connects` connections by `finish_connects`."""
 
     def __init__(self, wire: Wire, pids: list[int]) -> None:
         super().__init__()
@@ -60,11 +60,13 @@ class FakeRanks(RankGroup):
         self.fake_pids = pids
         self.is_manual = False
         self.holds_sends = False
+        self.holds_connects = False
         self.connect_error = ""
         self.token = SampledToken(-1, FIRST_TOKEN)
         self.rows: set[int] = set()
         self.plans: list[StepPlan] = []
         self.connects: list[tuple[int, str]] = []
+        self.held_connects: list[tuple[ConnectPeer, Operation]] = []
         self.sends: list[tuple[int, SendLeg]] = []
         self.held: list[tuple[SendLeg, Operation]] = []
         self.on_held: asyncio.Event = asyncio.Event()
@@ -104,7 +106,9 @@ class FakeRanks(RankGroup):
         self._owner.operations[message.op_id] = operation
         if isinstance(message, ConnectPeer):
             self.connects.append((rank, message.address))
-            operation.deliver(ConnectDone(message.op_id, "fake:lane", self.connect_error, "by the test"))
+            self.held_connects.append((message, operation))
+            if not self.holds_connects:
+                self.finish_connects()
         elif isinstance(message, SendLeg):
             self.sends.append((rank, message))
             self.held.append((message, operation))
@@ -112,6 +116,12 @@ class FakeRanks(RankGroup):
             if not self.holds_sends:
                 self.finish_send()
         return operation
+
+    def finish_connects(self) -> None:
+        """All connections that are held stand, or have failed."""
+        while self.held_connects:
+            message, operation = self.held_connects.pop()
+            operation.deliver(ConnectDone(message.op_id, "fake:lane", self.connect_error, "by the test"))
 
     def finish_send(self, error_kind: str = "", is_in_doubt: bool = False) -> tuple[SendLeg, Operation]:
         """The oldest leg that is held arrives, or fails."""
