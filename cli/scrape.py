@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import math
 import urllib.error
 import urllib.request
@@ -62,7 +63,11 @@ class Scrape:
 
 async def scrape(url: str, timeout_s: float) -> Scrape:
     """Fetch and parse. Raises `Unavailable` if the URL does not answer with metrics in time."""
-    return Scrape.parse(await asyncio.to_thread(_fetch, url, timeout_s))
+    text = await asyncio.to_thread(_fetch, url, timeout_s)
+    try:
+        return Scrape.parse(text)
+    except ValueError as error:
+        raise Unavailable(f"{url} answers, but not with metrics: {error}") from error
 
 
 def quantile(before: Scrape, after: Scrape, histogram: str, q: float) -> float | None:
@@ -92,6 +97,6 @@ def _fetch(url: str, timeout_s: float) -> str:
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as response:
             content: bytes = response.read(_MAX_BYTES)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise Unavailable(f"no metrics from {url}: {error}") from error
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        raise Unavailable(f"no metrics from {url}: {error or type(error).__name__}") from error
     return content.decode(errors="replace")

@@ -83,7 +83,10 @@ async def client_group(specs: list[ClientSpec]) -> AsyncIterator[ClientGroup]:
     try:
         for spec in specs:
             pipe = asyncio.subprocess.PIPE
-            process = await asyncio.create_subprocess_exec(*_COMMAND, stdin=pipe, stdout=pipe, limit=MAX_RECORD_BYTES)
+            # In a group of its own, so that Ctrl-C in a terminal reaches us alone: it would end a client that starts.
+            process = await asyncio.create_subprocess_exec(
+                *_COMMAND, stdin=pipe, stdout=pipe, limit=MAX_RECORD_BYTES, process_group=0
+            )
             processes.append(process)
             assert process.stdin is not None
             process.stdin.write(to_line(spec))

@@ -24,6 +24,7 @@ _MAX_QUEUED_SPANS = 8192
 _MAX_BATCH_SPANS = 512
 _EXPORT_INTERVAL_MS = 500
 _EXPORT_TIMEOUT_S = 5.0
+_CLOCK_READINGS = 5
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -33,7 +34,7 @@ class OtelTracing(Tracing):
     def __init__(self, provider: TracerProvider) -> None:
         self.tracer = provider.get_tracer("baton")
         # Taken once: all spans of a process keep their order whatever becomes of the wall clock.
-        self.wall_offset_ns = time.time_ns() - time.monotonic_ns()
+        self.wall_offset_ns = _wall_offset_ns()
         self._provider = provider
 
     def begin(self, name: str, caller: Caller, start_ns: int, **attributes: Attribute) -> Span:
@@ -85,6 +86,16 @@ class OtelSpan(Span):
             self._span.set_status(trace.StatusCode.ERROR, error)
         self._span.set_attributes(_named(attributes))
         self._span.end(end_ns + self._tracing.wall_offset_ns)
+
+
+def _wall_offset_ns() -> int:
+    """From monotonic time to the time of day, of several readings the one that took least: a process that loses its
+    processor between the two clocks would be early for ever."""
+    readings = []
+    for _ in range(_CLOCK_READINGS):
+        before, wall, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        readings.append((after - before, wall - (before + after) // 2))
+    return min(readings)[1]
 
 
 def export_to(endpoint: str, sample_ratio: float, service: str, instance: str) -> Tracing:

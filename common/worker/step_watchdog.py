@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from common.worker.rank_group import RankGroup
 
+_MAX_GRACE_S: Final = 5.0
+
+
+def grace_s(timeout_s: float) -> float:
+    """How long to wait for an answer whose time is up, before a rank is given up: a front that stood still itself, as
+    on a machine that was paused, finds the timer due before it has read what came meanwhile."""
+    return min(timeout_s / 4, _MAX_GRACE_S)
+
 
 class StepWatchdog:
-    """Declares a group lost when the result of its oldest plan does not come within `timeout_s`.
+    """Declares a group lost when the result of its oldest plan does not come within `timeout_s`, and `grace_s` more.
 
     The time of a plan counts from its submission or from the result before it, whichever was later: ranks compute
     one plan after the other. Whoever waits for the group is told as if a rank had died, and its supervisor kills it.
@@ -40,7 +49,10 @@ class StepWatchdog:
             self._timer = None
 
     def _start(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._give_up)
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._look_again)
+
+    def _look_again(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(grace_s(self._timeout_s), self._give_up)
 
     def _give_up(self) -> None:
         self._timer = None

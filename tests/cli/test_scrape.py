@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import pytest
@@ -21,6 +22,30 @@ def make_waits() -> tuple[Metrics, Histogram]:
 
 def look(metrics: Metrics) -> Scrape:
     return Scrape.parse(generate_latest(metrics.registry).decode())
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"\x00\x00\x06\x04\x00\x00\x00\x00\x00", "no metrics from"),  # as a gRPC server greets
+        (b"", "no metrics from"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n<p>hi</p>", "not with metrics"),
+    ],
+)
+async def test_an_address_that_serves_something_else_is_named(answer: bytes, said: str) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/metrics"
+        with pytest.raises(Unavailable, match=f"{said}.*{url}|{url}.*{said}"):
+            await scrape(url, timeout_s=20.0)
+    with pytest.raises(Unavailable):
+        await scrape("http://127.0.0.1:port/metrics", timeout_s=20.0)
 
 
 async def test_a_scrape_has_every_sample_by_name_and_labels() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
+import pytest
+
+from common.worker import step_watchdog
 from common.worker.rank_group import RankGroup
 from common.worker.step_watchdog import StepWatchdog
 
@@ -26,6 +30,27 @@ async def test_the_plan_behind_an_answered_one_is_watched_too() -> None:
     watchdog.answered()
     async with asyncio.timeout(5.0):
         await group.wait_lost()
+
+
+async def test_an_answer_that_is_read_late_because_the_front_stood_still_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop finds the timer due before it has read what came meanwhile."""
+    monkeypatch.setattr(step_watchdog, "grace_s", lambda timeout_s: LONG_S)
+    group = RankGroup()
+    watchdog = StepWatchdog(group, SHORT_S)
+    watchdog.submitted()
+    due = asyncio.Event()
+    asyncio.get_running_loop().call_later(SHORT_S, due.set)
+    time.sleep(2 * SHORT_S)  # noqa: ASYNC251 - that is the point
+    await due.wait()  # timers fire in order
+    watchdog.answered()
+    assert group.lost_reason is None
+    assert watchdog._timer is None
+
+
+def test_the_grace_is_a_quarter_of_the_time_and_at_most_five_seconds() -> None:
+    assert (step_watchdog.grace_s(2.0), step_watchdog.grace_s(60.0)) == (0.5, 5.0)
 
 
 async def test_idle_ranks_are_not_watched() -> None:
