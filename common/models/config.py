@@ -8,6 +8,7 @@ nor weights.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from common.errors import ModelError
 
 Json = Mapping[str, object]
 
+DTYPES: Final = ("float32", "bfloat16", "float16")  # of checkpoints, and of what is computed with them
+
 _ARCHITECTURES: Final = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "MistralForCausalLM": "mistral",
 }
-_DTYPES: Final = ("float32", "bfloat16", "float16")
+_LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 _DEFAULT_ROPE_THETA: Final = 10000.0
 _DEFAULT_WINDOW: Final = 4096  # transformers' value where the key is absent; null means no window
 _DEFAULT_MAX_WINDOW_LAYERS: Final = 28
@@ -114,9 +117,9 @@ def parse_model_config(config: Json, generation_config: Json) -> ModelConfig:
 def _architecture(config: Json) -> str:
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else None
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise ModelError(f"architecture {architecture!r} is not supported; these are: {', '.join(_ARCHITECTURES)}")
-    return str(architecture)
+    return architecture
 
 
 def _refuse_unsupported(config: Json) -> None:
@@ -156,7 +159,7 @@ def _windows(config: Json, family: str) -> tuple[int | None, ...]:
         return (None,) * num_layers
     window = _positive(config, "sliding_window", _DEFAULT_WINDOW)
     if isinstance(layer_types := config.get("layer_types"), list) and family != "mistral":
-        if len(layer_types) != num_layers or not {*layer_types} <= {"full_attention", "sliding_attention"}:
+        if len(layer_types) != num_layers or any(kind not in _LAYER_TYPES for kind in layer_types):
             raise ModelError(f"layer_types = {layer_types!r} does not fit {num_layers} layers")
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
     first = 0 if family == "mistral" else config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
@@ -167,8 +170,8 @@ def _windows(config: Json, family: str) -> tuple[int | None, ...]:
 
 def _dtype(config: Json) -> str:
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in _DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not supported; these are: {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
     return str(dtype)
 
 
@@ -197,7 +200,7 @@ def _number(config: Json, key: str, default: float | None = None) -> float:
     value = config.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ModelError(f"config.json: {key} = {value!r}, expected a positive number")
     return float(value)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, Protocol, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from common.errors import ModelError
 from common.models.checkpoint import TensorEntry, tensor_entries
@@ -176,6 +176,13 @@ class _Slice(Protocol):
     def __getitem__(self, index: slice | tuple[slice, slice], /) -> torch.Tensor: ...
 
 
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
+
+
 class _Reader:
     """A `TensorSource`: slices of a checkpoint's tensors, on the device and in the dtype asked for."""
 
@@ -184,9 +191,7 @@ class _Reader:
         self._model_dir = model_dir
         self._dtype = dtype
         self._device = device
-        self._open = {
-            entry.file: safe_open(entry.file, framework="pt", device="cpu") for entry in self._entries.values()
-        }
+        self._open = {file: _open(file) for file in {entry.file for entry in self._entries.values()}}
         self.num_parameters = 0
 
     def whole(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -43,7 +43,10 @@ class BlockingFrames:
         view = memoryview(buffer)
         filled = 0
         while filled < num_bytes:
-            got = self._socket.recv_into(view[filled:])
+            try:
+                got = self._socket.recv_into(view[filled:])
+            except ConnectionError:  # the other end closed before it had read everything
+                return None
             if got == 0:
                 return None
             filled += got
@@ -75,8 +78,12 @@ class AsyncFrames:
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
-    async def close(self) -> None:
-        """Close the stream; what is queued is sent first."""
+    def begin_close(self) -> None:
+        """Send what is queued, then close the stream; does not wait for it."""
         self._writer.close()
+
+    async def close(self) -> None:
+        """Close the stream and wait until it is closed, for which the other end must read what is queued or be gone."""
+        self.begin_close()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()

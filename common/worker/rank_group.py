@@ -192,10 +192,12 @@ class RankGroup:
             task.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
         self._readers.clear()
-        for rank in self._ranks:
-            await rank.steps.close()
-            await rank.kv.close()
+        channels = [channel for rank in self._ranks for channel in (rank.steps, rank.kv)]
+        for channel in channels:
+            channel.begin_close()
         await asyncio.gather(*(_end(rank.process, grace_s) for rank in self._ranks))
+        for channel in channels:  # now only: a rank that hangs does not read what is queued for it
+            await channel.close()
         self._ranks.clear()
 
     async def __aenter__(self) -> RankGroup:

@@ -22,7 +22,6 @@ from typing import Protocol
 import msgspec
 import torch
 
-from common import errors
 from common.parent_death import end_with_parent
 from common.quiet_collector import quiet_collector
 from common.transport.base import Endpoint
@@ -91,7 +90,7 @@ def run_rank(argv: list[str], make_kv_service: KVServiceFactory) -> int:
         runtime = build_runtime(start)
         kv_thread = _KVThread(kv_fd, start, runtime, make_kv_service)
         address = kv_thread.start_and_wait()
-    except (errors.BatonError, RuntimeError, OSError) as error:
+    except Exception as error:  # the process edge: whatever it is, the front must know why this rank does not start
         _log.exception("rank %d cannot start", start.rank)
         frames.send(_failure(start.rank, error))
         return 1

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InvalidArgument, ModelError
-from common.kvcache.layout import DTYPE_BYTES, KVLayout, heads_of_rank
+from common.kvcache.layout import KVLayout, heads_of_rank
 from common.models.checkpoint import drawn_model_digest, model_digest
-from common.models.config import ModelConfig, read_model_config
+from common.models.config import DTYPES, ModelConfig, read_model_config
 
 PROTOCOL_VERSION = 2  # of hand-off messages and payloads; part of the layout fingerprint
 
@@ -47,9 +47,12 @@ def read_worker_model(
 
 
 def resolve_dtype(dtype: str, device: str, config: ModelConfig) -> str:
-    """`auto` is the checkpoint's dtype, but float32 on a CPU, whose half precision is slow and inexact."""
+    """`auto` is the checkpoint's dtype, but float32 on a CPU, whose half precision is slow and inexact.
+
+    Raises `InvalidArgument` for what ranks do not compute in.
+    """
     if dtype == "auto":
         return "float32" if device == "cpu" else config.dtype
-    if dtype not in DTYPE_BYTES:
-        raise InvalidArgument("dtype", dtype, f"must be auto or one of {', '.join(DTYPE_BYTES)}")
+    if dtype not in DTYPES:
+        raise InvalidArgument("dtype", dtype, f"must be auto or one of {', '.join(DTYPES)}")
     return dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,47 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ModelError, match="weight_map"):
         checkpoint_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(ModelError, match=r"index\.json cannot be read: Is a directory"):
+        checkpoint_files(tmp_path)
+
+
+def file_of(header: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (file_of(json.dumps({"a": ENTRY}).encode(), bytes(7)), "7 bytes of tensors, its header describes 8"),
+        (file_of(json.dumps({"a": ENTRY}).encode(), bytes(9)), "9 bytes of tensors, its header describes 8"),
+        (file_of(b"{" + b"x" * 20), "header"),
+        (file_of(b"\xff" * 20), "header"),
+        (bytes(1024), "header"),
+        (file_of(b"[]"), "header"),
+        (file_of(b'{"a": 1}'), "tensor 'a'"),
+        (file_of(b'{"a": {"dtype": "F32", "data_offsets": [0, 0]}}'), "tensor 'a'.*shape"),
+        (file_of(b'{"a": {"dtype": "F32", "shape": [2]}}'), "tensor 'a'.*data_offsets"),
+        (file_of(json.dumps({"a": ENTRY | {"shape": 2}}).encode(), bytes(8)), "tensor 'a'.*shape"),
+        (file_of(json.dumps({"a": ENTRY | {"dtype": None}}).encode(), bytes(8)), "tensor 'a'.*dtype"),
+    ],
+)
+def test_a_damaged_file_is_named_before_its_tensors_are_read(tmp_path: Path, content: bytes, named: str) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").write_bytes(content)
+    for read in (tensor_entries, model_digest):
+        with pytest.raises(ModelError, match=rf"model\.safetensors .*{named}"):
+            read(tmp_path / "a")
+
+
+def test_what_is_said_about_a_file_is_no_tensor(tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": {"format": "pt"}, "a": ENTRY}).encode() + b"  "
+    (tmp_path / "model.safetensors").write_bytes(file_of(header, bytes(8)))
+    assert list(tensor_entries(tmp_path)) == ["a"]
 
 
 @pytest.mark.parametrize("num_elements", [1_000, 1_000_000])

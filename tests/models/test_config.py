@@ -109,6 +109,13 @@ def test_families_differ_in_flags() -> None:
     [
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ({"architectures": None}, "architecture None"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "architecture"),
+        ({"architectures": [{}]}, "architecture"),
+        (
+            with_architecture("Qwen2", sliding_window=32, use_sliding_window=True, layer_types=[{}, [], "x"]),
+            "layer_types",
+        ),
+        ({"rope_theta": 10**400}, "rope_theta"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

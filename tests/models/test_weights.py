@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,4 +95,14 @@ def test_an_unreadable_dtype_is_named(checkpoint: Path) -> None:
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     save_file(tensors, path)
     with pytest.raises(ModelError, match=r"model\.norm\.weight has dtype I8"):
+        load(checkpoint, read_model_config(checkpoint))
+
+
+def test_a_file_that_contradicts_itself_is_named(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    (num_bytes,) = struct.unpack("<Q", content[:8])
+    header = content[8 : 8 + num_bytes].replace(b'"shape":[320,64]', b'"shape":[320,65]')
+    path.write_bytes(content[:8] + header + content[8 + num_bytes :])
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged: .*shape"):
         load(checkpoint, read_model_config(checkpoint))

@@ -35,6 +35,15 @@ async def test_end_of_the_stream_inside_a_frame_is_an_end() -> None:
     await frames.close()
 
 
+def test_an_end_with_messages_unread_is_an_end() -> None:
+    left, right = socket.socketpair()
+    with left:
+        frames = BlockingFrames(left)
+        frames.send(RemoveRow(1))
+        right.close()  # resets the connection, as the message is still there
+        assert frames.receive() is None
+
+
 def test_oversized_message_is_refused() -> None:
     with pytest.raises(ValueError, match="frame limit"):
         encode_frame(StepPlan(0, [Segment(0, bytes(MAX_FRAME_BYTES), 0, [], False, 0)]))

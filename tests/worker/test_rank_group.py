@@ -1,14 +1,19 @@
 """A group of rank processes: it answers, and whatever goes wrong it ends typed and leaves no process."""
 
+import asyncio
+import json
 import os
 import signal
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from common.errors import InternalError, ModelError, Unavailable
+from common.sampling.params import SamplingParams
 from common.worker.rank_group import RankGroup, error_of
 from common.worker.rank_messages import ConnectDone, ConnectPeer, StartRank
-from common.worker.step_plan import Segment, StepPlan
+from common.worker.step_plan import AddRow, Segment, StepPlan
 
 MODULE = "tests.worker.fake_rank"
 
@@ -74,6 +79,22 @@ async def test_leaving_the_group_ends_its_processes() -> None:
     assert not any(_alive(pid) for pid in pids)
 
 
+async def test_a_rank_that_does_not_read_is_killed_though_its_channels_are_full() -> None:
+    group = await RankGroup.start(MODULE, _specs("echo"), 30.0)
+    pids = group.pids
+    more_than_sockets_hold = 16 << 20
+    try:
+        os.kill(pids[0], signal.SIGSTOP)
+        group.submit(AddRow(0, SamplingParams(max_tokens=1, seed=0), bytes(more_than_sockets_hold), b""))
+        group.begin(0, ConnectPeer(group.next_op_id(), "x" * more_than_sockets_hold, 1.0))
+        async with asyncio.timeout(30.0):
+            await group.stop(grace_s=0.1)
+        assert not any(_alive(pid) for pid in pids)
+    finally:
+        for pid in filter(_alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
 async def test_killed_rank_fails_waits_and_operations_with_its_name() -> None:
     group = await RankGroup.start(MODULE, _specs("echo"), 30.0)
     async with group:
@@ -107,6 +128,16 @@ async def test_rank_that_fails_a_step_loses_the_group_with_its_reason() -> None:
 async def test_group_that_cannot_start_says_why(behaviour: str, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         await RankGroup.start(MODULE, _specs(behaviour, count=1), 1.0 if behaviour == "hang" else 30.0)
+
+
+async def test_whatever_keeps_a_rank_from_starting_is_told(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes, **heads}))
+    (spec,) = _specs(str(tmp_path), count=1)
+    spec = msgspec.structs.replace(spec, random_weights=True, transport_progress="never")
+    with pytest.raises(InternalError, match="ValueError: 'never'"):
+        await RankGroup.start("services.decode.rank", [spec], 60.0)
 
 
 def test_error_is_restored_by_name() -> None:

@@ -1,7 +1,8 @@
-"""The step loop of a GPU's rank: steps are launched as plans arrive, results follow in order, failures end it."""
+"""The step loops of ranks: a GPU's launches as plans arrive, results follow in order, failures and fronts end them."""
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from common.errors import InternalError
 from common.worker.framing import BlockingFrames
 from common.worker.model_runner import Pending
 from common.worker.rank_messages import RankFailed, RankStepMessage
-from common.worker.rank_process import _launch_loop
+from common.worker.rank_process import _launch_loop, _step_loop
 from common.worker.rank_runtime import RankRuntime
 from common.worker.step_plan import AddRow, RemoveRow, StepPlan, StepResult
 
@@ -130,3 +131,20 @@ def test_other_ranks_than_the_first_send_no_results() -> None:
     rank.front.send(RemoveRow(4))
     assert rank.receive() == RankFailed(1, "InternalError", "row 4 is not taken")
     rank.close()
+
+
+def test_a_front_that_closes_with_a_result_unread_ends_the_rank() -> None:
+    front, theirs = socket.socketpair()
+    BlockingFrames(front).send(StepPlan(1, []))
+    statuses: list[int] = []
+    device = Device()
+    device.may_end.set()
+    runtime = cast(RankRuntime, SimpleNamespace(runner=device))
+    thread = threading.Thread(target=lambda: statuses.append(_step_loop(BlockingFrames(theirs), 0, runtime)))
+    with theirs:
+        thread.start()
+        readable, _, _ = select.select([front], [], [], 30)
+        front.close()
+        thread.join(30)
+    assert readable
+    assert statuses == [0]

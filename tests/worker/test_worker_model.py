@@ -1,0 +1,57 @@
+"""What a front reads of a model: it refuses what its ranks could not serve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.errors import InvalidArgument, ModelError
+from common.models.config import read_model_config
+from common.worker.worker_model import read_worker_model, resolve_dtype
+
+CONFIG: dict[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"weight": torch.ones(1000)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_checkpoint_that_is_cut_short_is_refused_before_any_rank_starts(model_dir: Path) -> None:
+    assert read_worker_model(model_dir, "cpu", "auto", 64, 1).dtype == "float32"
+    file = model_dir / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors .*3900 bytes of tensors, its header describes 4000"):
+        read_worker_model(model_dir, "cpu", "auto", 64, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_dtype_that_ranks_compute_in_is_taken_as_it_is(model_dir: Path, dtype: str) -> None:
+    assert read_worker_model(model_dir, "cpu", dtype, 64, 1).dtype == dtype
+
+
+def test_the_dtype_of_the_checkpoint_is_not_taken_on_a_cpu(model_dir: Path) -> None:
+    config = read_model_config(model_dir)
+    assert resolve_dtype("auto", "cpu", config) == "float32"
+    assert resolve_dtype("auto", "cuda", config) == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", ""])
+def test_other_dtypes_are_refused_with_those_that_may_be(model_dir: Path, dtype: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"must be auto or one of float32, bfloat16, float16$"):
+        read_worker_model(model_dir, "cpu", dtype, 64, 1)
