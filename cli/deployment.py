@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -21,10 +20,10 @@ from typing import IO
 import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-from common.errors import FailedPrecondition, InternalError, Unavailable
+from common.errors import InternalError, Unavailable
 from common.parent_death import environment_of_child
 from common.rpc.client import open_channel
-from common.worker.free_port import free_ports
+from common.worker.free_port import free_ports, require_free
 
 _MAX_STATUS_BYTES = 4 << 20
 _STOP_GRACE_S = 5.0
@@ -119,7 +118,7 @@ class Deployment:
 
     async def __aenter__(self) -> Deployment:
         """Raises `FailedPrecondition` if somebody else has the router's port: its answers would be taken for ours."""
-        _require_free(self._spec.host, self._spec.router_port)
+        require_free(self._spec.host, self._spec.router_port)
         try:
             for process in self.processes:
                 await self._start(process)
@@ -225,15 +224,6 @@ class Deployment:
                 managed.num_restarts += 1
                 managed.changed.notify_all()
             self._on_event(f"{managed.name} started again as process {managed.pid}")
-
-
-def _require_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of one that has ended are no matter
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise FailedPrecondition(f"the router cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def _describe(status: int) -> str:

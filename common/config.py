@@ -8,18 +8,38 @@ from __future__ import annotations
 
 import argparse
 import enum
+import re
 import sys
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, TypeVar, Union, get_args, get_origin
+from typing import Annotated, ClassVar, Final, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from common.errors import InvalidArgument
+
+_ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):([0-9]{1,5})")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[IPv6]:port`. Raises `ValueError` if it is neither."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match[2]) > 65535:
+        raise ValueError("expected host:port, with a port of at most 65535")
+    return match[1].strip("[]"), int(match[2])
+
+
+def _check_address(address: str) -> str:
+    split_address(address)
+    return address
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+AddressOrNone = Annotated[str, AfterValidator(lambda address: address and _check_address(address))]  # none: empty
 
 
 class ServiceConfig(BaseModel):
@@ -151,7 +171,9 @@ def _invalid_setting(error: ValidationError, sources: Mapping[str, str]) -> Inva
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "missing":
         return InvalidArgument(name, None, f"is required: set {_flag_name(name)}")
-    return InvalidArgument(sources.get(name, name or "settings"), first["input"], first["msg"])
+    return InvalidArgument(
+        sources.get(name, name or "settings"), first["input"], first["msg"].removeprefix("Value error, ")
+    )
 
 
 def _flag_name(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.config import ServiceConfig
+from common.config import Address, ServiceConfig
 from common.errors import InvalidArgument
 from common.kvcache.layout import heads_of_rank
 from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
@@ -22,7 +22,7 @@ class WorkerConfig(ServiceConfig):
     """Base of a worker's configuration."""
 
     worker_id: str = Field(pattern=r"^[\x21-\x7e]{1,64}$", description="Name, unique in the deployment.")
-    listen: str = Field(description="host:port for those who call this worker.")
+    listen: Address = Field(description="host:port for those who call this worker.")
     model: Path = Field(description="Checkpoint directory (config.json and safetensors).")
     random_weights: bool = Field(
         False, description="Draw the weights instead of reading them: for measurements; config.json is enough."
@@ -38,7 +38,11 @@ class WorkerConfig(ServiceConfig):
     prefix_cache: bool = Field(True, description="Keep the blocks of what has ended for what starts alike.")
     max_rows: int = Field(64, ge=1, description="Sequences that are computed at once.")
 
-    transport_url: str = Field("ucx://0.0.0.0:0", description="Where the ranks open their transport endpoints.")
+    transport_url: str = Field(
+        "ucx://0.0.0.0:0",
+        pattern="^(ucx|nccl|inproc)://",
+        description="Where the ranks open their transport endpoints: ucx://host:port or nccl://host:port.",
+    )
     transport_progress: Literal["auto", "event", "polling"] = Field(
         "auto", description="How the transport is driven; auto is polling on GPUs, whose copies raise no event."
     )
@@ -89,7 +93,19 @@ class WorkerConfig(ServiceConfig):
         """KV blocks of each rank. Raises `InvalidArgument` if `kv_bytes` has no room for one."""
         if not self.kv_bytes:
             return self.num_blocks
-        block_bytes = model.layout.block_bytes(len(heads_of_rank(model.layout.num_kv_heads, self.tp_size, 0)))
+        block_bytes = model.layout.block_bytes(self._num_heads(model))
         if self.kv_bytes < block_bytes:
             raise InvalidArgument("kv_bytes", self.kv_bytes, f"a block has {block_bytes} bytes")
         return self.kv_bytes // block_bytes
+
+    def check_slots(self, model: WorkerModel) -> None:
+        """Raises `InvalidArgument` if not even one layer of a block fits into a slot, so that nothing can travel."""
+        num_heads = self._num_heads(model)
+        if model.layout.max_layer_blocks_per_slot(self.slot_bytes, num_heads) < 1:
+            layer_bytes = model.layout.layer_block_bytes(num_heads)
+            limit = f"one layer of a block has {layer_bytes} bytes, and a header"
+            raise InvalidArgument("slot_bytes", self.slot_bytes, limit)
+
+    def _num_heads(self, model: WorkerModel) -> int:
+        """KV heads of a rank."""
+        return len(heads_of_rank(model.layout.num_kv_heads, self.tp_size, 0))

@@ -47,6 +47,7 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
         self.config = config
         self.model = model
         self.num_blocks = config.num_blocks_of(model)
+        config.check_slots(model)
         self.incarnation = secrets.token_hex(8)
         self.counters = counters
         self.counters.watch(self.status)

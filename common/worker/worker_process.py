@@ -21,6 +21,7 @@ from common.errors import BatonError
 from common.parent_death import end_with_parent
 from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
+from common.stop_signals import StopSignals
 from common.telemetry.metrics import MetricsServer
 from common.telemetry.request_log import configure_logging
 from common.telemetry.tracing import open_tracing
@@ -61,11 +62,13 @@ async def serve_worker(
     servicer: _Servicer,
     service_name: str,
 ) -> None:
-    """The worker, its service and its status, until a signal. `changed` is set whenever the status may have changed.
+    """The worker, its service and its status, until a signal; another one cuts draining short. `changed` is set
+    whenever the status may have changed.
 
     Raises what the ranks could not be started for.
     """
     config = worker.config
+    signals = StopSignals()
     status = StatusService(worker.status, worker.drain, worker.refresh)
     # A router's session carries the sequences of all its clients: no prompt that the model can take may break it.
     longest_bytes = worker.model.config.context_length * _TOKEN_BYTES + _SEQUENCE_BYTES
@@ -82,10 +85,10 @@ async def serve_worker(
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(worker.run())
             reporting = tasks.create_task(_report(changed, worker, server, status))
-            await _stop_signal()
+            await signals.stopping.wait()
             _log.info("%s drains", config.worker_id)
             worker.drain()
-            await worker.wait_idle(config.drain_timeout_s)
+            await signals.unless_hurried(_drained(worker))
             status.close()
             worker.end_streams()
             await server.stop(_STOP_GRACE_S)
@@ -112,12 +115,9 @@ async def _report(
             server.set_serving(was_ready)
 
 
-async def _stop_signal() -> None:
-    loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
+async def _drained(worker: WorkerFront[Any, Any]) -> None:
+    if not await worker.wait_idle(worker.config.drain_timeout_s):
+        _log.warning("%s ends with work under way: its time to drain is up", worker.config.worker_id)
 
 
 def _leaves(group: BaseExceptionGroup[BatonError]) -> list[BatonError]:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from common.config import Address, AddressOrNone
 from common.worker.worker_config import WorkerConfig
 from services.decode.handoff_context import HandoffLimits
 
@@ -16,8 +17,10 @@ class DecodeConfig(WorkerConfig):
     service: ClassVar[str] = "decode"
 
     worker_id: str = Field("decode-0", pattern=r"^[\x21-\x7e]{1,64}$", description="Name, unique in the deployment.")
-    listen: str = Field("0.0.0.0:50071", description="host:port for routers and prefill workers.")
-    advertise: str = Field("", description="host:port in tickets, for prefill workers; the listen address if empty.")
+    listen: Address = Field("0.0.0.0:50071", description="host:port for routers and prefill workers.")
+    advertise: AddressOrNone = Field(
+        "", description="host:port in tickets, for prefill workers; the listen address if empty."
+    )
 
     chunk_tokens: int = Field(
         256, ge=1, description="Prompt tokens of one step, beside its decoding rows, where prompts are computed here."

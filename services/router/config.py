@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from common.config import ServiceConfig
+from common.config import Address, ServiceConfig
 from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
 from services.router.placement import LocalPrefill
 from services.router.sequence_receiver import FirstToken
@@ -18,11 +18,11 @@ class RouterConfig(ServiceConfig):
 
     service: ClassVar[str] = "router"
 
-    listen: str = Field("0.0.0.0:50051", description="host:port for clients.")
+    listen: Address = Field("0.0.0.0:50051", description="host:port for clients.")
     model: Path = Field(description="Checkpoint directory (tokenizer and config.json; no weights are read).")
     model_name: str = Field("", description="Name that requests may give; the directory's name if empty.")
-    prefill: tuple[str, ...] = Field((), description="host:port of each prefill worker.")
-    decode: tuple[str, ...] = Field((), description="host:port of each decode worker.")
+    prefill: tuple[Address, ...] = Field((), description="host:port of each prefill worker.")
+    decode: tuple[Address, ...] = Field((), description="host:port of each decode worker.")
     workers_file: Path | None = Field(
         None, description="TOML file with lists `prefill` and `decode` of more workers; read again when it changes."
     )

@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import secrets
-import signal
 import socket
 from collections.abc import AsyncIterator, Mapping
 
@@ -16,6 +15,7 @@ from baton.v1 import inference_pb2_grpc
 
 from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
+from common.stop_signals import StopSignals
 from common.telemetry.metrics import Level, MetricsServer
 from common.telemetry.tracing import Tracing, open_tracing
 from services.router.admission import Admission, AdmissionQueue
@@ -117,12 +117,9 @@ def _instance() -> str:
 
 
 async def run_router(config: RouterConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain."""
+    """Serve until SIGTERM or SIGINT, then drain, until another one."""
     model = load_served_model(config.served_model_name, config.model, config.max_message_bytes)
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    signals = StopSignals()
     tracing = open_tracing(config.otlp_endpoint, config.trace_sample_ratio, config.service, _instance())
     router = RouterProcess(config, model, random.Random(secrets.randbits(64)), tracing)
     metrics = MetricsServer(router.metrics, config.metrics_port) if config.metrics_port else None
@@ -130,9 +127,9 @@ async def run_router(config: RouterConfig) -> None:
     try:
         async with router.running():
             _logger.info("%s on port %d", model.limits.name, router.port)
-            await stopping.wait()
+            await signals.stopping.wait()
             _logger.info("draining for at most %g s", config.drain_timeout_s)
-            await router.drain(config.drain_timeout_s)
+            await signals.unless_hurried(router.drain(config.drain_timeout_s))
     finally:
         if metrics is not None:
             metrics.stop()

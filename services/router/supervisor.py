@@ -12,13 +12,17 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from common.config import split_address
 from common.parent_death import environment_of_child
+from common.stop_signals import StopSignals
+from common.worker.free_port import require_free
 from services.router.config import RouterConfig
 
 _logger = logging.getLogger(__name__)
 
 FIRST_RESTART_S = 0.5
 LAST_RESTART_S = 10.0
+STOP_GRACE_S = 5.0  # beyond the time to drain
 HEALTHY_AFTER_S = 30.0  # a process that lived so long starts again without a growing delay
 
 
@@ -29,22 +33,25 @@ def child_argv(argv: Sequence[str], config: RouterConfig, index: int) -> list[st
 
 
 async def supervise(command: Sequence[str], argv: Sequence[str], config: RouterConfig) -> None:
-    """Run `config.processes` children of `command` until SIGTERM or SIGINT, which is passed on to them."""
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    """Run `config.processes` children of `command` until SIGTERM or SIGINT, which is passed on to them; so is another.
+
+    Raises `FailedPrecondition` if a port is somebody else's: children, which share theirs, would share it with him.
+    """
+    require_free(*split_address(config.listen))
+    for index in range(config.processes if config.metrics_port else 0):
+        require_free("0.0.0.0", config.metrics_port + index)
+    signals = StopSignals()
     async with asyncio.TaskGroup() as children:
         for index in range(config.processes):
             arguments = [*command, *child_argv(argv, config, index)]
-            children.create_task(_keep_running(arguments, stopping, config.drain_timeout_s))
+            children.create_task(_keep_running(arguments, signals, config.drain_timeout_s))
 
 
-async def _keep_running(arguments: Sequence[str], stopping: asyncio.Event, drain_timeout_s: float) -> None:
+async def _keep_running(arguments: Sequence[str], signals: StopSignals, drain_timeout_s: float) -> None:
     restart_s = FIRST_RESTART_S
     loop = asyncio.get_running_loop()
-    stop = asyncio.create_task(stopping.wait())
-    while not stopping.is_set():
+    stop = asyncio.create_task(signals.stopping.wait())
+    while not signals.stopping.is_set():
         started_s = loop.time()
         child = await asyncio.create_subprocess_exec(*arguments, env=environment_of_child())
         died = asyncio.create_task(child.wait())
@@ -53,8 +60,8 @@ async def _keep_running(arguments: Sequence[str], stopping: asyncio.Event, drain
         finally:
             # Also when this task is cancelled, because another child could not be started.
             if not died.done():
-                await _stop(child, died, drain_timeout_s)
-        if stopping.is_set():
+                await _stop(child, died, drain_timeout_s, signals)
+        if signals.stopping.is_set():
             return
         _logger.error("process %d ended with status %s", child.pid, child.returncode)
         if loop.time() - started_s > HEALTHY_AFTER_S:
@@ -63,14 +70,23 @@ async def _keep_running(arguments: Sequence[str], stopping: asyncio.Event, drain
         restart_s = min(2 * restart_s, LAST_RESTART_S)
 
 
-async def _stop(child: asyncio.subprocess.Process, died: asyncio.Task[int], drain_timeout_s: float) -> None:
-    """SIGTERM, and SIGKILL for one that does not end in its time."""
-    if child.returncode is None:
-        child.send_signal(signal.SIGTERM)
-        done, _ = await asyncio.wait((died,), timeout=drain_timeout_s + 5.0)
-        if not done:
-            child.kill()
+async def _stop(
+    child: asyncio.subprocess.Process, died: asyncio.Task[int], drain_timeout_s: float, signals: StopSignals
+) -> None:
+    """SIGTERM, once more if we are told to hurry, and SIGKILL for one that does not end in its time."""
+    for grace_s, hurry in ((drain_timeout_s + STOP_GRACE_S, signals.hurrying), (STOP_GRACE_S, asyncio.Event())):
+        if child.returncode is None:
+            child.send_signal(signal.SIGTERM)
+            await _wait_first(died, hurry, grace_s)
+    if not died.done() and child.returncode is None:
+        child.kill()
     await died
+
+
+async def _wait_first(died: asyncio.Task[int], hurry: asyncio.Event, timeout_s: float) -> None:
+    hurrying = asyncio.create_task(hurry.wait())
+    await asyncio.wait((died, hurrying), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    hurrying.cancel()
 
 
 def own_command() -> list[str]:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -67,27 +68,29 @@ async def test_a_warm_up_of_which_nothing_came_ends_the_run() -> None:
 
 @pytest.mark.parametrize("fault", ["stalls", "dies"])
 async def test_a_server_that_fails_in_the_middle_is_reported_and_a_failure(fault: str, tmp_path: Path) -> None:
-    fake = FakeInference()
+    fake = FakeInference(num_before_end=1, num_good=6)
     async with fake_inference.serving(fake):
         args = ("--address", fake.address, "--constant", "40", "--requests", "24", "--output-tokens", "2")
-        process = await _start(*args, "--warmup", "0", "--timeout", "1", "--json", str(tmp_path / "run.json"))
-        async with asyncio.timeout(20.0):
+        timeout = ("--timeout", "3" if fault == "stalls" else "20")
+        process = await _start(*args, "--warmup", "0", *timeout, "--json", str(tmp_path / "run.json"))
+        async with asyncio.timeout(60.0):
             for _ in range(6):
                 await fake.served.get()
-        if fault == "stalls":
-            fake.num_before_end = 1
-        else:
+            await fake.stalled.wait()
+        if fault == "dies":
             assert fake.server is not None
             await fake.server.stop(0.0)
         _, errors = await process.communicate()
     run = json_report.load(tmp_path / "run.json")
-    outcome = "DeadlineExceeded" if fault == "stalls" else "Unavailable"
-    num_failed = sum(record.outcome == outcome for record in run.records)
+    failed = Counter(record.outcome for record in run.records if not record.is_ok)
+    # A gRPC server that stops may still cancel what is in flight.
+    assert failed.keys() <= ({"DeadlineExceeded"} if fault == "stalls" else {"Unavailable", "Cancelled"})
     assert process.returncode == 1
-    assert 0 < num_failed < len(run.records) == 24
+    assert 0 < failed.total() < len(run.records) == 24
+    ((most, _),) = failed.most_common(1)
     # gRPC may have a line of its own to say of a connection that went away.
     last = errors.decode().splitlines()[-1]
-    assert last == f"baton bench: {num_failed} of 24 measured requests failed, most with {outcome}"
+    assert last == f"baton bench: {failed.total()} of 24 measured requests failed, most with {most}"
 
 
 @pytest.mark.parametrize("num_warmup", [0, 2])
@@ -96,7 +99,7 @@ async def test_ctrl_c_stops_and_still_writes_the_report(num_warmup: int, tmp_pat
     async with fake_inference.serving(fake):
         args = ("--address", fake.address, "--poisson", "50", "--warmup", str(num_warmup), "--duration", "600")
         process = await _start(*args, "--output-tokens", "4", "--json", str(tmp_path / "run.json"))
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(60.0):
             await fake.stalled.wait()
             # As a terminal does it: to every process of the group.
             os.killpg(process.pid, signal.SIGINT)
@@ -143,7 +146,7 @@ async def test_a_run_that_is_cut_short_is_reported_as_far_as_it_came(tmp_path: P
         args = ("--address", fake.address, "--constant", "20", "--duration", "60", "--warmup", "0")
         reports = ("--json", str(tmp_path / "run.json"), "--html", str(tmp_path / "run.html"))
         bench = await _start(*args, "--output-tokens", "2", *reports)
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(60.0):
             for _ in range(5):
                 await fake.served.get()
         (client,) = psutil.Process(bench.pid).children()
@@ -167,7 +170,7 @@ async def test_a_later_run_of_a_search_that_fails_does_not_lose_the_others(tmp_p
         limits = ("--requests", "10", "--output-tokens", "2", "--warmup", "1", "--itl-limit", "5")
         reports = ("--json", str(tmp_path / "search.json"), "--html", str(tmp_path / "search.html"))
         process = await _start(*args, *limits, *reports)
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(60.0):
             for _ in range(11):
                 await fake.served.get()
         fake.num_before_end, fake.error = 0, ResourceExhausted("full")

@@ -52,7 +52,7 @@ async def test_up_serves_until_it_is_told_to_stop_and_leaves_no_process(number: 
     up.send_signal(number)
     await up.communicate()
     assert up.returncode == 0
-    _, alive = psutil.wait_procs(family, timeout=5.0)
+    _, alive = psutil.wait_procs(family, timeout=20.0)
     assert not alive
     assert _names_in(tmp_path) == {"router.log", "prefill-0.log", "decode-0.log"}
 

@@ -20,7 +20,7 @@ from services.router.metrics import RouterMetrics
 
 TOP = (sys.executable, "-m", "cli.main", "top")
 ENVIRONMENT = {**os.environ, "COLUMNS": "180", "LINES": "40", "TERM": "xterm"}
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Worker:

@@ -319,7 +319,7 @@ async def test_chunks_wait_for_a_slot_in_order() -> None:
 async def test_a_deadline_ends_the_sequence_in_the_middle_of_a_transfer() -> None:
     async with running_front() as front:
         router = await Router(front).subscribed()
-        prefill = Prefill(front, router.open(1, timeout_s=0.05))
+        prefill = Prefill(front, router.open(1, timeout_s=1.0))
         await prefill.receive("accepted")
         prefill.offer(0, 0, 3)
         await prefill.receive("grant")

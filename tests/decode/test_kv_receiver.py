@@ -60,7 +60,7 @@ class Rank:
         self.receiver = KVReceiver(context)
 
     async def connect(self) -> InprocConnection:
-        return await self.sender.connect("inproc://decode", 1.0)
+        return await self.sender.connect("inproc://decode", 20.0)
 
     def post(self, op_id: int = 1, slot: int = 0, connect_timeout_s: float = 5.0) -> None:
         """Head 1 of three blocks."""
@@ -77,7 +77,7 @@ class Rank:
         return slot[: self.num_bytes]
 
     async def reply(self, kind: type[_Reply]) -> _Reply:
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(20):
             message = await self._replies.get()
         assert isinstance(message, kind), message
         return message
@@ -145,7 +145,7 @@ async def test_wrong_bytes_never_reach_a_block(fault: Fault, error_kind: str, ou
         with contextlib.suppress(Exception):  # the sender learns of a lost connection, and only of that
             await connection.send(TAG, rank.gathered())
         assert (await rank.reply(ReceiveDone)).error_kind == error_kind
-        rank.receiver.handle(CancelReceive(1, 0.5))
+        rank.receiver.handle(CancelReceive(1, 5.0))
         assert (await rank.reply(CancelDone)).outcome == outcome
         rank.assert_nothing_written()
 
@@ -154,7 +154,7 @@ async def test_a_cancel_before_the_peer_came_was_never_advertised() -> None:
     async with running_rank() as rank:
         rank.post()
         await asyncio.sleep(0)
-        rank.receiver.handle(CancelReceive(1, 0.5))
+        rank.receiver.handle(CancelReceive(1, 5.0))
         assert (await rank.reply(CancelDone)).outcome == "not_advertised"
         await rank.connect()
         await asyncio.sleep(0)
@@ -166,7 +166,7 @@ async def test_what_is_sent_after_a_cancel_is_stale() -> None:
         connection = await rank.connect()
         rank.post()
         await rank.reply(ReceivePosted)
-        rank.receiver.handle(CancelReceive(1, 0.5))
+        rank.receiver.handle(CancelReceive(1, 5.0))
         assert (await rank.reply(CancelDone)).outcome == "drained"
         await connection.send(TAG, rank.gathered())
         rank.receiver.handle(GetTransportStats(2))
@@ -204,7 +204,7 @@ async def test_a_cancel_waits_for_a_scatter_under_way_and_keeps_back_the_next(mo
 
         def slow_scatter(block_ids: list[int], *_: object) -> None:
             loop.call_soon_threadsafe(begun.set)
-            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(5.0)
+            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(20.0)
             scattered.append(block_ids)
 
         monkeypatch.setattr(rank.storage, "start_scatter", slow_scatter)
@@ -217,7 +217,7 @@ async def test_a_cancel_waits_for_a_scatter_under_way_and_keeps_back_the_next(mo
         await rank.reply(ReceivePosted)
         await connection.send(TAG, rank.gathered())  # its scatter waits for the first
         for op_id in (1, 2):
-            rank.receiver.handle(CancelReceive(op_id, 0.5))
+            rank.receiver.handle(CancelReceive(op_id, 5.0))
         for _ in range(5):
             await asyncio.sleep(0)
         assert rank.num_unread_replies == 0, "a cancel was answered while a scatter was under way"
@@ -235,5 +235,5 @@ async def test_a_cancel_of_what_is_done_says_that_nothing_comes() -> None:
         await rank.reply(ReceivePosted)
         await connection.send(TAG, rank.gathered())
         await rank.reply(ReceiveDone)
-        rank.receiver.handle(CancelReceive(1, 0.5))
+        rank.receiver.handle(CancelReceive(1, 5.0))
         assert (await rank.reply(CancelDone)).outcome == "drained"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from common.worker.rank_group import RankGroup
 from common.worker.rank_messages import StartRank
 from services.decode.config import DecodeConfig
 from tests.decode.fake_group import FakeGroup
-from tests.decode.front import LAYOUT, PATIENCE_S, Front, Prefill, Router, running_front, ship
+from tests.decode.front import LAYOUT, PATIENCE_S, Front, Prefill, Router, make_model, running_front, ship
 
 
 async def test_status_tells_what_is_held_where() -> None:
@@ -132,6 +133,15 @@ async def test_memory_for_blocks_may_be_given_in_bytes() -> None:
     assert Front(tp_size=2, kv_bytes=5 * block_bytes).worker.num_blocks == 10
     with pytest.raises(InvalidArgument, match="kv_bytes"):
         Front(kv_bytes=block_bytes - 1)
+
+
+def test_a_slot_that_holds_no_layer_of_a_block_is_refused_at_the_start() -> None:
+    config = DecodeConfig.model_validate({"model": Path("unused"), "slot_bytes": 1 << 16})
+    fits, too_large = (dataclasses.replace(LAYOUT, block_size=size) for size in (256, 512))
+    assert too_large.layer_block_bytes(2) == 1 << 16  # and a header
+    config.check_slots(dataclasses.replace(make_model(), layout=fits))
+    with pytest.raises(InvalidArgument, match="slot_bytes = 65536"):
+        config.check_slots(dataclasses.replace(make_model(), layout=too_large))
 
 
 async def test_ranks_capture_steps_with_chunks_only_where_they_are_the_rule() -> None:

@@ -1,4 +1,4 @@
-"""A client that goes away, or whose deadline passes, at any stage: nothing of it is left a second later."""
+"""A client that goes away, or whose deadline passes, at any stage: nothing of it is left soon after."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Cluster:
     metrics_ports: dict[str, int]
 
     async def holds_nothing_any_more(self) -> None:
-        """Within a second from now, by the workers' statuses; then at once by their metrics."""
+        """Within `SETTLE_S` from now, by the workers' statuses; then at once by their metrics."""
         await settled(*self.workers.values())
         for role, port in self.metrics_ports.items():
             scraped = await scrape(f"http://127.0.0.1:{port}/metrics", timeout_s=5.0)

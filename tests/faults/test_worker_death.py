@@ -12,36 +12,38 @@ import pytest
 
 from cli.deployment import Deployment, DeploymentSpec, ManagedProcess
 from common.errors import Unavailable
-from tests.faults.settling import SETTLE_S, holds_nothing, settled, watching
+from tests.faults.settling import holds_nothing, settled, watching
 from tests.integration.deployments import deployed
 from tests.integration.reference import Reference
 from tests.integration.requests import ask, ask_all, greedy_request
 
 FLOAT32 = ("--dtype", "float32")
-SLOW_PREFILL = (*FLOAT32, "--max-step-tokens", "128")
+SMALL_BLOCKS = (*FLOAT32, "--block-size", "16")
+SLOW_PREFILL = (*SMALL_BLOCKS, "--max-step-tokens", "32")  # a transfer of a long prompt takes about a second
 
 
 async def _busy(deployment: Deployment, workers: list[ManagedProcess]) -> ManagedProcess:
-    """The first worker that has a request running."""
-    while True:
-        for worker in workers:
-            status = await deployment.status(worker)
-            if status.num_running:
-                return worker
+    """The first worker that has a request running. Raises `TimeoutError` if none gets one."""
+    async with asyncio.timeout(20.0):
+        while True:
+            for worker in workers:
+                status = await deployment.status(worker)
+                if status.num_running:
+                    return worker
 
 
 async def test_request_fails_over_when_its_prefill_worker_is_killed_during_a_transfer(
     shipped_model: Path, shipped_reference: Reference
 ) -> None:
     spec = DeploymentSpec(
-        model=shipped_model, num_prefill=2, prefill_args=SLOW_PREFILL, decode_args=FLOAT32, restart=False
+        model=shipped_model, num_prefill=2, prefill_args=SLOW_PREFILL, decode_args=SMALL_BLOCKS, restart=False
     )
     (short, long) = shipped_reference.prompts((80, 1900), seed=31)
     async with deployed(spec) as (deployment, client), watching(deployment.decode[0]) as decode:
         beside = asyncio.create_task(ask(client, greedy_request(short, 200)))
-        await decode.until(lambda status: status.num_running > 0, 10.0)
+        await decode.until(lambda status: status.num_running > 0, 20.0)
         request = asyncio.create_task(ask(client, greedy_request(long, 10)))
-        await decode.until(lambda status: status.num_slots_in_use > 0, 10.0)
+        await decode.until(lambda status: status.num_slots_in_use > 0, 20.0)
         victim = await _busy(deployment, deployment.prefill)
         os.kill(victim.pid, signal.SIGKILL)
         answer = await request
@@ -55,13 +57,13 @@ async def test_request_fails_over_when_its_prefill_worker_is_killed_during_a_tra
 async def test_request_ends_unavailable_when_the_only_prefill_worker_is_killed(
     shipped_model: Path, shipped_reference: Reference
 ) -> None:
-    spec = DeploymentSpec(model=shipped_model, prefill_args=SLOW_PREFILL, decode_args=FLOAT32, restart=False)
+    spec = DeploymentSpec(model=shipped_model, prefill_args=SLOW_PREFILL, decode_args=SMALL_BLOCKS, restart=False)
     (short, long) = shipped_reference.prompts((80, 1900), seed=32)
     async with deployed(spec) as (deployment, client), watching(deployment.decode[0]) as decode:
         beside = asyncio.create_task(ask(client, greedy_request(short, 200)))
-        await decode.until(lambda status: status.num_running > 0, 10.0)
+        await decode.until(lambda status: status.num_running > 0, 20.0)
         request = asyncio.create_task(ask(client, greedy_request(long, 10)))
-        await decode.until(lambda status: status.num_slots_in_use > 0, 10.0)
+        await decode.until(lambda status: status.num_slots_in_use > 0, 20.0)
         os.kill(deployment.prefill[0].pid, signal.SIGKILL)
         with pytest.raises(Unavailable):
             await request
@@ -92,7 +94,7 @@ async def test_a_killed_rank_is_replaced_and_its_sequences_go_on(
     (prompt,) = shipped_reference.prompts((100,), seed=34)
     async with deployed(spec) as (deployment, client), watching(deployment.decode[0]) as decode:
         request = asyncio.create_task(ask(client, greedy_request(prompt, 200), timeout_s=60.0))
-        await decode.until(lambda status: status.num_running > 0, 10.0)
+        await decode.until(lambda status: status.num_running > 0, 20.0)
         os.kill(decode.latest.rank_pids[1], signal.SIGKILL)
         answer = await request
         assert answer.tokens == shipped_reference.greedy(prompt, 200)
@@ -116,17 +118,19 @@ async def test_a_killed_prefill_worker_comes_back_and_serves_again(
 async def test_a_rank_that_freezes_while_idle_is_replaced(
     role: str, shipped_model: Path, shipped_reference: Reference
 ) -> None:
-    impatient = (*FLOAT32, "--step-timeout-s", "2")
-    spec = DeploymentSpec(model=shipped_model, prefill_args=impatient, decode_args=impatient)
+    # Not so little that a rank which only stands still for a while is given up as well.
+    impatient = (*FLOAT32, "--step-timeout-s", "5")
+    patient = ("--placement-timeout-s", "60")
+    spec = DeploymentSpec(model=shipped_model, prefill_args=impatient, decode_args=impatient, router_args=patient)
     (prompt,) = shipped_reference.prompts((100,), seed=36)
     async with deployed(spec) as (deployment, client):
         (victim,) = getattr(deployment, role)
         async with watching(victim) as worker:
-            await worker.until(lambda status: bool(status.rank_pids), 10.0)
+            await worker.until(lambda status: bool(status.rank_pids), 20.0)
             os.kill(worker.latest.rank_pids[0], signal.SIGSTOP)
             answer = await ask(client, greedy_request(prompt, 20), timeout_s=60.0)
             assert answer.tokens == shipped_reference.greedy(prompt, 20)
-            await worker.until(lambda status: holds_nothing(status) and status.counters["ranks_lost"] == 1, SETTLE_S)
+            await worker.until(lambda status: holds_nothing(status) and status.counters["ranks_lost"] >= 1, 10.0)
 
 
 async def test_router_processes_end_with_their_supervisor(shipped_model: Path) -> None:

@@ -71,7 +71,7 @@ async def test_a_cancelled_future_does_not_hold_up_the_next() -> None:
     first.cancel()
     for work in works:
         work.finished.set()
-    await asyncio.wait_for(second, 5)
+    await asyncio.wait_for(second, 20)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)

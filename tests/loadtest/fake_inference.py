@@ -19,10 +19,12 @@ CONTEXT_LENGTH = 512
 
 @dataclass
 class FakeInference(inference_pb2_grpc.InferenceServicer, worker_pb2_grpc.WorkerServicer):
-    """Sends one token a message. After `num_before_end` of them it raises `error`, or stalls if there is none."""
+    """Sends one token a message. After `num_before_end` of them it raises `error`, or stalls if there is none; the
+    first `num_good` requests are answered in full."""
 
     gap_s: float = 0.0
     num_before_end: int | None = None  # None: nothing goes wrong
+    num_good: int = 0
     error: BatonError | None = None
     num_prefill_workers: int = 1
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
@@ -41,9 +43,10 @@ class FakeInference(inference_pb2_grpc.InferenceServicer, worker_pb2_grpc.Worker
         self.peers.append(context.peer())
         self.deadlines_s.append(context.time_remaining())
         num_tokens = request.sampling.max_tokens
+        num_before_end = self.num_before_end if len(self.requests) > self.num_good else None
         try:
             for position in range(num_tokens):
-                if position == self.num_before_end:
+                if position == num_before_end:
                     await self._end()
                 await asyncio.sleep(self.gap_s)
                 yield inference_pb2.GenerateResponse(token_ids=(position,))

@@ -22,6 +22,7 @@ class FakeOpenAI:
     max_model_len: int | None = 512
     bodies: list[dict[str, Any]] = field(default_factory=list)
     address: str = ""
+    stalled: asyncio.Event = field(default_factory=asyncio.Event)
     gone: asyncio.Event = field(default_factory=asyncio.Event)  # a client left a stalled stream
 
     async def models(self, request: web.Request) -> web.Response:
@@ -55,6 +56,7 @@ class FakeOpenAI:
 
     async def _fail(self, request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
         if self.fault == "stall":
+            self.stalled.set()
             try:
                 await asyncio.Event().wait()
             finally:

@@ -29,7 +29,7 @@ BLOCK_SIZE = 4
 NUM_BLOCKS = 32
 VOCAB_SIZE = 100
 _MAX_MESSAGE_BYTES = 1 << 20
-_SETTLE_S = 5.0
+_SETTLE_S = 20.0
 
 _MODEL = {
     "architectures": ["LlamaForCausalLM"],

@@ -40,6 +40,10 @@ def test_slots_are_larger_on_gpus_unless_told_otherwise() -> None:
         ("--slot-bytes", "5000"),
         ("--worker-id", "two words"),
         ("--device", "tpu"),
+        ("--listen", "127.0.0.1"),
+        ("--listen", "127.0.0.1:99999"),
+        ("--listen", "two words:1"),
+        ("--transport-url", "foo://x"),
     ],
 )
 def test_setting_that_cannot_work_is_named(flag: str, value: str) -> None:

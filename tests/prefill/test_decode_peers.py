@@ -5,15 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, cast
 
 import grpc
 import pytest
 from baton.v1 import decode_pb2_grpc, kv_pb2
+from grpc.aio import Metadata
 
-from common.errors import BatonError, InternalError, NotFound, Preempted, Unavailable
+from common.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidArgument,
+    NotFound,
+    PeerLost,
+    Preempted,
+    TransferError,
+    Unavailable,
+)
 from common.kvcache.layout import KVLayout
 from common.rpc.server import RpcServer
-from services.prefill.decode_peers import DecodePeers
+from common.rpc.status import DETAILS_METADATA_KEY, to_status
+from services.prefill.decode_peers import DecodePeers, HandoffStream
 from tests.prefill.fakes import FakeDecode, Stage, Wire
 
 _MAX_BYTES = 1 << 20
@@ -61,24 +75,24 @@ async def test_unused_channels_are_kept_up_to_a_limit_and_used_again() -> None:
     assert peers.num_channels == 0
 
 
-async def test_nobody_listening_is_unavailable() -> None:
+async def test_nobody_listening_is_a_lost_peer() -> None:
     peers = DecodePeers(_MAX_BYTES, max_idle=1)
     async with decode_worker(make_decode()) as address:
         pass
     async with peers.open(address) as stream:
-        with pytest.raises(Unavailable):
+        with pytest.raises(PeerLost):
             await stream.receive()
     await peers.close()
 
 
-async def test_stream_that_just_ends_is_unavailable() -> None:
+async def test_stream_that_just_ends_is_a_lost_peer() -> None:
     peers = DecodePeers(_MAX_BYTES, max_idle=1)
     async with decode_worker(make_decode()) as address, peers.open(address) as stream:
         await stream.send(kv_pb2.HandoffRequest(finish=kv_pb2.HandoffFinish()))
         assert (await stream.receive()).HasField("joined")
-        with pytest.raises(Unavailable):
+        with pytest.raises(PeerLost):
             await stream.receive()
-        with pytest.raises(Unavailable):
+        with pytest.raises(PeerLost):
             await stream.send(BEGIN)
     await peers.close()
 
@@ -109,15 +123,64 @@ async def refused_with(error: BatonError | None) -> BatonError:
 
 
 @pytest.mark.parametrize(
-    "error", [NotFound("no such ticket"), Preempted("blocks went to others"), InternalError("bug")]
+    ("error", "expected"),
+    [
+        (NotFound("no such ticket"), TransferError),
+        (InternalError("bug"), TransferError),
+        (InvalidArgument("chunk_offer.num_blocks", 0, "at least one"), TransferError),
+        (Unavailable("the ranks are being started"), PeerLost),
+    ],
 )
-async def test_error_of_the_decode_worker_keeps_its_class(error: BatonError) -> None:
+async def test_error_of_the_decode_worker_names_it(error: BatonError, expected: type[BatonError]) -> None:
+    restored = await refused_with(error)
+    assert (type(restored), str(restored)) == (expected, f"the decode worker: {error}")
+
+
+@pytest.mark.parametrize(
+    "error", [Preempted("blocks went to others"), Cancelled("closed"), DeadlineExceeded("late"), TransferError("t")]
+)
+async def test_what_is_no_fault_of_the_decode_worker_keeps_its_class(error: BatonError) -> None:
     restored = await refused_with(error)
     assert (type(restored), str(restored)) == (type(error), str(error))
 
 
-async def test_stream_that_grpc_breaks_is_unavailable_and_nobodys_fault() -> None:
-    assert type(await refused_with(None)) is Unavailable
+async def test_stream_that_grpc_breaks_is_a_lost_peer() -> None:
+    assert type(await refused_with(None)) is PeerLost
+
+
+class _EndedCall:
+    """A call of which a write fails before its status has come, which it does while somebody waits for it."""
+
+    def __init__(self, status: grpc.aio.AioRpcError) -> None:
+        self._statuses = [
+            grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, Metadata(), Metadata(), "Internal error from Core"),
+            status,
+        ]
+
+    async def write(self, request: object) -> None:
+        raise self._statuses[0]
+
+    async def details(self) -> str | None:
+        details = self._statuses[0].details()
+        if len(self._statuses) > 1:
+            self._statuses.pop(0)
+        return details
+
+    async def code(self) -> grpc.StatusCode:
+        return self._statuses[0].code()
+
+    async def initial_metadata(self) -> Metadata:
+        return self._statuses[0].initial_metadata()
+
+    async def trailing_metadata(self) -> Metadata:
+        return self._statuses[0].trailing_metadata()
+
+
+async def test_write_that_fails_says_what_decode_ended_the_stream_with() -> None:
+    details = (DETAILS_METADATA_KEY, to_status(Preempted("blocks went to others")).SerializeToString())
+    status = grpc.aio.AioRpcError(grpc.StatusCode.ABORTED, Metadata(), Metadata(details), "blocks went to others")
+    with pytest.raises(Preempted, match="blocks went to others"):
+        await HandoffStream(cast(Any, _EndedCall(status))).send(BEGIN)
 
 
 async def test_leaving_the_context_breaks_the_stream() -> None:
@@ -128,7 +191,7 @@ async def test_leaving_the_context_breaks_the_stream() -> None:
         async with peers.open(address) as stream:
             await stream.send(BEGIN)
             await decode.reached.wait()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await decode.stream_over.wait()
         assert decode.num_streams == 0
     await peers.close()

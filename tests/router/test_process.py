@@ -61,12 +61,17 @@ def test_a_wrong_start_says_what_is_wrong(arguments: list[str], named: str) -> N
     assert "Traceback" not in done.stderr
 
 
-def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_port_that_is_taken_is_named(num_processes: int, tmp_path: Path) -> None:
+    """Several processes share their port with each other, and with nobody else."""
     with socket.socket() as taken:
+        if num_processes > 1:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         arguments = ["--listen", address, "--model", str(write_byte_checkpoint(tmp_path)), "--decode", "127.0.0.1:1"]
+        arguments += ["--processes", str(num_processes)]
         command = [sys.executable, "-m", "services.router", *arguments]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
@@ -93,7 +98,7 @@ async def ask(stub: inference_pb2_grpc.InferenceAsyncStub, num_tokens: int) -> l
     request = inference_pb2.GenerateRequest(text="hi")
     request.sampling.max_tokens = num_tokens
     token_ids: list[int] = []
-    async for response in stub.Generate(request, wait_for_ready=True, timeout=20):
+    async for response in stub.Generate(request, wait_for_ready=True, timeout=60):
         token_ids += response.token_ids
     return token_ids
 
@@ -130,11 +135,11 @@ async def test_a_supervised_router_serves_survives_a_kill_and_drains(tmp_path: P
         prefill.entered.clear()
         script.before_decode.clear()
         running = asyncio.create_task(ask(stub, 5))
-        await asyncio.wait_for(prefill.entered.wait(), 10)
+        await asyncio.wait_for(prefill.entered.wait(), 60)
         parent.send_signal(signal.SIGTERM)
         script.before_decode.set()
         assert await running == letters(0, 5)
-        assert await asyncio.wait_for(parent.wait(), 15) == 0
+        assert await asyncio.wait_for(parent.wait(), 60) == 0
         assert not any(child.is_running() for child in children)
     finally:
         if parent.returncode is None:

@@ -153,7 +153,7 @@ async def test_a_cancelled_stream_closes_its_generator() -> None:
         await call.read()
         await served.servicer.entered.wait()
         call.cancel()
-        await asyncio.wait_for(served.servicer.cancelled.wait(), 5)
+        await asyncio.wait_for(served.servicer.cancelled.wait(), 20)
 
 
 async def test_a_cancelled_unary_call_cancels_its_handler(caplog: pytest.LogCaptureFixture) -> None:
@@ -161,7 +161,7 @@ async def test_a_cancelled_unary_call_cancels_its_handler(caplog: pytest.LogCapt
         call = served.stub.Drain(worker_pb2.DrainRequest())
         await served.servicer.entered.wait()
         call.cancel()
-        await asyncio.wait_for(served.servicer.cancelled.wait(), 5)
+        await asyncio.wait_for(served.servicer.cancelled.wait(), 20)
     assert not caplog.records
 
 

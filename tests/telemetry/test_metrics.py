@@ -25,7 +25,7 @@ def make_metrics() -> tuple[Metrics, Histogram]:
 def lines_of(metrics: Metrics) -> list[str]:
     server = MetricsServer(metrics, port=0, host="127.0.0.1")
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5.0) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=20.0) as response:
             lines: list[str] = response.read().decode().splitlines()
             return lines
     finally:

@@ -24,7 +24,7 @@ from common.transport.ucx_worker import LoopWorker, Progress
 from tests.transport.traffic import MIB, canary, pattern, until, until_arriving, untouched
 
 BIG_BYTES = 256 * MIB
-DEATH_SEEN_WITHIN_S = 2.0
+DEATH_SEEN_WITHIN_S = 10.0
 
 Child = asyncio.subprocess.Process
 
@@ -158,7 +158,7 @@ async def test_a_server_that_never_answers_times_out(endpoint: UcxEndpoint) -> N
     silent = socket.create_server(("127.0.0.1", 0))
     port = silent.getsockname()[1]
     with pytest.raises((TransferTimeout, PeerLost)):
-        await asyncio.wait_for(endpoint.connect(f"ucx://127.0.0.1:{port}", 0.3), 3.0)
+        await asyncio.wait_for(endpoint.connect(f"ucx://127.0.0.1:{port}", 0.3), 20.0)
     silent.close()
 
 

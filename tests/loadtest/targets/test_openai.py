@@ -96,12 +96,21 @@ async def test_a_stream_that_fails_in_the_middle_goes_by_its_name(
 async def test_cancelling_leaves_the_stream() -> None:
     fake = FakeOpenAI(fault="stall")
     counts: list[int] = []
+    have_come = asyncio.Event()
+
+    def count(num_tokens: int) -> None:
+        counts.append(num_tokens)
+        if sum(counts) == 2:
+            have_come.set()
+
     async with serving(fake), open_openai(_spec(fake)) as target:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
-                await target.generate(target.prepare("a", [1], 5), 30.0, counts.append)
-        async with asyncio.timeout(5.0):
+        generating = asyncio.create_task(target.generate(target.prepare("a", [1], 5), 30.0, count))
+        async with asyncio.timeout(20.0):
+            await asyncio.gather(have_come.wait(), fake.stalled.wait())
+            generating.cancel()
             await fake.gone.wait()
+        with pytest.raises(asyncio.CancelledError):
+            await generating
     assert sum(counts) == 2
 
 
