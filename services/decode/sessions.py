@@ -25,6 +25,8 @@ from services.decode.request import End, PromptComputed, RouterEvent, SequenceEn
 # Of tokens in one message: far below what any router takes, whatever its settings.
 MAX_MESSAGE_TOKEN_BYTES = 32 << 10
 MAX_FULL_MESSAGES = 2048  # that wait for a router that does not read; more, and its session ends
+MAX_MESSAGE_ANSWERS = 64  # of Opens, in one message
+MAX_ANSWERS = 1 << 15  # that wait, refusals included; more, and the session ends
 _TOKEN_BYTES = 5  # of a token id in a message, at most
 _LOGPROB_BYTES = 15  # of each log-probability beside it, the messages that hold it included, at most
 
@@ -47,7 +49,8 @@ class Session:
         self._full: deque[dict[int, decode_pb2.SequenceTokens]] = deque()  # messages to which nothing is added
         self._pending: dict[int, decode_pb2.SequenceTokens] = {}  # the last message
         self._num_token_bytes = 0  # in it, at most
-        self._answers: list[decode_pb2.OpenResponse] = []
+        self._answers: deque[decode_pb2.OpenResponse] = deque()
+        self._num_opened = 0  # answers that are no refusals, since all were read
         self._flushed = asyncio.Event()
         self._error: BatonError | None = None
 
@@ -64,11 +67,13 @@ class Session:
             await self._flushed.wait()
             self._flushed.clear()
             self._begin_message()
-            while self._full:
+            while self._full or self._answers:
                 if self._error is not None:
                     raise self._error
-                pending = self._full.popleft()
-                answers, self._answers = self._answers, []
+                pending = self._full.popleft() if self._full else {}
+                answers = [self._answers.popleft() for _ in range(min(len(self._answers), MAX_MESSAGE_ANSWERS))]
+                if not self._answers:
+                    self._num_opened = 0
                 tickets, self._tickets = self._tickets, None
                 yield decode_pb2.SessionResponse(sequences=pending.values(), opened=answers, tickets=tickets)
 
@@ -81,7 +86,12 @@ class Session:
         """Say what became of an Open."""
         self._answers.append(response)
         self._flushed.set()
-        self._end_unless_read(len(self._answers))
+        # Refusals in a rush are no sign of a router that does not read, and they take nothing here.
+        if len(self._answers) > MAX_ANSWERS:
+            self._end_unless_read(len(self._answers))
+        elif not response.HasField("error"):
+            self._num_opened += 1
+            self._end_unless_read(self._num_opened)
 
     def add_token(self, event: TokenSampled) -> None:
         """Append a token to what is pending of its sequence."""

@@ -1,6 +1,7 @@
 """The Handoff stream to a decode worker: one channel per address, one stream per sequence, errors of our own tree.
 
-Knows gRPC, and nothing of what is said on the stream.
+What a stream ends with says that it is about the decode worker: a `TransferError` with the worker's own words, so that
+nobody takes it for a failure of prefill. Knows gRPC, and nothing of what is said on the stream.
 """
 
 from __future__ import annotations
@@ -8,16 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import NoReturn
 
 import grpc
 from baton.v1 import decode_pb2_grpc, kv_pb2
 
-from common.errors import Unavailable
+from common.errors import BatonError, Cancelled, DeadlineExceeded, PeerLost, Preempted, TransferError, Unavailable
 from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
 from common.telemetry.tracing import Metadata
 
 _FINISH_TIMEOUT_S = 1.0
+_NUM_LOOKS = 100  # for the status of a stream that has ended
+_LOOK_INTERVAL_S = 0.005
+_LOCAL_DETAILS = "Internal error from Core"  # gRPC's own, of a write to a stream whose status is on its way
 _Call = grpc.aio.StreamStreamCall[kv_pb2.HandoffRequest, kv_pb2.HandoffResponse]
 
 
@@ -33,18 +38,16 @@ class HandoffStream:
         async with self._sending:
             try:
                 await self._call.write(request)
-            except grpc.aio.AioRpcError as error:
-                raise error_from_rpc(error) from error
-            except asyncio.InvalidStateError:
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await self._raise_end()
 
     async def receive(self) -> kv_pb2.HandoffResponse:
-        """Raises what the stream ended with; a stream that just ends is `Unavailable`. Cancelling it breaks the
+        """Raises what the stream ended with; a stream that just ends is `PeerLost`. Cancelling it breaks the
         stream."""
         try:
             response = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        except grpc.aio.AioRpcError:
+            await self._raise_end()
         if response is grpc.aio.EOF:
             await self._raise_end()
         assert isinstance(response, kv_pb2.HandoffResponse)
@@ -57,18 +60,30 @@ class HandoffStream:
                 await self._call.done_writing()
                 await self._call.code()
 
-    async def _raise_end(self) -> None:
+    async def _raise_end(self) -> NoReturn:
+        """Raise what decode said when it ended the stream, or gRPC when it broke."""
+        for _ in range(_NUM_LOOKS):
+            if await self._call.details() != _LOCAL_DETAILS:
+                break
+            await asyncio.sleep(_LOOK_INTERVAL_S)  # the real status replaces it when it comes
         status = await self._call.code()
-        if status is not grpc.StatusCode.OK:
-            raise error_from_rpc(
-                grpc.aio.AioRpcError(
-                    status,
-                    await self._call.initial_metadata(),
-                    await self._call.trailing_metadata(),
-                    await self._call.details(),
-                )
-            )
-        raise Unavailable("the decode worker ended the hand-off")
+        if status is grpc.StatusCode.OK:
+            raise PeerLost("the decode worker ended the hand-off")
+        rpc_error = grpc.aio.AioRpcError(
+            status,
+            await self._call.initial_metadata(),
+            await self._call.trailing_metadata(),
+            await self._call.details(),
+        )
+        raise _of_decode(error_from_rpc(rpc_error)) from rpc_error
+
+
+def _of_decode(error: BatonError) -> BatonError:
+    """The error as one of the other end. What is no failure of it stays what it is."""
+    if isinstance(error, TransferError | Preempted | DeadlineExceeded | Cancelled):
+        return error
+    kind = PeerLost if isinstance(error, Unavailable) else TransferError
+    return kind(f"the decode worker: {error}")
 
 
 class DecodePeers:

@@ -21,6 +21,7 @@ from common.errors import (
     BatonError,
     Cancelled,
     DeadlineExceeded,
+    FailedPrecondition,
     InternalError,
     InvalidArgument,
     Preempted,
@@ -235,8 +236,9 @@ class Attempts:
                 # Decode has taken over: all that is missing are measurements.
                 _logger.warning("%s: %s after the hand-off: %s", plan.request_id, prefill.name, error)
                 return
-            blamed = (prefill, decode) if isinstance(error, TransferError) else (prefill,)
-            raise _leg_failure(error, *blamed) from rpc_error
+            # A worker that stops cancels what it serves: this may have been prefill, or decode during the hand-off.
+            is_of_both = isinstance(error, TransferError | FailedPrecondition | Cancelled)
+            raise _leg_failure(error, *((prefill, decode) if is_of_both else (prefill,))) from rpc_error
         finally:
             call.cancel()
         if not receiver.has_first_token:

@@ -16,12 +16,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import Unavailable
+from common.errors import ResourceExhausted, Unavailable
 from services.router import lifetime
 from services.router.attempt import Attempts, Moved, Pair, RequestPlan
 from services.router.cancellation import is_being_cancelled
 from services.router.choice import Choice
-from services.router.placement import LocalPrefill, place
+from services.router.placement import LocalPrefill, capacities, place
 from services.router.sequence_receiver import FirstToken
 from services.router.workers import Role, WorkerRegistry
 
@@ -62,6 +62,12 @@ class Dispatcher:
             await leader.prefilled.wait()
             for choice in choices[1:]:
                 runs.create_task(_ChoiceRun(self, plan, choice).run(leader.pair))
+
+    @property
+    def capacities(self) -> list[int]:
+        """See `placement.capacities`, of the workers that are ready."""
+        candidates = self._registry.candidates
+        return capacities(candidates(Role.PREFILL), candidates(Role.DECODE), self.limits.local_prefill)
 
     @property
     def has_place(self) -> bool:
@@ -122,12 +128,13 @@ class _ChoiceRun:
         self._dispatcher = dispatcher
         self._plan = plan
         self._num_losses = 0
-        self._num_stalls = 0  # attempts in a row that brought no token
+        self._num_stalls = 0  # attempts in a row that brought no token, or found every place taken
+        self._full_since_s: float | None = None  # of time.monotonic(): the first such attempt of those in a row
 
     async def run(self, preferred: Pair | None = None) -> None:
         """Until the choice is complete. Raises what the client is to be told."""
         choice = self.choice
-        avoid: set[str] = set()
+        avoid: set[str] = set()  # what has failed this output, as long as there are others
         try:
             while True:
                 pair = preferred if preferred is not None and _is_ready(preferred) else None
@@ -147,7 +154,7 @@ class _ChoiceRun:
                     if is_being_cancelled():
                         # A TaskGroup that is cancelled while a leg of it fails reports the failure alone.
                         raise asyncio.CancelledError from moved
-                    avoid = {worker.address for worker in moved.blamed}
+                    avoid |= {worker.address for worker in moved.blamed}
                     if choice.has_ended:
                         break
                     await self._prepare_move(moved, len(choice.tokens) - num_tokens)
@@ -158,7 +165,13 @@ class _ChoiceRun:
             self.prefilled.set()
 
     async def _prepare_move(self, moved: Moved, num_new_tokens: int) -> None:
-        if not moved.preempted:
+        # The place that output had was given to others: nothing is lost, and a place comes free when theirs ends.
+        is_full = isinstance(moved.cause, ResourceExhausted) and bool(self.choice.tokens)
+        if is_full:
+            self._wait_for_room(moved)
+        else:
+            self._full_since_s = None
+        if not moved.preempted and not is_full:
             self._num_losses += 1
             for worker in moved.blamed:
                 if isinstance(moved.cause, Unavailable):
@@ -167,9 +180,17 @@ class _ChoiceRun:
                 raise moved.cause
         self.choice.lifetime.num_migrations += 1
         _logger.info("%s: choice %d moves: %s", self._plan.request_id, self.choice.index, moved.cause)
-        self._num_stalls = 0 if num_new_tokens else self._num_stalls + 1
+        self._num_stalls = 0 if num_new_tokens and not is_full else self._num_stalls + 1
         if self._num_stalls > 1:
-            await asyncio.sleep(min(FIRST_BACKOFF_S * 2**self._num_stalls, LAST_BACKOFF_S))
+            await asyncio.sleep(min(FIRST_BACKOFF_S * 2 ** min(self._num_stalls, 10), LAST_BACKOFF_S))
+
+    def _wait_for_room(self, moved: Moved) -> None:
+        """Raises the refusal once they have gone on for as long as a moving sequence waits."""
+        now_s = time.monotonic()
+        if self._full_since_s is None:
+            self._full_since_s = now_s
+        if now_s - self._full_since_s >= self._dispatcher.limits.migration_timeout_s:
+            raise moved.cause
 
 
 def _is_ready(pair: Pair) -> bool:

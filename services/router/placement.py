@@ -8,9 +8,13 @@ fingerprint. A decode worker may also compute the prompt itself; when it does, `
 from __future__ import annotations
 
 import enum
+import itertools
 import random
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+UNLIMITED = sys.maxsize  # tokens
 
 
 class LocalPrefill(enum.Enum):
@@ -33,6 +37,21 @@ class Candidate:
     def holds(self, num_tokens: int) -> bool:
         """Whether a sequence that may become so long fits."""
         return self.max_sequence_tokens == 0 or num_tokens <= self.max_sequence_tokens
+
+
+def capacities(
+    prefills: Sequence[Candidate], decodes: Sequence[Candidate], local: LocalPrefill = LocalPrefill.NEVER
+) -> list[int]:
+    """How many tokens a sequence may have on each pair that could take one, ascending and without repetitions. Workers
+    that do not say hold `UNLIMITED`."""
+    found: set[int] = set()
+    for fingerprint in {c.layout_fingerprint for c in decodes}:
+        held = {c.max_sequence_tokens or UNLIMITED for c in decodes if c.layout_fingerprint == fingerprint}
+        by_prefill = {c.max_sequence_tokens or UNLIMITED for c in prefills if c.layout_fingerprint == fingerprint}
+        if local is not LocalPrefill.NEVER:
+            by_prefill = {UNLIMITED}
+        found |= {min(pair) for pair in itertools.product(by_prefill, held)}
+    return sorted(found)
 
 
 def place(

@@ -23,6 +23,7 @@ from services.router.choice import Choice, ChoiceLimits
 from services.router.dispatcher import Dispatcher
 from services.router.metrics import RouterMetrics
 from services.router.output_stream import OutputStream
+from services.router.placement import UNLIMITED
 from services.router.request_record import RequestRecord
 from services.router.served_model import ServedModel
 from services.router.validation import ModelLimits, ValidatedRequest, resolve_sampling, validate
@@ -65,9 +66,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     @property
     def _limits(self) -> ModelLimits:
-        """The model's, and no more context than the workers' KV caches hold."""
-        limits, capacity = self._model.limits, self._registry.max_sequence_tokens
-        return limits if capacity is None or capacity >= limits.context_length else limits.with_context(capacity)
+        """The model's, and no more context than the KV caches of some pair of workers hold."""
+        limits, capacity = self._model.limits, max(self._dispatcher.capacities, default=UNLIMITED)
+        return limits if capacity >= limits.context_length else limits.with_context(capacity)
 
     async def GetModelInfo(  # noqa: N802
         self, request: inference_pb2.GetModelInfoRequest, context: _Context
@@ -137,11 +138,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def _resolved(self, request: ValidatedRequest, num_prompt_tokens: int) -> sampling_pb2.SamplingParams:
         """Within what the workers hold, which is not known while there are none: then this waits for some."""
-        sampling = resolve_sampling(request, num_prompt_tokens, self._limits)
+        sampling = self._resolved_now(request, num_prompt_tokens)
         if self._dispatcher.has_place:
             return sampling
         await self._dispatcher.wait_for_place()
-        return resolve_sampling(request, num_prompt_tokens, self._limits)
+        return self._resolved_now(request, num_prompt_tokens)
+
+    def _resolved_now(self, request: ValidatedRequest, num_prompt_tokens: int) -> sampling_pb2.SamplingParams:
+        sampling = resolve_sampling(request, num_prompt_tokens, self._limits)
+        if not request.sampling.HasField("max_tokens"):
+            # As much as every pair with room holds: whichever is there must be able to take the sequence over.
+            needed = num_prompt_tokens + max(1, sampling.min_tokens)
+            rooms = [capacity - num_prompt_tokens for capacity in self._dispatcher.capacities if capacity >= needed]
+            sampling.max_tokens = min([sampling.max_tokens, *rooms])
+        return sampling
 
     async def _prompt_ids(self, request: ValidatedRequest) -> Sequence[int]:
         # A message costs the template some characters, however short it is.

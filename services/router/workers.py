@@ -27,6 +27,7 @@ from services.router.placement import Candidate
 _logger = logging.getLogger(__name__)
 
 STATUS_INTERVAL_MS = 100
+SILENCE_S = 5.0  # without a status, after which it is logged
 
 
 class Role(enum.Enum):
@@ -48,6 +49,9 @@ class Worker:
         self._num_users = 0
         self._dispatched_load = 0  # since the last status
         self._asked_anew = False
+        self._has_role = True  # what was logged of it last
+        self._silence: asyncio.TimerHandle | None = None  # runs while there is no status
+        self._is_silent = False  # as was logged
         self._watch: grpc.aio.UnaryStreamCall[worker_pb2.WatchStatusRequest, worker_pb2.WorkerStatus] | None = None
         self.channel = open_channel(address, registry.max_message_bytes)
         self._status_stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self.channel)
@@ -111,6 +115,8 @@ class Worker:
                 if self.role is Role.DECODE:
                     streams.create_task(self.session.run())
         finally:
+            if self._silence is not None:
+                self._silence.cancel()
             self.status = None
             self._registry.notify()
             await self.channel.close()
@@ -118,6 +124,8 @@ class Worker:
     async def _watch_status(self) -> None:
         retry_s = FIRST_RETRY_S
         while True:
+            if self._silence is None:
+                self._silence = asyncio.get_running_loop().call_later(SILENCE_S, self._note_silence)
             was_known = await self._watch_once()
             self.status = None
             self._registry.notify()
@@ -147,9 +155,27 @@ class Worker:
             self._watch.cancel()
         return was_known
 
+    def _note_silence(self) -> None:
+        self._is_silent = True
+        _logger.warning("%s has not answered for %g s", self.address, SILENCE_S)
+
+    def _heard(self) -> None:
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+        if self._is_silent:
+            self._is_silent = False
+            _logger.info("%s answers", self.address)
+
     def _update(self, status: worker_pb2.WorkerStatus) -> None:
-        if status.role != self.role.value:
-            _logger.error("%s is listed as %s worker and says it is none", self.address, self.role.name.lower())
+        has_role = status.role == self.role.value
+        if has_role is not self._has_role:
+            self._has_role = has_role
+            if has_role:
+                _logger.info("%s is a %s worker now", self.address, self.role.name.lower())
+            else:
+                _logger.error("%s is listed as %s worker and says it is none", self.address, self.role.name.lower())
+        self._heard()
         self.status = status
         self._dispatched_load = 0
         self._registry.notify()
@@ -172,6 +198,7 @@ class WorkerRegistry:
         self._static |= {(address, Role.DECODE) for address in decode}
         self._workers_file = workers_file
         self._file_interval_s = file_interval_s
+        self._file_error = ""  # as was logged
         self._file_stamp: tuple[int, int] | None = None
         self._workers: dict[tuple[str, Role], Worker] = {}
         self._runs: dict[tuple[str, Role], asyncio.Task[None]] = {}
@@ -200,12 +227,6 @@ class WorkerRegistry:
     def block_size(self) -> int:
         """Tokens in a block, as the first worker that is known says; 0 if none is."""
         return next((w.status.block_size for w in self._workers.values() if w.status is not None), 0)
-
-    @property
-    def max_sequence_tokens(self) -> int | None:
-        """What every worker can hold of one sequence, prompt and output together; None while none is known."""
-        statuses = (worker.status for worker in self._workers.values())
-        return min((s.max_sequence_tokens for s in statuses if s is not None and s.max_sequence_tokens), default=None)
 
     @property
     def has_pair(self) -> bool:
@@ -249,8 +270,11 @@ class WorkerRegistry:
                 return None
             listed = _parse_workers(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            _logger.error("workers file %s cannot be read, the last list stays: %s", path, error)
+            if str(error) != self._file_error:
+                self._file_error = str(error)
+                _logger.error("workers file %s cannot be read, the last list stays: %s", path, error)
             return None
+        self._file_error = ""
         self._file_stamp = stamp
         return listed
 

@@ -8,6 +8,7 @@ import pytest
 from baton.v1 import decode_pb2, kv_pb2
 
 from common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
+from common.rpc.status import to_status
 from services.decode.request import End, SequenceEnded, TokenSampled
 from services.decode.sessions import Sessions
 from tests.decode.front import Prefill, Router, running_front, ship
@@ -102,6 +103,23 @@ async def test_answers_that_nobody_reads_end_the_stream_too() -> None:
         session.answer(decode_pb2.OpenResponse(sequence_id=sequence_id))
     with pytest.raises(ResourceExhausted):
         await anext(responses)
+
+
+async def test_opens_that_are_refused_in_a_rush_do_not_end_the_session() -> None:
+    sessions = Sessions(max_pending=2)
+    session = sessions.begin("router")
+    responses = session.responses()
+    await anext(responses)
+    error = to_status(ResourceExhausted("2 sequences are open on this worker"))
+    for sequence_id in range(300):
+        session.answer(decode_pb2.OpenResponse(sequence_id=sequence_id, error=error))
+    answered: list[int] = []
+    while len(answered) < 300:
+        response = await anext(responses)
+        assert response.ByteSize() < 1 << 16  # the lowest limit that a router can be given
+        answered += [answer.sequence_id for answer in response.opened]
+    assert answered == list(range(300))
+    assert not session.is_over
 
 
 async def test_what_waits_for_a_router_that_stands_still_comes_in_small_messages() -> None:

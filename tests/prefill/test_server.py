@@ -231,7 +231,7 @@ async def test_deadline_passes_in_the_queue() -> None:
 async def test_decode_dies(stage: str) -> None:
     async with running() as harness:
         harness.decode.stage = Stage(stage, "die")
-        with pytest.raises(errors.Unavailable):
+        with pytest.raises(errors.PeerLost):
             await harness.prefill(harness.request())
         await harness.settled()
 

@@ -53,7 +53,7 @@ class Cluster:
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Until what the router knows of its workers satisfies the condition."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while not condition():
                 await self.router.registry.wait_changed()
 
@@ -79,7 +79,7 @@ class Cluster:
 
     async def wait_all_closed(self) -> None:
         """Until no decode worker holds a sequence."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while any(decode.open for decode in self.decodes):
                 for decode in self.decodes:
                     if decode.open:

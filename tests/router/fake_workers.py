@@ -58,6 +58,7 @@ class Script:
     prefill_errors_before_token: list[BatonError] = field(default_factory=list)
     prefill_errors_after_token: list[BatonError] = field(default_factory=list)
     open_errors: list[BatonError] = field(default_factory=list)
+    handoff_errors: dict[str, BatonError] = field(default_factory=dict)  # of every hand-off to a decode worker
     num_opens_ignored: int = 0  # how many more are not answered
     failed_end: str = "it failed"
 
@@ -145,7 +146,7 @@ class Tickets:
         self._sequence(ticket_id).set_result(sequence)
 
     async def take(self, ticket_id: int) -> tuple[FakeDecode, int]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             return await self._sequence(ticket_id)
 
     def _sequence(self, ticket_id: int) -> asyncio.Future[tuple[FakeDecode, int]]:
@@ -243,7 +244,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
 
     async def wait_idle(self) -> None:
         """Until a sequence has left and none is open."""
-        await asyncio.wait_for(self._idle.wait(), 10)
+        await asyncio.wait_for(self._idle.wait(), 20)
 
     def _release(self, sequence_id: int) -> bool:
         held = self.open.pop(sequence_id, None)
@@ -343,6 +344,8 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
             raise script.prefill_errors_after_token.pop(0)
         if not first.finish_reason:
             decode, sequence_id = await self._tickets.take(request.ticket.ticket_id)
+            if decode.address in script.handoff_errors:
+                raise script.handoff_errors[decode.address]
             if sequence_id in decode.open:
                 decode.join(sequence_id)
         await script.before_completed.wait()

@@ -134,7 +134,7 @@ async def test_a_stop_string_in_the_first_token_cancels_prefill_and_closes_decod
     outputs = await cluster.generate(text_request(100, stop=["a"]))
     assert outputs[0].text == ""
     assert outputs[0].token_ids == letters(0, 1)
-    await asyncio.wait_for(cluster.prefills[0].cancelled.wait(), 5)
+    await asyncio.wait_for(cluster.prefills[0].cancelled.wait(), 20)
     await cluster.wait_all_closed()
 
 
@@ -200,7 +200,7 @@ async def test_a_client_that_goes_away_releases_both_workers(cluster: Cluster) -
     call = cluster.stub.Generate(text_request(50))
     await anext(aiter(call))
     call.cancel()
-    await asyncio.wait_for(cluster.prefills[0].cancelled.wait(), 5)
+    await asyncio.wait_for(cluster.prefills[0].cancelled.wait(), 20)
     await cluster.wait_all_closed()
 
 
@@ -210,7 +210,7 @@ async def test_a_client_that_goes_away_before_the_first_token_releases_both_work
     reading = asyncio.ensure_future(anext(aiter(call)))
     await cluster.prefills[0].entered.wait()
     call.cancel()
-    await asyncio.wait_for(cluster.prefills[0].cancelled.wait(), 5)
+    await asyncio.wait_for(cluster.prefills[0].cancelled.wait(), 20)
     await cluster.wait_all_closed()
     await asyncio.wait([reading])
     assert cluster.router.admission.queue.num_in_flight == 0
@@ -225,12 +225,12 @@ async def test_a_deadline_ends_everything(cluster: Cluster) -> None:
 
 
 async def test_the_routers_own_limit_caps_the_deadline(tmp_path: Path) -> None:
-    async with running_cluster(tmp_path, max_timeout_s=0.3) as cluster:
+    async with running_cluster(tmp_path, max_timeout_s=3.0) as cluster:
         cluster.script.before_first_token.clear()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await cluster.generate(text_request(50), timeout_s=None)
         assert isinstance(error_from_rpc(caught.value), DeadlineExceeded)
-        assert cluster.decodes[0].opened[0].timeout_ns <= 0.3e9
+        assert cluster.decodes[0].opened[0].timeout_ns <= 3e9
         await cluster.wait_all_closed()
 
 

@@ -63,7 +63,7 @@ async def test_when_empty_turns_to_decode_when_the_prefill_pool_is_empty_and_bac
 async def test_the_router_serves_without_prefill_workers_if_it_may(tmp_path: Path) -> None:
     async with running_cluster(tmp_path, num_prefills=0, local_prefill="when-empty") as cluster:
         stub = health_pb2_grpc.HealthStub(cluster.channel)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     break
@@ -123,7 +123,7 @@ async def test_a_steady_first_token_survives_a_death_before_it_was_released(tmp_
         cluster.script.before_decode.clear()
         running = asyncio.ensure_future(assert_exact(cluster))
         dying = await cluster.wait_opened()
-        await asyncio.wait_for(cluster.prefills[0].entered.wait(), 5)
+        await asyncio.wait_for(cluster.prefills[0].entered.wait(), 20)
         await dying.die()
         cluster.script.before_decode.set()
         assert (await running).num_migrations == 1

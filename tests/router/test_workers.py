@@ -12,15 +12,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.errors import InvalidArgument, Unavailable
 from common.rpc.status import error_from_rpc
-from services.router import server
+from services.router import server, workers
 from services.router.validation import ModelLimits, ValidatedRequest, resolve_sampling
 from services.router.workers import Role
 from tests.router.cluster import Cluster, running_cluster
-from tests.router.fake_workers import FakeDecode, Script, Tickets, letters
+from tests.router.fake_workers import FINGERPRINT, FakeDecode, Script, Tickets, letters
 
 
 async def wait_for_candidates(cluster: Cluster, role: Role, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while len(cluster.router.registry.candidates(role)) != count:
             await cluster.router.registry.wait_changed()
 
@@ -94,7 +94,7 @@ async def test_a_worker_that_restarts_is_found_again(tmp_path: Path) -> None:
 async def test_a_worker_that_is_listed_twice_keeps_both_sessions(tmp_path: Path) -> None:
     decode = FakeDecode("d", Script(), Tickets())
     await decode.start()
-    addresses = (decode.address, f"ipv4:{decode.address}")
+    addresses = (decode.address, f"localhost:{decode.address.rpartition(':')[2]}")
     async with running_cluster(tmp_path, num_decodes=0, decode=addresses) as cluster:
         await wait_for_candidates(cluster, Role.DECODE, 2)
         workers = [cluster.router.registry.worker(Role.DECODE, address) for address in addresses]
@@ -117,6 +117,65 @@ async def test_a_worker_listed_under_the_wrong_role_is_not_used(tmp_path: Path) 
         await cluster.wait_until_serving(False)
 
 
+async def test_a_wrong_role_and_a_bad_file_are_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "workers.toml"
+    file.write_text("decode = nonsense")
+    num_looks, looked = 0, asyncio.Event()
+
+    def parse(text: str) -> set[tuple[str, Role]]:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 5:
+            looked.set()
+        raise ValueError("nonsense")
+
+    monkeypatch.setattr(workers, "_parse_workers", parse)
+    async with running_cluster(tmp_path / "model", workers_file=file, workers_file_interval_s=0.01) as cluster:
+        decode, registry = cluster.decodes[0], cluster.router.registry
+        decode.status.role = worker_pb2.WORKER_ROLE_PREFILL
+        worker = registry.worker(Role.DECODE, decode.address)
+
+        def knows_load() -> bool:
+            return worker.status is not None and worker.status.num_open == decode.status.num_open
+
+        for num_open in range(1, 4):
+            decode.status.num_open = num_open
+            decode.set_state(worker_pb2.WORKER_STATE_READY)
+            await cluster.wait_until(knows_load)
+        await asyncio.wait_for(looked.wait(), 20)
+    errors = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len([message for message in errors if "says it is none" in message]) == 1
+    assert len([message for message in errors if "cannot be read" in message]) == 1
+
+
+async def test_an_address_where_nobody_answers_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = asyncio.Event()
+    note = workers.Worker._note_silence
+
+    def observed(worker: workers.Worker) -> None:
+        note(worker)
+        noted.set()
+
+    monkeypatch.setattr(workers, "SILENCE_S", 0.01)
+    monkeypatch.setattr(workers.Worker, "_note_silence", observed)
+    late = FakeDecode("late", Script(), Tickets())
+    await late.start()
+    await late.die()
+    async with running_cluster(tmp_path, num_prefills=0, num_decodes=0, decode=(late.address,)) as cluster:
+        await asyncio.wait_for(noted.wait(), 20)
+        await late.start()
+        await wait_for_candidates(cluster, Role.DECODE, 1)
+    await late.die()
+    messages = [record.message for record in caplog.records if late.address in record.message]
+    assert [message for message in messages if "has not answered" in message] == [
+        f"{late.address} has not answered for 0.01 s"
+    ]
+
+
 async def test_load_counts_what_was_dispatched_since_the_last_status(tmp_path: Path) -> None:
     async with running_cluster(tmp_path) as cluster:
         registry = cluster.router.registry
@@ -130,14 +189,17 @@ async def test_load_counts_what_was_dispatched_since_the_last_status(tmp_path: P
         worker.release()
 
 
-async def test_a_sequence_is_no_longer_than_every_workers_kv_cache(tmp_path: Path) -> None:
+def held_by(cluster: Cluster) -> list[int]:
+    """What the candidates can hold of a sequence."""
+    return [c.max_sequence_tokens for role in Role for c in cluster.router.registry.candidates(role)]
+
+
+async def test_a_sequence_is_no_longer_than_the_kv_caches_of_a_pair(tmp_path: Path) -> None:
     async with running_cluster(tmp_path) as cluster:
-        registry = cluster.router.registry
-        assert registry.max_sequence_tokens is None  # these workers do not say
         for worker, capacity in ((cluster.decodes[0], 12), (cluster.prefills[0], 40)):
             worker.status.max_sequence_tokens = capacity
             worker.set_state(worker_pb2.WORKER_STATE_READY)
-        await cluster.wait_until(lambda: registry.max_sequence_tokens == 12)
+        await cluster.wait_until(lambda: sorted(held_by(cluster)) == [12, 40])
         info = await cluster.stub.GetModelInfo(inference_pb2.GetModelInfoRequest())
         assert info.context_length == 12
         outputs = await cluster.generate(inference_pb2.GenerateRequest(text="hello"))
@@ -178,6 +240,23 @@ async def test_max_tokens_is_resolved_by_workers_that_come_while_a_request_waits
         assert cluster.decodes[0].opened[0].sampling.max_tokens == 7
 
 
+@pytest.mark.parametrize("fingerprint", [FINGERPRINT, "other"])
+async def test_a_small_worker_refuses_nothing_that_another_holds(tmp_path: Path, fingerprint: str) -> None:
+    async with running_cluster(tmp_path, num_decodes=2) as cluster:
+        for worker, capacity in ((cluster.decodes[0], 6), (cluster.decodes[1], 20)):
+            worker.status.max_sequence_tokens = capacity
+        cluster.decodes[0].status.layout_fingerprint = fingerprint
+        for worker in cluster.decodes:
+            worker.set_state(worker_pb2.WORKER_STATE_READY)
+        await cluster.wait_until(lambda: {6, 20} <= set(held_by(cluster)))
+        for text, num_tokens in (("hello, world", 8), ("hello", 1 if fingerprint == FINGERPRINT else 15)):
+            outputs = await cluster.generate(inference_pb2.GenerateRequest(text=text))
+            assert outputs[0].token_ids == letters(0, num_tokens)
+        request = inference_pb2.GenerateRequest(text="hello")
+        request.sampling.max_tokens = 15
+        assert (await cluster.generate(request))[0].token_ids == letters(0, 15)
+
+
 @pytest.mark.parametrize("large_comes_back", [True, False])
 async def test_a_sequence_moves_only_to_workers_that_hold_it(tmp_path: Path, large_comes_back: bool) -> None:
     async with running_cluster(tmp_path, num_decodes=2, migration_timeout_s=20 if large_comes_back else 0) as cluster:
@@ -187,7 +266,7 @@ async def test_a_sequence_moves_only_to_workers_that_hold_it(tmp_path: Path, lar
             (other,) = (worker for worker in cluster.decodes if worker is not decode)
             other.status.max_sequence_tokens = 12
             other.set_state(worker_pb2.WORKER_STATE_READY)
-            await cluster.wait_until(lambda: registry.max_sequence_tokens == 12)
+            await cluster.wait_until(lambda: 12 in held_by(cluster))
             if not large_comes_back:
                 decode.set_state(worker_pb2.WORKER_STATE_STARTING)
                 await cluster.wait_until(lambda: len(registry.candidates(Role.DECODE)) == 1)
