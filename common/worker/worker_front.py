@@ -123,6 +123,7 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
             state=self._state(),
             layout_fingerprint=self.model.fingerprint,
             model=self.model.name,
+            model_digest=self.model.digest,
             block_size=self.config.block_size,
             tp_size=self.config.tp_size,
             max_sequence_tokens=self.num_blocks * self.config.block_size + 1,  # the last token needs no block

@@ -19,7 +19,9 @@ class RouterConfig(ServiceConfig):
     service: ClassVar[str] = "router"
 
     listen: Address = Field("0.0.0.0:50051", description="host:port for clients.")
-    model: Path = Field(description="Checkpoint directory (tokenizer and config.json; no weights are read).")
+    model: Path = Field(
+        description="Checkpoint directory: tokenizer and config.json; weights only tell its workers from others."
+    )
     model_name: str = Field("", description="Name that requests may give; the directory's name if empty.")
     prefill: tuple[Address, ...] = Field((), description="host:port of each prefill worker.")
     decode: tuple[Address, ...] = Field((), description="host:port of each decode worker.")

@@ -47,6 +47,7 @@ class RouterProcess:
             max_message_bytes=config.max_message_bytes,
             workers_file=config.workers_file,
             file_interval_s=config.workers_file_interval_s,
+            model_digests=model.digests,
         )
         limits = DispatchLimits(
             max_worker_losses=config.max_worker_losses,

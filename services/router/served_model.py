@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import InvalidArgument
+from common.errors import InvalidArgument, ModelError
+from common.models.checkpoint import drawn_model_digest, model_digest
 from common.models.config import read_model_config
 from services.router.chat_template import ChatTemplate
 from services.router.tokenizer import Tokenizer
@@ -20,6 +21,7 @@ class ServedModel:
     limits: ModelLimits
     tokenizer: Tokenizer
     chat_template: ChatTemplate
+    digests: frozenset[bytes]  # of workers that serve this very model; empty: nobody can say
 
     def prompt_ids(self, request: ValidatedRequest) -> Sequence[int]:
         """The prompt as token ids. Takes a while for long text. Raises `InvalidArgument`."""
@@ -49,4 +51,12 @@ def load_served_model(name: str, model_dir: Path, max_message_bytes: int) -> Ser
         has_chat_template=bool(chat_template.names),
         max_message_bytes=max_message_bytes,
     )
-    return ServedModel(limits, tokenizer, chat_template)
+    return ServedModel(limits, tokenizer, chat_template, _digests(model_dir))
+
+
+def _digests(model_dir: Path) -> frozenset[bytes]:
+    """With its weights read or drawn; none for a directory without weights."""
+    try:
+        return frozenset({model_digest(model_dir), drawn_model_digest(model_dir)})
+    except ModelError:
+        return frozenset()

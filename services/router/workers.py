@@ -49,7 +49,7 @@ class Worker:
         self._num_users = 0
         self._dispatched_load = 0  # since the last status
         self._asked_anew = False
-        self._has_role = True  # what was logged of it last
+        self._trouble = ""  # why its requests must go elsewhere, as was logged
         self._silence: asyncio.TimerHandle | None = None  # runs while there is no status
         self._is_silent = False  # as was logged
         self._watch: grpc.aio.UnaryStreamCall[worker_pb2.WatchStatusRequest, worker_pb2.WorkerStatus] | None = None
@@ -70,7 +70,7 @@ class Worker:
     def candidate(self) -> Candidate | None:
         """What placement sees; None if the worker takes no requests."""
         status = self.status
-        if status is None or not self.listed or status.role != self.role.value:
+        if status is None or not self.listed or self._trouble:
             return None
         if status.state != worker_pb2.WORKER_STATE_READY:
             return None
@@ -168,17 +168,25 @@ class Worker:
             _logger.info("%s answers", self.address)
 
     def _update(self, status: worker_pb2.WorkerStatus) -> None:
-        has_role = status.role == self.role.value
-        if has_role is not self._has_role:
-            self._has_role = has_role
-            if has_role:
-                _logger.info("%s is a %s worker now", self.address, self.role.name.lower())
+        trouble = self._trouble_of(status)
+        if trouble != self._trouble:
+            self._trouble = trouble
+            if trouble:
+                _logger.error("%s %s", self.address, trouble)
             else:
-                _logger.error("%s is listed as %s worker and says it is none", self.address, self.role.name.lower())
+                _logger.info("%s is a %s worker of this model now", self.address, self.role.name.lower())
         self._heard()
         self.status = status
         self._dispatched_load = 0
         self._registry.notify()
+
+    def _trouble_of(self, status: worker_pb2.WorkerStatus) -> str:
+        if status.role != self.role.value:
+            return f"is listed as {self.role.name.lower()} worker and says it is none"
+        ours = self._registry.model_digests
+        if ours and status.model_digest and status.model_digest not in ours:
+            return f"serves {status.model!r}, which is not this router's model"
+        return ""
 
 
 class WorkerRegistry:
@@ -192,7 +200,10 @@ class WorkerRegistry:
         max_message_bytes: int,
         workers_file: Path | None = None,
         file_interval_s: float = 1.0,
+        model_digests: frozenset[bytes] = frozenset(),
     ) -> None:
+        """`model_digests`: of workers that serve the router's model; empty if it cannot say."""
+        self.model_digests = model_digests
         self.max_message_bytes = max_message_bytes
         self._static = {(address, Role.PREFILL) for address in prefill}
         self._static |= {(address, Role.DECODE) for address in decode}

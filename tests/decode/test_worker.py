@@ -28,6 +28,7 @@ async def test_status_tells_what_is_held_where() -> None:
         await prefill.receive("grant")
         status = front.worker.status()
         assert status.role == worker_pb2.WORKER_ROLE_DECODE
+        assert (status.model, status.model_digest) == ("tiny", b"model")
         assert status.state == worker_pb2.WORKER_STATE_READY
         assert (status.num_open, status.num_waiting, status.num_running) == (1, 0, 0)
         assert (status.num_blocks_free, status.num_blocks_held) == (13, 3)

@@ -11,10 +11,13 @@ from baton.v1 import decode_pb2, inference_pb2, sampling_pb2, worker_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.errors import InvalidArgument, Unavailable
+from common.models.checkpoint import drawn_model_digest, model_digest
 from common.rpc.status import error_from_rpc
 from services.router import server, workers
+from services.router.served_model import load_served_model
 from services.router.validation import ModelLimits, ValidatedRequest, resolve_sampling
 from services.router.workers import Role
+from tests.router.byte_checkpoint import write_byte_checkpoint
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import FINGERPRINT, FakeDecode, Script, Tickets, letters
 
@@ -148,6 +151,34 @@ async def test_a_wrong_role_and_a_bad_file_are_logged_once(
     errors = [record.message for record in caplog.records if record.levelname == "ERROR"]
     assert len([message for message in errors if "says it is none" in message]) == 1
     assert len([message for message in errors if "cannot be read" in message]) == 1
+
+
+async def test_a_worker_of_another_model_is_not_used_whatever_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that does not say what it serves, as before there was a digest, is taken at its word."""
+    async with running_cluster(tmp_path) as cluster:
+        registry, decode = cluster.router.registry, cluster.decodes[0]
+        registry.model_digests = frozenset({b"ours", b"ours, drawn"})
+        for digest, is_used in (
+            (b"other", False),
+            (b"ours", True),
+            (b"other", False),
+            (b"ours, drawn", True),
+            (b"", True),
+        ):
+            decode.status.model_digest = digest
+            decode.set_state(worker_pb2.WORKER_STATE_READY)
+            await cluster.wait_until_serving(is_used)
+    errors = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len([message for message in errors if "not this router's model" in message]) == 2
+
+
+def test_a_router_knows_workers_of_its_checkpoint_if_that_has_weights(tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[2] / "checkpoints" / "pystdlib-7m"
+    known = load_served_model("m", shipped, 1 << 20).digests
+    assert known == {model_digest(shipped), drawn_model_digest(shipped)}
+    assert load_served_model("m", write_byte_checkpoint(tmp_path), 1 << 20).digests == frozenset()
 
 
 async def test_an_address_where_nobody_answers_is_logged_once(
