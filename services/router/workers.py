@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
 
+from common.config import split_address
 from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
 from services.router.cancellation import is_being_cancelled
@@ -297,5 +298,7 @@ def _parse_workers(text: str) -> set[tuple[str, Role]]:
         role = {"prefill": Role.PREFILL, "decode": Role.DECODE}.get(name)
         if role is None or not isinstance(addresses, list) or not all(isinstance(a, str) for a in addresses):
             raise ValueError(f"{name}: expected `prefill` and `decode`, each a list of addresses")
+        for address in addresses:
+            split_address(address)  # as those in flags are checked
         listed |= {(address, role) for address in addresses}
     return listed

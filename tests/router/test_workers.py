@@ -120,6 +120,18 @@ async def test_a_worker_listed_under_the_wrong_role_is_not_used(tmp_path: Path) 
         await cluster.wait_until_serving(False)
 
 
+@pytest.mark.parametrize(
+    "text", ['decode = ["127.0.0.1"]', 'decode = ["127.0.0.1:99999"]', 'prefill = ["two words:1"]', "router = []"]
+)
+def test_a_workers_file_that_names_no_workers_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        workers._parse_workers(text)
+    assert workers._parse_workers('decode = ["host:1", "[::1]:2"]') == {
+        ("host:1", Role.DECODE),
+        ("[::1]:2", Role.DECODE),
+    }
+
+
 async def test_a_wrong_role_and_a_bad_file_are_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
