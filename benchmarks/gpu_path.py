@@ -219,11 +219,14 @@ def main() -> None:
     add("--skip-rounding", action="store_true", help="do not compare outputs with and without a hand-off")
     add("--tolerance", type=float, default=TOLERANCE, help=f"of logprobs where outputs part ({TOLERANCE})")
     add("--out", type=Path, help="a JSON file")
+    add("--logs", type=Path, help="a directory in which the processes' logs stay (they are deleted)")
     args = parser.parse_args()
     if topology_of(args).num_devices > args.devices:
         parser.error(f"{topology_of(args)} needs {topology_of(args).num_devices} devices, there are {args.devices}")
+    if args.logs:
+        args.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
-        asyncio.run(measure(args, Path(directory)))
+        asyncio.run(measure(args, args.logs or Path(directory)))
 
 
 if __name__ == "__main__":
