@@ -32,7 +32,7 @@ from common.kernels.backend import KernelBackend
 from common.kernels.batch import KVShape, Span
 from common.kernels.cuda_backend import TritonPlan
 from common.kernels.dependent_launch import LaunchPolicy, by_policy, using
-from common.kernels.linear_tuning import Launch, default_tuning, padded_rows
+from common.kernels.linear_tuning import Kind, Launch, default_tuning, padded_rows
 from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
 from common.parallel.group import TensorParallelGroup
@@ -198,11 +198,10 @@ def compile_all(batches: list[int], deadline: float) -> tuple[int, int]:
     for policy in few:
         with using(policy):
             for name, shape in SHAPES.items():
-                gated = name == "gate_up"
-                columns = shape.num_out // 2 if gated else shape.num_out
+                kind = Kind.GATED if name == "gate_up" else Kind.PLAIN
                 for rows in {padded_rows(batch) for batch in batches if batch <= triton_linear.MAX_ROWS}:
-                    tuning = by_policy(default_tuning(shape.num_in, columns, gated, rows))
-                    calls.append(partial(compile_config, Config(name, "silu" if gated else "plain", rows, tuning)))
+                    tuning = by_policy(default_tuning(shape.num_in, shape.num_out, kind, rows))
+                    calls.append(partial(compile_config, Config(name, "silu" if kind == Kind.GATED else "plain", rows, tuning)))
     pool = ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn"), initializer=prepare_process)
     done, _ = wait([pool.submit(call) for call in calls], timeout=max(0.1, deadline - time.monotonic()))
     pool.shutdown(wait=False, cancel_futures=True)

@@ -15,6 +15,7 @@ import torch
 from common.errors import InvalidArgument
 from common.kernels import reference
 from common.kernels.batch import BatchPlan, KVShape, Span
+from common.kernels.scaled_rows import NormedRows
 
 
 class KernelBackend(Protocol):
@@ -30,7 +31,18 @@ class KernelBackend(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, /
     ) -> torch.Tensor: ...
 
-    def gate_up_silu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, /) -> torch.Tensor: ...
+    def linear_add_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        /,
+    ) -> NormedRows: ...
+
+    def gate_up_silu(self, x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None, /) -> torch.Tensor: ...
 
     def plan_batch(
         self,
@@ -42,9 +54,11 @@ class KernelBackend(Protocol):
         /,
     ) -> BatchPlan: ...
 
-    def qk_norm_rope_store(
+    def qkv_rope_store(
         self,
-        qkv: torch.Tensor,
+        x: NormedRows,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
         num_heads: int,
         cos: torch.Tensor,
         sin: torch.Tensor,

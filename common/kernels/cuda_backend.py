@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.kernels.batch import KVShape, Span
+from common.kernels.batch import BatchPlan, KVShape, Span
+from common.kernels.linear_tuning import Kind
+from common.kernels.scaled_rows import NormedRows, finished, values_of
 from common.kernels.triton_backend import (
     TritonPlan,
     add_rms_norm,
@@ -27,7 +29,13 @@ from common.kernels.triton_backend import (
     tile_queries,
 )
 from common.kernels.triton_decode import DecodeBatch, default_tuning, refresh
-from common.kernels.triton_linear import gate_up_silu_few, is_ahead, linear_few
+from common.kernels.triton_linear import (
+    gate_up_silu_few,
+    is_ahead,
+    linear_add_scale_few,
+    linear_few,
+    qkv_rope_store_few,
+)
 from common.kernels.triton_prefill import PrefillBatch, make_tiles
 from common.kernels.upload import upload
 
@@ -40,11 +48,13 @@ __all__ = [
     "gather_slot",
     "layout_weight",
     "linear",
+    "linear_add_norm",
     "payload_digest",
     "plan_batch",
     "plan_decode",
     "plan_mixed",
     "qk_norm_rope_store",
+    "qkv_rope_store",
     "refresh_decode",
     "rms_norm",
     "scatter_blocks",
@@ -96,14 +106,49 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """x: [T, in]; weight: [in, out], of either stride; bias: [out]. Returns [T, out]."""
     if bias is not None:
         return torch.addmm(bias, x, weight)
-    return linear_few(x, weight) if is_ahead(x, weight, is_gated=False) else torch.mm(x, weight)
+    return linear_few(x, weight) if is_ahead(x, weight, Kind.PLAIN) else torch.mm(x, weight)
 
 
-def gate_up_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_add_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+) -> NormedRows:
+    """As the reference."""
+    if bias is None and is_ahead(x, weight, Kind.PLAIN):
+        return linear_add_scale_few(x, weight, residual, norm, eps)
+    return add_rms_norm(linear(x, weight, bias), residual, norm, eps)
+
+
+def gate_up_silu(x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x: [T, in]; weight: [in, 2n], gate first; bias: [2n]. Returns silu(gate) * up, [T, n]."""
-    if bias is None and is_ahead(x, weight, is_gated=True):
+    if bias is None and is_ahead(values_of(x), weight, Kind.GATED):
         return gate_up_silu_few(x, weight)
-    return silu_mul(linear(x, weight, bias))
+    return silu_mul(linear(finished(x), weight, bias))
+
+
+def qkv_rope_store(
+    x: NormedRows,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    kv_layer: torch.Tensor,
+    plan: BatchPlan,
+) -> torch.Tensor:
+    """As the reference."""
+    if bias is None and q_norm is None and is_ahead(values_of(x), weight, Kind.ROTATED):
+        assert isinstance(plan, TritonPlan)
+        return qkv_rope_store_few(x, weight, num_heads, cos, sin, kv_layer, plan.store_slots)
+    qkv = linear(finished(x), weight, bias).view(-1, weight.shape[1] // kv_layer.shape[-1], kv_layer.shape[-1])
+    return qk_norm_rope_store(qkv, num_heads, cos, sin, q_norm, k_norm, eps, kv_layer, plan)
 
 
 def plan_batch(

@@ -9,6 +9,14 @@ from typing import Final
 _MIN_ROWS: Final = 16  # of a tensor core's operand
 
 
+class Kind(IntEnum):
+    """What a program computes."""
+
+    PLAIN = 0  # columns
+    GATED = 1  # columns of gate and the matching ones of up
+    ROTATED = 2  # columns of the lower half of a head and the matching ones of the upper half
+
+
 class Launch(IntEnum):
     """How a product is launched relative to its neighbours in the stream."""
 
@@ -20,7 +28,7 @@ class Launch(IntEnum):
 class LinearTuning:
     """Choices that change speed alone (and, by the order of sums, the last bits)."""
 
-    block_n: int  # outputs of a program; of gate and of up, if it computes both
+    block_n: int  # outputs of a program; of each of the two parts, if it computes both
     block_k: int  # inputs of a step
     split: int  # parts that the inputs are cut into, one program each
     num_stages: int
@@ -39,53 +47,53 @@ def _narrow(block_k: int, num_stages: int) -> LinearTuning:
     return LinearTuning(32, block_k, 1, num_stages, swap=False, launch=Launch.AT_END, prefetch_bytes=512)
 
 
-# By (inputs, outputs, is gated, padded rows). Tiles, parts and stages are those that took the least time on an H100,
+# By (inputs, outputs, kind, padded rows). Tiles, parts and stages are those that took the least time on an H100,
 # product by product (`benchmarks.few_rows`): a step of an 8B model took 1 to 2 % less with all of them than with
 # cuBLAS, though the product of 4096 by 4096 alone is up to 4 % slower at most row counts. Other products stay there.
 # How they are launched was measured on an H200, in whole layers whose small kernels are dependent too
 # (`benchmarks.decode_layer`, docs/performance.md). While seven of these let the next kernel start as soon as they ran,
 # which is best for products that follow each other, a layer took 1.5 to 16.6 µs more. Fetching up to 8, 16 or 34 MiB
 # of a weight before waiting, not 512 bytes of each row by each part (2 to 15 MB), gained nothing.
-TUNED: Final[dict[tuple[int, int, bool, int], LinearTuning]] = {
-    (4096, 6144, False, 16): _swapped(64, 4, 7),
-    (4096, 6144, False, 32): _swapped(128, 2, 4, use_tma=False),
-    (4096, 6144, False, 64): _narrow(128, 4),
-    (4096, 4096, False, 16): _swapped(128, 4, 5),
-    (4096, 4096, False, 32): _swapped(128, 2, 9),
-    (4096, 4096, False, 64): _narrow(256, 4),
-    (4096, 14336, True, 16): _swapped(128, 1, 3),
-    (4096, 14336, True, 32): _swapped(128, 1, 2),
-    (4096, 14336, True, 64): _swapped(128, 1, 2),
-    (14336, 4096, False, 16): _swapped(128, 2, 11, use_tma=False),
-    (14336, 4096, False, 32): _swapped(128, 2, 9, use_tma=False),
-    (14336, 4096, False, 64): _narrow(128, 9),
+TUNED: Final[dict[tuple[int, int, Kind, int], LinearTuning]] = {
+    (4096, 6144, Kind.PLAIN, 16): _swapped(64, 4, 7),
+    (4096, 6144, Kind.PLAIN, 32): _swapped(128, 2, 4, use_tma=False),
+    (4096, 6144, Kind.PLAIN, 64): _narrow(128, 4),
+    (4096, 4096, Kind.PLAIN, 16): _swapped(128, 4, 5),
+    (4096, 4096, Kind.PLAIN, 32): _swapped(128, 2, 9),
+    (4096, 4096, Kind.PLAIN, 64): _narrow(256, 4),
+    (4096, 28672, Kind.GATED, 16): _swapped(128, 1, 3),
+    (4096, 28672, Kind.GATED, 32): _swapped(128, 1, 2),
+    (4096, 28672, Kind.GATED, 64): _swapped(128, 1, 2),
+    (14336, 4096, Kind.PLAIN, 16): _swapped(128, 2, 11, use_tma=False),
+    (14336, 4096, Kind.PLAIN, 32): _swapped(128, 2, 9, use_tma=False),
+    (14336, 4096, Kind.PLAIN, 64): _narrow(128, 9),
     # A rank of two of an 8B model, measured on an H200 with 1, 32 and 64 rows. Alone, products of o and, with 64 rows,
     # of qkv take up to 1.2 µs more than cuBLAS's.
-    (4096, 3072, False, 16): _swapped(128, 4, 5),
-    (4096, 3072, False, 32): _swapped(128, 2, 9),
-    (4096, 3072, False, 64): _narrow(256, 4),
-    (2048, 4096, False, 16): _swapped(128, 2, 11, use_tma=False),
-    (2048, 4096, False, 32): _swapped(128, 2, 9, use_tma=False),
-    (2048, 4096, False, 64): _narrow(256, 4),
-    (4096, 7168, True, 16): _swapped(128, 1, 6),
-    (4096, 7168, True, 32): _swapped(128, 1, 5),
-    (4096, 7168, True, 64): _swapped(128, 1, 4),
-    (7168, 4096, False, 16): _swapped(128, 4, 5),
-    (7168, 4096, False, 32): _swapped(128, 2, 9, use_tma=False),
-    (7168, 4096, False, 64): _swapped(128, 2, 7, use_tma=False),
+    (4096, 3072, Kind.PLAIN, 16): _swapped(128, 4, 5),
+    (4096, 3072, Kind.PLAIN, 32): _swapped(128, 2, 9),
+    (4096, 3072, Kind.PLAIN, 64): _narrow(256, 4),
+    (2048, 4096, Kind.PLAIN, 16): _swapped(128, 2, 11, use_tma=False),
+    (2048, 4096, Kind.PLAIN, 32): _swapped(128, 2, 9, use_tma=False),
+    (2048, 4096, Kind.PLAIN, 64): _narrow(256, 4),
+    (4096, 14336, Kind.GATED, 16): _swapped(128, 1, 6),
+    (4096, 14336, Kind.GATED, 32): _swapped(128, 1, 5),
+    (4096, 14336, Kind.GATED, 64): _swapped(128, 1, 4),
+    (7168, 4096, Kind.PLAIN, 16): _swapped(128, 4, 5),
+    (7168, 4096, Kind.PLAIN, 32): _swapped(128, 2, 9, use_tma=False),
+    (7168, 4096, Kind.PLAIN, 64): _swapped(128, 2, 7, use_tma=False),
     # A rank of two of a 70B model, likewise.
-    (8192, 5120, False, 16): _swapped(128, 3, 5, use_tma=False),
-    (8192, 5120, False, 32): _swapped(128, 3, 4, use_tma=False),
-    (8192, 5120, False, 64): _swapped(128, 3, 3, use_tma=False),
-    (4096, 8192, False, 16): _swapped(128, 1, 11, use_tma=False),
-    (4096, 8192, False, 32): _swapped(128, 1, 9, use_tma=False),
-    (4096, 8192, False, 64): _swapped(128, 1, 7),
-    (8192, 14336, True, 16): _swapped(128, 1, 3),
-    (8192, 14336, True, 32): _swapped(128, 1, 2),
-    (8192, 14336, True, 64): _swapped(64, 1, 4),
-    (14336, 8192, False, 16): _swapped(128, 1, 11, use_tma=False),
-    (14336, 8192, False, 32): _swapped(128, 1, 9, use_tma=False),
-    (14336, 8192, False, 64): _swapped(128, 1, 7, use_tma=False),
+    (8192, 5120, Kind.PLAIN, 16): _swapped(128, 3, 5, use_tma=False),
+    (8192, 5120, Kind.PLAIN, 32): _swapped(128, 3, 4, use_tma=False),
+    (8192, 5120, Kind.PLAIN, 64): _swapped(128, 3, 3, use_tma=False),
+    (4096, 8192, Kind.PLAIN, 16): _swapped(128, 1, 11, use_tma=False),
+    (4096, 8192, Kind.PLAIN, 32): _swapped(128, 1, 9, use_tma=False),
+    (4096, 8192, Kind.PLAIN, 64): _swapped(128, 1, 7),
+    (8192, 28672, Kind.GATED, 16): _swapped(128, 1, 3),
+    (8192, 28672, Kind.GATED, 32): _swapped(128, 1, 2),
+    (8192, 28672, Kind.GATED, 64): _swapped(64, 1, 4),
+    (14336, 8192, Kind.PLAIN, 16): _swapped(128, 1, 11, use_tma=False),
+    (14336, 8192, Kind.PLAIN, 32): _swapped(128, 1, 9, use_tma=False),
+    (14336, 8192, Kind.PLAIN, 64): _swapped(128, 1, 7, use_tma=False),
 }
 
 
@@ -93,14 +101,14 @@ def padded_rows(num_rows: int) -> int:
     return max(_MIN_ROWS, 1 << (num_rows - 1).bit_length())
 
 
-def default_tuning(num_in: int, num_out: int, is_gated: bool, num_rows: int) -> LinearTuning:
+def default_tuning(num_in: int, num_out: int, kind: Kind, num_rows: int) -> LinearTuning:
     """What measured best, or for another shape a guess: 256 programs or so, half of an H100's shared memory each."""
-    rows = padded_rows(num_rows)
-    tuned = TUNED.get((num_in, num_out, is_gated, rows))
+    tuned = TUNED.get((num_in, num_out, kind, padded_rows(num_rows)))
     if tuned is not None:
         return tuned
-    tiles = -(-num_out // 64)
+    block_n, halves = (64, 1) if kind == Kind.PLAIN else (32, 2)
+    tiles = -(-num_out // (block_n * halves))
     split = 1
     while split < 8 and tiles * split * 2 <= 264 and num_in // (split * 2) >= 512:
         split *= 2
-    return LinearTuning(block_n=64, block_k=64, split=split, num_stages=4 if is_gated else 6)
+    return LinearTuning(block_n=block_n, block_k=64, split=split, num_stages=6)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from common.kernels.attention_reference import ReferencePlan, attention, plan_batch
 from common.kernels.batch import BatchPlan
 from common.kernels.blocks_reference import gather_blocks, payload_digest, scatter_blocks
+from common.kernels.scaled_rows import NormedRows, finished
 
 __all__ = [
     "add_rms_norm",
@@ -19,9 +20,11 @@ __all__ = [
     "gather_blocks",
     "layout_weight",
     "linear",
+    "linear_add_norm",
     "payload_digest",
     "plan_batch",
     "qk_norm_rope_store",
+    "qkv_rope_store",
     "rms_norm",
     "scatter_blocks",
     "silu_mul",
@@ -48,15 +51,45 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     return rms_norm(residual.add_(x), weight, eps)
 
 
-def gate_up_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_add_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+) -> NormedRows:
+    """Add `linear` to `residual`, [T, out], in place and return the RMSNorm of the sum; norm: [out], its weight."""
+    return add_rms_norm(linear(x, weight, bias), residual, norm, eps)
+
+
+def gate_up_silu(x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """weight: [in, 2n], gate first, as `layout_weight` made it; bias: [2n]. Returns silu(gate) * up, [T, n]."""
-    return silu_mul(linear(x, weight, bias))
+    return silu_mul(linear(finished(x), weight, bias))
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up: [T, 2n], gate first. Returns silu(gate) * up, [T, n]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)
+
+
+def qkv_rope_store(
+    x: NormedRows,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    kv_layer: torch.Tensor,
+    plan: BatchPlan,
+) -> torch.Tensor:
+    """`linear`, then `qk_norm_rope_store`. weight: [in, (num_heads + 2 * num_kv_heads) * head_dim]."""
+    qkv = linear(finished(x), weight, bias).view(-1, weight.shape[1] // kv_layer.shape[-1], kv_layer.shape[-1])
+    return qk_norm_rope_store(qkv, num_heads, cos, sin, q_norm, k_norm, eps, kv_layer, plan)
 
 
 def qk_norm_rope_store(

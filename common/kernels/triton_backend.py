@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from common.kernels import triton_prefill, triton_prefill_hopper, triton_rows
 from common.kernels.batch import BatchPlan, KVShape, Span
+from common.kernels.scaled_rows import NormedRows, finished
 from common.kernels.triton_blocks import (
     digest_on_device,
     digest_value,
@@ -51,10 +52,12 @@ __all__ = [
     "gather_with_digest",
     "layout_weight",
     "linear",
+    "linear_add_norm",
     "payload_digest",
     "plan_batch",
     "plan_decode",
     "qk_norm_rope_store",
+    "qkv_rope_store",
     "refresh_decode",
     "rms_norm",
     "scatter_blocks",
@@ -86,9 +89,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return functional.linear(x, weight, bias)
 
 
-def gate_up_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_add_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+) -> NormedRows:
+    """As the reference."""
+    return add_rms_norm(linear(x, weight, bias), residual, norm, eps)
+
+
+def gate_up_silu(x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x: [T, in]; weight: [2n, in], gate first; bias: [2n]. Returns silu(gate) * up, [T, n]."""
-    return silu_mul(linear(x, weight, bias))
+    return silu_mul(linear(finished(x), weight, bias))
 
 
 def plan_batch(
@@ -144,6 +159,24 @@ def refresh_decode(plan: TritonPlan) -> None:
     """Recompute on the device what follows from the plan's block tables and context lengths. Waits for nothing."""
     assert plan.decode is not None
     refresh(plan.decode, plan.shape.block_size, plan.decode_tuning.tile)
+
+
+def qkv_rope_store(
+    x: NormedRows,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    kv_layer: torch.Tensor,
+    plan: BatchPlan,
+) -> torch.Tensor:
+    """As the reference."""
+    qkv = linear(finished(x), weight, bias).view(-1, weight.shape[0] // kv_layer.shape[-1], kv_layer.shape[-1])
+    return qk_norm_rope_store(qkv, num_heads, cos, sin, q_norm, k_norm, eps, kv_layer, plan)
 
 
 def qk_norm_rope_store(

@@ -2,8 +2,8 @@
 
 The keys of all (sequence, KV head) rows form one line of tiles; each program takes the same length of that line,
 whatever the lengths of the sequences, so the grid is static and lengths and block tables are read on the device: a
-launch can be captured into a CUDA graph. A row that several programs share is merged by the last of them to finish, in
-a fixed order.
+launch can be captured into a CUDA graph. A row that several programs share is merged by the last of them to finish, or
+in two levels if they are many, in a fixed order.
 """
 # ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
@@ -20,8 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.errors import InternalError
 from common.kernels.dependent_launch import is_dependent, launch_options, start_next, wait_for_previous
-from common.kernels.triton_decode_tiles import load_tile, merge, program_of, row_of
-from common.kernels.triton_device import LOG2_E, current_stream, num_multiprocessors
+from common.kernels.triton_decode_tiles import arrive, fetch_tiles, load_tile, program_of, row_of, store_part
+from common.kernels.triton_device import LOG2_E, current_stream, is_hopper, num_multiprocessors
 
 _MIN_DOT_ROWS: Final = 16
 _MERGED_VALUES_PER_THREAD: Final = 64  # of partial results loaded in one go
@@ -37,6 +37,7 @@ class DecodeTuning:
     num_stages: int
     min_tiles: int  # per program, while there are fewer tiles than programs could take
     use_tma: bool  # bulk tensor copies; needs tile == block size
+    fetch_ahead: bool  # before a row ends, ask for the first tiles of the program's next one; with use_tma on Hopper
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class _Workspace:
 
     acc: torch.Tensor  # float32
     max_sum: torch.Tensor  # float32
-    arrivals: torch.Tensor  # int32, zero between launches
+    arrivals: torch.Tensor  # by row: int32, zero between launches
+    group_arrivals: torch.Tensor  # by slot: the same
 
 
 def default_tuning(block_size: int, head_dim: int, dtype: torch.dtype) -> DecodeTuning:
@@ -72,7 +74,14 @@ def default_tuning(block_size: int, head_dim: int, dtype: torch.dtype) -> Decode
         num_stages=3,
         min_tiles=2,
         use_tma=use_tma,
+        fetch_ahead=False,
     )
+
+
+def num_merged(group: int, head_dim: int, num_warps: int) -> int:
+    """How many parts of a row are merged in one go; more are merged in two levels."""
+    values_of_part = triton.next_power_of_2(group) * head_dim
+    return max(1, _MERGED_VALUES_PER_THREAD * 32 * num_warps // values_of_part)
 
 
 def refresh(batch: DecodeBatch, block_size: int, tile: int) -> None:
@@ -113,18 +122,19 @@ def decode_attention(
     keys = kv_layer.view(-1, head_dim)
     merged_rows = triton.next_power_of_2(group)
     dependent = is_dependent(q.shape[0], q.device)
-    merged = max(1, _MERGED_VALUES_PER_THREAD * 32 * tuning.num_warps // (merged_rows * head_dim))
+    fetches = tuning.fetch_ahead and tuning.use_tma and is_hopper(q.device)
     _decode_kernel[(num_programs,)](
-        q,
-        TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [tuning.tile, head_dim]) if tuning.use_tma else keys,
+        q, keys,
+        TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [tuning.tile, head_dim]) if tuning.use_tma else None,
         batch.block_tables, batch.context_lengths, batch.tile_ends[window], batch.query_rows, out, space.acc,
-        space.max_sum, space.arrivals, q.stride(0), batch.block_tables.stride(0), num_sequences, window or 0,
-        scale * LOG2_E,
+        space.max_sum, space.arrivals, space.group_arrivals, q.stride(0), batch.block_tables.stride(0), num_sequences,
+        window or 0, scale * LOG2_E,
         SEQUENCES=triton.next_power_of_2(num_sequences), NUM_KV_HEADS=num_kv_heads, GROUP=group,
         ROWS=max(_MIN_DOT_ROWS, merged_rows), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
-        WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles, MERGED=merged,
-        MERGED_ROWS=merged_rows, DEPENDENT=dependent, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
-        **launch_options(dependent),
+        WINDOWED=window is not None, USE_TMA=tuning.use_tma,
+        FETCHED=tuning.num_stages - 1 if fetches else 0, MIN_TILES=tuning.min_tiles,
+        MERGED=num_merged(group, head_dim, tuning.num_warps), MERGED_ROWS=merged_rows, DEPENDENT=dependent,
+        num_warps=tuning.num_warps, num_stages=tuning.num_stages, **launch_options(dependent),
     )  # fmt: skip
 
 
@@ -135,13 +145,19 @@ def _workspace(device: torch.device, stream: int, num_programs: int, row_element
     """Grown when needed, kept otherwise: a captured graph keeps using the tensors it was captured with."""
     space = _WORKSPACES.get((device, stream))
     num_elements = 2 * num_programs * row_elements
-    if space is None or space.acc.numel() < num_elements or space.arrivals.numel() < num_rows:
+    if (
+        space is None
+        or space.acc.numel() < num_elements
+        or space.arrivals.numel() < num_rows
+        or space.group_arrivals.numel() < 2 * num_programs
+    ):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise InternalError("decode attention must run once before it is captured, to have a cleared workspace")
         space = _Workspace(
             acc=torch.empty(num_elements, dtype=torch.float32, device=device),
             max_sum=torch.empty(num_elements, dtype=torch.float32, device=device),
             arrivals=torch.zeros(max(num_rows, 4096), dtype=torch.int32, device=device),
+            group_arrivals=torch.zeros(2 * num_programs, dtype=torch.int32, device=device),
         )
         _WORKSPACES[device, stream] = space
         _KEPT.append(space)
@@ -174,11 +190,12 @@ def _refresh_kernel(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, kv, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr,
-    arrivals_ptr, q_stride, table_stride, num_sequences, window, qk_scale,
+    q_ptr, kv_ptr, kv, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr,
+    arrivals_ptr, group_arrivals_ptr, q_stride, table_stride, num_sequences, window, qk_scale,
     SEQUENCES: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, USE_TMA: tl.constexpr,
-    MIN_TILES: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+    FETCHED: tl.constexpr, MIN_TILES: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. Slot 2p holds program p's first row if that goes on elsewhere, 2p + 1 its last.
 
@@ -225,8 +242,12 @@ def _decode_kernel(
         table_row = sequence * table_stride
         for number in tl.range(tile, stop):
             key = (base_tile + number) * TILE
-            k = load_tile(kv, tables_ptr, table_row, key, head, 0, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
-            v = load_tile(kv, tables_ptr, table_row, key, head, 1, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
+            k = load_tile(
+                kv_ptr, kv, tables_ptr, table_row, key, head, 0, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA
+            )
+            v = load_tile(
+                kv_ptr, kv, tables_ptr, table_row, key, head, 1, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA
+            )
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
             keys = key + tl.arange(0, TILE)[None, :]
             visible = keys < length
@@ -240,6 +261,13 @@ def _decode_kernel(
             sums = sums * kept[:, None] + weights
             acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
             best = higher
+        next_sequence = sequence + ((stop == row_end) & (head == NUM_KV_HEADS - 1)).to(tl.int32)
+        if FETCHED > 0:  # noqa: SIM102 - a constant, then a value of the device
+            if stop < end:
+                fetch_tiles(
+                    kv_ptr, tables_ptr, table_stride, tile_ends_ptr, lengths_ptr, window, next_sequence, stop, end,
+                    NUM_KV_HEADS, HEAD_DIM, TILE, WINDOWED, FETCHED,
+                )  # fmt: skip
         total_weight = tl.sum(sums, 1)
         out_at = query_row * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head * (GROUP * HEAD_DIM)
         if (tile == row_first) & (stop == row_end):
@@ -251,25 +279,14 @@ def _decode_kernel(
             )
         else:
             slot = program * 2 + (tile > first_of_program).to(tl.int32)
-            tl.store(
-                acc_ptr + (slot * GROUP + row_of_dot[:, None]) * HEAD_DIM + dim[None, :],
-                acc,
-                row_of_dot[:, None] < GROUP,
-            )
-            own = max_sum_ptr + (slot * GROUP + row_of_dot) * 2
-            tl.store(own, best, row_of_dot < GROUP)
-            tl.store(own + 1, total_weight, row_of_dot < GROUP)
+            store_part(acc_ptr, max_sum_ptr, slot, best, total_weight, acc, GROUP, HEAD_DIM, ROWS)
             first_program = program_of(row_first, share, longer)
             num_parts = program_of(row_end - 1, share, longer) - first_program + 1
-            tl.debug_barrier()  # all of the program's stores, before one thread announces them
-            arrivals = arrivals_ptr + sequence * NUM_KV_HEADS + head
-            if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_parts - 1:
-                starts_earlier = (first_program * share + tl.minimum(first_program, longer)) < row_first
-                merge(
-                    acc_ptr, max_sum_ptr, out_ptr + out_at, first_program, num_parts, starts_earlier.to(tl.int32),
-                    GROUP, HEAD_DIM, MERGED, MERGED_ROWS,
-                )  # fmt: skip
-                tl.store(arrivals, 0)
+            starts_earlier = (first_program * share + tl.minimum(first_program, longer)) < row_first
+            arrive(
+                acc_ptr, max_sum_ptr, out_ptr + out_at, arrivals_ptr + sequence * NUM_KV_HEADS + head,
+                group_arrivals_ptr, first_program, program - first_program, num_parts, starts_earlier.to(tl.int32),
+                GROUP, HEAD_DIM, MERGED, MERGED_ROWS,
+            )  # fmt: skip
         tile = stop
-        if (stop == row_end) & (head == NUM_KV_HEADS - 1):
-            sequence += 1
+        sequence = next_sequence

@@ -1,14 +1,15 @@
-"""Triton matrix products for a decode step: few rows against a weight that is read once, so speed is that of memory.
+"""Matrix products of a decode step: few rows against a weight that is read once, so speed is that of memory.
 
-Weights lie [out, in] in memory: a tile is then rows of consecutive bytes. Optional endings save a kernel: SiLU(gate) *
-up, where each program computes matching columns of both, and adding to the residual in place. The inputs of a product
-may be cut into parts; the last program to arrive sums the parts of a tile in their order, so results never vary.
+Weights lie [out, in] in memory: a tile is then rows of consecutive bytes. A product may end with what would be a kernel
+of its own (`triton_linear_kernel.Ending`). The norm before a product is divided between two: the one that makes the
+rows multiplies them by the norm's weight and sums their squares, the one that reads them divides its results by their
+root mean square (`ScaledRows`). The inputs of a product may be cut into parts; the last program to arrive sums the
+parts of a tile in their order, so results never vary.
 
 Launched dependently (`dependent_launch`), a product starts while the kernel before it still runs, and fetches its first
 weights into the second-level cache before it waits for that kernel: weights depend on nothing.
 """
-# ruff: noqa: N803, N806 - constants of a kernel are upper case
-# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ from typing import Final
 
 import torch
 import triton
-import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.errors import InternalError
-from common.kernels.dependent_launch import by_policy, launch_options, start_next, wait_for_previous
-from common.kernels.linear_tuning import TUNED, Launch, LinearTuning, default_tuning, padded_rows
+from common.kernels.dependent_launch import by_policy, launch_options
+from common.kernels.linear_tuning import TUNED, Kind, Launch, LinearTuning, default_tuning, padded_rows
+from common.kernels.scaled_rows import NormedRows, ScaledRows, values_of
 from common.kernels.triton_device import current_stream, is_hopper
+from common.kernels.triton_linear_kernel import Ending, linear_kernel
 
 MAX_ROWS: Final = 128
 PIECE_BYTES: Final = 256  # of a weight row, fetched by one instruction
@@ -51,17 +53,30 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def is_ahead(x: torch.Tensor, weight: torch.Tensor, is_gated: bool) -> bool:
+def is_ahead(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> bool:
     """Whether the product is one of those that together beat cuBLAS (`TUNED`). x: [T, in]; weight: [in, out]."""
-    num_in, num_out = weight.shape
-    key = num_in, num_out // 2 if is_gated else num_out, is_gated, padded_rows(x.shape[0])
+    key = *weight.shape, kind, padded_rows(x.shape[0])
     return key in TUNED and x.dtype == torch.bfloat16 and is_hopper(x.device) and supports(x, weight)
 
 
-def linear_few(x: torch.Tensor, weight: torch.Tensor, tuning: LinearTuning | None = None) -> torch.Tensor:
+def kind_of(ending: Ending) -> Kind:
+    """By which tunings are kept."""
+    return {Ending.SILU: Kind.GATED, Ending.ROTATE: Kind.ROTATED}.get(ending, Kind.PLAIN)
+
+
+def linear_few(x: NormedRows, weight: torch.Tensor, tuning: LinearTuning | None = None) -> torch.Tensor:
     """x: [T, in], T <= 128; weight: [in, out] of strides (1, in). Returns [T, out]."""
-    out = x.new_empty((x.shape[0], weight.shape[1]))
-    _launch(x, weight, out, False, False, tuning)
+    values = values_of(x)
+    out = values.new_empty((values.shape[0], weight.shape[1]))
+    _launch(x, weight, out, Ending.STORE, tuning)
+    return out
+
+
+def gate_up_silu_few(x: NormedRows, weight: torch.Tensor, tuning: LinearTuning | None = None) -> torch.Tensor:
+    """weight: [in, 2n], gate first. Returns silu(gate) * up, [T, n]. Otherwise as `linear_few`."""
+    values = values_of(x)
+    out = values.new_empty((values.shape[0], weight.shape[1] // 2))
+    _launch(x, weight, out, Ending.SILU, tuning)
     return out
 
 
@@ -69,44 +84,110 @@ def linear_add_few(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, tuning: LinearTuning | None = None
 ) -> torch.Tensor:
     """Add x @ weight to `residual`, [T, out], in place and return it. Otherwise as `linear_few`."""
-    _launch(x, weight, residual, False, True, tuning)
+    _launch(x, weight, residual, Ending.ADD, tuning)
     return residual
 
 
-def gate_up_silu_few(x: torch.Tensor, weight: torch.Tensor, tuning: LinearTuning | None = None) -> torch.Tensor:
-    """weight: [in, 2n], gate first. Returns silu(gate) * up, [T, n]. Otherwise as `linear_few`."""
-    out = x.new_empty((x.shape[0], weight.shape[1] // 2))
-    _launch(x, weight, out, True, False, tuning)
-    return out
+def linear_add_scale_few(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    tuning: LinearTuning | None = None,
+) -> ScaledRows:
+    """`linear_add_few`, and return the RMSNorm of the sum, whose weight is `norm`, [out]."""
+    tuning = _tuning_of(x, weight, Ending.ADD_AND_SCALE, tuning)
+    num_parts = triton.cdiv(weight.shape[1], tuning.block_n)
+    squares = torch.empty((num_parts, padded_rows(x.shape[0])), dtype=torch.float32, device=x.device)
+    made = ScaledRows(torch.empty_like(residual, memory_format=torch.contiguous_format), squares, eps)
+    _launch(x, weight, residual, Ending.ADD_AND_SCALE, tuning, norm=norm, made=made)
+    return made
+
+
+def qkv_rope_store_few(
+    x: NormedRows,
+    weight: torch.Tensor,
+    num_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_layer: torch.Tensor,
+    store_slots: torch.Tensor,
+    tuning: LinearTuning | None = None,
+) -> torch.Tensor:
+    """Multiply, rotate Q and K, store K and V in their blocks, return Q, [T, num_heads, head_dim].
+
+    weight: [in, (num_heads + 2 * num_kv_heads) * head_dim]; cos, sin: [T, 1, head_dim]; kv_layer: [num_blocks, 2,
+    num_kv_heads, block_size, head_dim]; store_slots: [T] int64, block * block_size + offset, negative: not stored.
+    """
+    values = values_of(x)
+    q = values.new_empty((values.shape[0], num_heads, kv_layer.shape[-1]))
+    rotation = Rotation(cos, sin, kv_layer, store_slots)
+    _launch(x, weight, q.view(values.shape[0], -1), Ending.ROTATE, tuning, rotation=rotation)
+    return q
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What a product that makes Q, K and V needs besides."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    kv_layer: torch.Tensor
+    store_slots: torch.Tensor
+
+
+def _tuning_of(x: torch.Tensor, weight: torch.Tensor, ending: Ending, tuning: LinearTuning | None) -> LinearTuning:
+    return tuning or by_policy(default_tuning(weight.shape[0], weight.shape[1], kind_of(ending), x.shape[0]))
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool, add: bool, tuning: LinearTuning | None
+    x: NormedRows,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    ending: Ending,
+    tuning: LinearTuning | None,
+    norm: torch.Tensor | None = None,
+    made: ScaledRows | None = None,
+    rotation: Rotation | None = None,
 ) -> None:
-    """out: [T, outputs]"""
-    if not supports(x, weight):
-        raise InternalError(f"no product for x {tuple(x.shape)} and a weight of strides {weight.stride()}, {x.dtype}")
-    (num_rows, num_in), num_columns = x.shape, out.shape[1]
-    if tuning is None:
-        tuning = by_policy(default_tuning(num_in, num_columns, gated, num_rows))
+    """out: [T, columns]. `norm` and `made`: with ADD_AND_SCALE; `rotation`: with ROTATE."""
+    squares, eps = (None, 0.0) if isinstance(x, torch.Tensor) else (x.squares, x.eps)
+    values = values_of(x)
+    if not supports(values, weight):
+        raise InternalError(f"no product for x {tuple(values.shape)} and strides {weight.stride()}, {values.dtype}")
+    tuning = _tuning_of(values, weight, ending, tuning)
+    num_rows, num_in = values.shape
+    num_columns = weight.shape[1] // (2 if ending in (Ending.SILU, Ending.ROTATE) else 1)
+    _, _, num_kv_heads, block_size, head_dim = rotation.kv_layer.shape if rotation else (0, 0, 1, 1, 2)
+    if rotation and head_dim // 2 % tuning.block_n:
+        raise InternalError(f"a tile of {tuning.block_n} columns is no part of half a head of {head_dim}")
     rows = padded_rows(num_rows)
     tiles = triton.cdiv(num_columns, tuning.block_n)
     # Every part has inputs: otherwise it would not be a part.
     part_in = triton.cdiv(triton.cdiv(num_in, tuning.split), tuning.block_k) * tuning.block_k
     split = triton.cdiv(num_in, part_in)
-    space = _workspace(x.device, tiles, tiles * split * rows * tuning.block_n * (2 if gated else 1))
+    tiles_of_program = weight.shape[1] // num_columns
+    space = _workspace(values.device, tiles, tiles * split * rows * tuning.block_n * tiles_of_program)
     rows_in_memory = weight.t()
     box = [tuning.block_n, tuning.block_k]
     dependent = tuning.launch != Launch.PLAIN
-    _linear_kernel[(tiles * split,)](
-        x, rows_in_memory,
+    unused = values  # for pointers that this ending has no use for
+    linear_kernel[(tiles * split,)](
+        values, rows_in_memory,
         TensorDescriptor(rows_in_memory, [weight.shape[1], num_in], [num_in, 1], box) if tuning.use_tma else None,
-        out, space.parts, space.arrivals, num_rows, x.stride(0), out.stride(0),
+        out, space.parts, space.arrivals,
+        unused if squares is None else squares, unused if norm is None else norm,
+        made.values if made else unused, made.squares if made else unused,
+        rotation.cos if rotation else unused, rotation.sin if rotation else unused,
+        rotation.store_slots if rotation else unused, rotation.kv_layer if rotation else unused,
+        num_rows, values.stride(0), out.stride(0), rotation.cos.stride(0) if rotation else 0, eps,
         NUM_COLUMNS=num_columns, NUM_IN=num_in, PART_IN=part_in, ROWS=rows, BLOCK_N=tuning.block_n,
-        BLOCK_K=tuning.block_k, SPLIT=split, GATED=gated, ADD=add, SWAP=tuning.swap, USE_TMA=tuning.use_tma,
-        DEPENDENT=dependent, PIECES=tuning.prefetch_bytes // PIECE_BYTES, PIECE_BYTES=PIECE_BYTES,
-        STAGES=tuning.num_stages, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
-        **launch_options(dependent),
+        BLOCK_K=tuning.block_k, SPLIT=split, ENDING=int(ending), SQUARES=0 if squares is None else squares.shape[0],
+        SWAP=tuning.swap, USE_TMA=tuning.use_tma, DEPENDENT=dependent, PIECES=tuning.prefetch_bytes // PIECE_BYTES,
+        PIECE_BYTES=PIECE_BYTES, STAGES=tuning.num_stages, NUM_HEADS=out.shape[1] // head_dim,
+        NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        num_warps=tuning.num_warps, num_stages=tuning.num_stages, **launch_options(dependent),
     )  # fmt: skip
 
 
@@ -128,124 +209,3 @@ def _workspace(device: torch.device, num_tiles: int, num_elements: int) -> _Work
         _WORKSPACES[key] = space
         _KEPT.append(space)
     return space
-
-
-@triton.jit
-def _prefetch(weight_ptr, first, last, k, NUM_IN: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
-              PIECE_BYTES: tl.constexpr):  # fmt: skip
-    """Ask for the first PIECES pieces from input k on of rows [first, first + BLOCK_N), without waiting for them."""
-    ELEMENTS: tl.constexpr = PIECE_BYTES // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    row = tl.minimum(first + tl.arange(0, BLOCK_N), last).to(tl.int64)
-    # Past the end of a row: once more its last piece.
-    column = tl.minimum(k + tl.arange(0, PIECES) * ELEMENTS, NUM_IN - ELEMENTS)
-    at = weight_ptr + row[:, None] * NUM_IN + column[None, :]
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
-        "=r,l,r", [at.to(tl.int64), PIECE_BYTES], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _weight_tile(
-    weight_ptr, weight, row, last, k,
-    NUM_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_N, BLOCK_K]; rows past the last are some row or 0, inputs past the end are 0."""
-    if USE_TMA:
-        tile = weight.load([row, k])
-    else:
-        rows = tl.minimum(row + tl.arange(0, BLOCK_N), last).to(tl.int64)
-        column = k + tl.arange(0, BLOCK_K)
-        at = weight_ptr + rows[:, None] * NUM_IN + column[None, :]
-        tile = tl.load(at) if NUM_IN % BLOCK_K == 0 else tl.load(at, column[None, :] < NUM_IN, other=0.0)
-    return tile
-
-
-@triton.jit
-def _multiply(x, tile, acc, SWAP: tl.constexpr):
-    """acc + x @ tile.T, [ROWS, BLOCK_N], or transposed."""
-    if SWAP:
-        acc = tl.dot(tile, tl.trans(x), acc, input_precision="ieee")
-    else:
-        acc = tl.dot(x, tl.trans(tile), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def _finish(
-    acc, acc_up, out_ptr, out_stride, row, column, num_rows,
-    NUM_COLUMNS: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    if GATED:
-        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
-    at = out_ptr + row * out_stride + column
-    mask = (row < num_rows) & (column < NUM_COLUMNS)
-    if ADD:
-        acc += tl.load(at, mask, other=0.0).to(tl.float32)
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _linear_kernel(
-    x_ptr, weight_ptr, weight, out_ptr, parts_ptr, arrivals_ptr, num_rows, x_stride, out_stride,
-    NUM_COLUMNS: tl.constexpr, NUM_IN: tl.constexpr, PART_IN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, SWAP: tl.constexpr,
-    USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr, PIECES: tl.constexpr, PIECE_BYTES: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Grid: (tiles of BLOCK_N outputs * SPLIT,). With GATED up's rows of the weight follow gate's NUM_COLUMNS."""
-    LAST: tl.constexpr = NUM_COLUMNS * (2 if GATED else 1) - 1
-    tile = tl.program_id(0) // SPLIT
-    part = tl.program_id(0) % SPLIT
-    first = tile * BLOCK_N
-    begin = part * PART_IN
-    end = tl.minimum(begin + PART_IN, NUM_IN)
-    if DEPENDENT:
-        if PIECES > 0:
-            _prefetch(weight_ptr, first, LAST, begin, NUM_IN, BLOCK_N, PIECES, PIECE_BYTES)
-            if GATED:
-                _prefetch(weight_ptr, NUM_COLUMNS + first, LAST, begin, NUM_IN, BLOCK_N, PIECES, PIECE_BYTES)
-        wait_for_previous()
-    acc = tl.zeros([BLOCK_N, ROWS] if SWAP else [ROWS, BLOCK_N], tl.float32)
-    acc_up = tl.zeros([BLOCK_N, ROWS] if SWAP else [ROWS, BLOCK_N], tl.float32)
-    row = tl.arange(0, ROWS)
-    for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        inputs = k + tl.arange(0, BLOCK_K)[None, :]
-        is_input = row[:, None] < num_rows
-        if NUM_IN % BLOCK_K != 0:
-            is_input &= inputs < NUM_IN
-        x = tl.load(x_ptr + row[:, None] * x_stride + inputs, is_input, other=0.0)
-        own = _weight_tile(weight_ptr, weight, first, LAST, k, NUM_IN, BLOCK_N, BLOCK_K, USE_TMA)
-        acc = _multiply(x, own, acc, SWAP)
-        if GATED:
-            up = _weight_tile(weight_ptr, weight, NUM_COLUMNS + first, LAST, k, NUM_IN, BLOCK_N, BLOCK_K, USE_TMA)
-            acc_up = _multiply(x, up, acc_up, SWAP)
-    if DEPENDENT:
-        start_next()
-    column = tl.arange(0, BLOCK_N)
-    if SWAP:
-        row, column = row[None, :], column[:, None]
-        at = column * ROWS + row
-    else:
-        row, column = row[:, None], column[None, :]
-        at = row * BLOCK_N + column
-    if SPLIT == 1:
-        _finish(acc, acc_up, out_ptr, out_stride, row, first + column, num_rows, NUM_COLUMNS, GATED, ADD)
-    else:
-        SIZE: tl.constexpr = ROWS * BLOCK_N
-        PART_SIZE: tl.constexpr = SIZE * (2 if GATED else 1)
-        parts = parts_ptr + tile * (SPLIT * PART_SIZE) + at
-        tl.store(parts + part * PART_SIZE, acc)
-        if GATED:
-            tl.store(parts + part * PART_SIZE + SIZE, acc_up)
-        tl.debug_barrier()  # all of the program's stores, before one thread announces them
-        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
-            # Written by other programs: read past the first-level cache.
-            total = tl.load(parts, cache_modifier=".cg")
-            total_up = tl.load(parts + SIZE, cache_modifier=".cg") if GATED else total
-            for other in tl.static_range(1, SPLIT):
-                total += tl.load(parts + other * PART_SIZE, cache_modifier=".cg")
-                if GATED:
-                    total_up += tl.load(parts + other * PART_SIZE + SIZE, cache_modifier=".cg")
-            _finish(total, total_up, out_ptr, out_stride, row, first + column, num_rows, NUM_COLUMNS, GATED, ADD)
-            tl.store(arrivals_ptr + tile, 0)

@@ -14,10 +14,11 @@ from torch.nn import functional
 
 from common.kernels.backend import KernelBackend, kernels_for
 from common.kernels.batch import BatchPlan
+from common.kernels.scaled_rows import NormedRows
 from common.models.config import ModelConfig
 from common.models.random_weights import RANDOM_SEED, random_weights
 from common.models.rope import RotaryEmbedding, Rotation
-from common.models.weights import LayerWeights, ModelWeights, load_weights
+from common.models.weights import LayerWeights, Linear, ModelWeights, load_weights
 from common.parallel.group import TensorParallelGroup
 from common.parallel.sharding import Shard, shard_of
 
@@ -80,18 +81,17 @@ class Decoder:
         """
         rotation = self._rope.rotation(positions)
         residual = self._embed(token_ids)
-        added: torch.Tensor | None = None
-        for layer, window, kv_layer in zip(self._weights.layers, self.config.windows, kv.unbind(), strict=True):
-            if added is None:
-                x = self.kernels.rms_norm(residual, layer.input_norm, self.config.rms_norm_eps)
-            else:
-                x = self._reduce_add_norm(added, residual, layer.input_norm)
-            x = self._attention(x, layer, window, rotation, kv_layer, plan)
+        layers = self._weights.layers
+        x: NormedRows = self.kernels.rms_norm(residual, layers[0].input_norm, self.config.rms_norm_eps)
+        for index, layer in enumerate(layers):
+            attended = self._attention(x, layer, self.config.windows[index], rotation, kv[index], plan)
             if on_stored is not None:
                 on_stored()
-            x = self._reduce_add_norm(x, residual, layer.post_norm)
-            added = self._mlp(x, layer)
-        return residual if added is None else residual.add_(self._group.all_reduce(added))
+            x = self._linear_add_norm(attended, layer.o, residual, layer.post_norm)
+            gated = self.kernels.gate_up_silu(x, layer.gate_up.weight, layer.gate_up.bias)
+            if index + 1 < len(layers):
+                x = self._linear_add_norm(gated, layer.down, residual, layers[index + 1].input_norm)
+        return residual.add_(self._group.all_reduce(self.kernels.linear(gated, layer.down.weight, layer.down.bias)))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [n, hidden] as `forward` returned it. Returns [n, vocab] float32, the same on every rank."""
@@ -123,17 +123,18 @@ class Decoder:
 
     def _attention(
         self,
-        x: torch.Tensor,
+        x: NormedRows,
         layer: LayerWeights,
         window: int | None,
         rotation: Rotation,
         kv_layer: torch.Tensor,
         plan: BatchPlan,
     ) -> torch.Tensor:
-        """x: [T, hidden], normalised. Returns this rank's part of a sum, [T, hidden]."""
-        qkv = self.kernels.linear(x, layer.qkv.weight, layer.qkv.bias)
-        q = self.kernels.qk_norm_rope_store(
-            qkv.view(x.shape[0], -1, self.config.head_dim),
+        """x: [T, hidden], normalised. Returns what this rank's heads found, [T, heads * head_dim]."""
+        q = self.kernels.qkv_rope_store(
+            x,
+            layer.qkv.weight,
+            layer.qkv.bias,
             self._num_heads,
             rotation.cos,
             rotation.sin,
@@ -143,17 +144,16 @@ class Decoder:
             kv_layer,
             plan,
         )
-        attended = self.kernels.attention(q, kv_layer, plan, window, self._scale)
-        return self.kernels.linear(attended, layer.o.weight, layer.o.bias)
+        return self.kernels.attention(q, kv_layer, plan, window, self._scale)
 
-    def _mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """x: [T, hidden], normalised. Returns this rank's part of a sum, [T, hidden]."""
-        gated = self.kernels.gate_up_silu(x, layer.gate_up.weight, layer.gate_up.bias)
-        return self.kernels.linear(gated, layer.down.weight, layer.down.bias)
-
-    def _reduce_add_norm(self, part: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Sum `part` over the ranks, add that to `residual` in place and return its norm; all [T, hidden]."""
+    def _linear_add_norm(
+        self, x: torch.Tensor, linear: Linear, residual: torch.Tensor, norm: torch.Tensor
+    ) -> NormedRows:
+        """Add the ranks' sum of products to `residual`, [T, hidden], in place and return its norm."""
         eps = self.config.rms_norm_eps
+        if self.shard.size == 1:
+            return self.kernels.linear_add_norm(x, linear.weight, linear.bias, residual, norm, eps)
+        part = self.kernels.linear(x, linear.weight, linear.bias)
         fused = self._group.all_reduce_add_rms_norm(part, residual, norm, eps)
         if fused is not None:
             return fused

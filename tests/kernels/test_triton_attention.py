@@ -122,7 +122,7 @@ def test_decode_tuning_changes_no_result(tile: int, programs: int, min_tiles: in
     case = make_case([(1, 300), (1, 20), (1, 17)])
     plan = case.plan(None)
     assert plan.decode is not None
-    tuning = triton_decode.DecodeTuning(tile, programs, 4, 2, min_tiles, use_tma=tile == 16)
+    tuning = triton_decode.DecodeTuning(tile, programs, 4, 2, min_tiles, use_tma=tile == 16, fetch_ahead=True)
     triton_decode.refresh(plan.decode, case.shape.block_size, tile)
     out = torch.full((3, 8 * 32), float("nan"), device=DEVICE)
     triton_decode.decode_attention(case.q, case.kv, plan.decode, None, case.scale, out, tuning)

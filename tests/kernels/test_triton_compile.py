@@ -30,7 +30,7 @@ ROOT: Final = Path(__file__).parents[2]
 MAX_SHARED_BYTES: Final = 227 << 10  # what a thread block can have on Hopper
 TIMEOUT_S: Final = 115
 LAUNCHED_DEPENDENTLY: Final = {
-    "_all_reduce_kernel", "_decode_kernel", "_linear_kernel", "_qk_norm_rope_store_kernel", "_rms_norm_kernel",
+    "_all_reduce_kernel", "_decode_kernel", "linear_kernel", "_qk_norm_rope_store_kernel", "_rms_norm_kernel",
     "_silu_mul_kernel",
 }  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_attention_uses_the_units_it_was_written_for(compiled: list[Compiled]) -
 
 @pytest.mark.slow
 def test_products_with_few_rows_use_the_units_they_were_written_for(compiled: list[Compiled]) -> None:
-    products = [kernel for kernel in compiled if kernel.name == "_linear_kernel"]
+    products = [kernel for kernel in compiled if kernel.name == "linear_kernel"]
     assert len(products) >= 15
     # All that compute gate and up with SiLU; of the others, those for which that was measured best.
     assert sum(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in products) >= 9
@@ -252,12 +252,26 @@ def draw_launches() -> Iterator[Callable[[], object]]:
 
 
 def product_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """Every tuned product with every ending it has in a model, after a norm of its own and after half of one."""
     from common.kernels import linear_tuning, triton_linear
+    from common.kernels.linear_tuning import Kind
+    from common.kernels.scaled_rows import ScaledRows
 
-    for num_in, num_out, is_gated, rows in linear_tuning.TUNED:
-        x = torch.empty(rows, num_in, dtype=dtype)
-        weight = torch.empty(2 * num_out if is_gated else num_out, num_in, dtype=dtype).t()
-        yield partial(triton_linear.gate_up_silu_few if is_gated else triton_linear.linear_few, x, weight)
+    kv = torch.empty(2, 2, 8, 64, 128, dtype=dtype)
+    for (num_in, num_out, kind, rows), tuning in linear_tuning.TUNED.items():
+        x, angles = torch.empty(rows, num_in, dtype=dtype), torch.empty(rows, 1, 128, dtype=dtype)
+        normed = ScaledRows(x, torch.empty(num_in // 64, rows), 1e-5)
+        weight, norm = torch.empty(num_out, num_in, dtype=dtype).t(), torch.empty(num_out, dtype=dtype)
+        residual, slots = torch.empty(rows, num_out, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+        for own in (x, normed):
+            if kind == Kind.ROTATED:
+                heads = num_out // 128 - 16
+                yield partial(triton_linear.qkv_rope_store_few, own, weight, heads, angles, angles, kv, slots, tuning)
+            elif kind == Kind.GATED:
+                yield partial(triton_linear.gate_up_silu_few, own, weight, tuning)
+        if kind == Kind.PLAIN:
+            yield partial(triton_linear.linear_few, x, weight, tuning)
+            yield partial(triton_linear.linear_add_scale_few, x, weight, residual, norm, 1e-5, tuning)
     hidden, intermediate = 4096, 14336
     down = torch.empty(hidden, intermediate, dtype=dtype).t()
     untuned = linear_tuning.LinearTuning(64, 64, split=2, num_stages=6)

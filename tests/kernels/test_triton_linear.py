@@ -9,12 +9,17 @@ import torch
 from torch.nn import functional
 
 from common.errors import InternalError
-from common.kernels.linear_tuning import TUNED, LinearTuning, padded_rows
+from common.kernels import reference
+from common.kernels.batch import KVShape, Span
+from common.kernels.linear_tuning import TUNED, Kind, LinearTuning, padded_rows
+from common.kernels.scaled_rows import NormedRows, ScaledRows, finished
 from common.kernels.triton_linear import (
     gate_up_silu_few,
     is_ahead,
     linear_add_few,
+    linear_add_scale_few,
     linear_few,
+    qkv_rope_store_few,
     supports,
 )
 
@@ -22,6 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 # [T, in, out]: one row, ragged rows, inputs and outputs that fill no tile, all rows
 SIZES = [(1, 64, 48), (5, 136, 72), (17, 256, 128), (64, 96, 40), (128, 96, 40)]
+EPS = 1e-5
 TUNINGS = [
     LinearTuning(32, 32, split, num_stages=3, swap=swap, use_tma=use_tma)
     for split, swap, use_tma in itertools.product((1, 2, 3), (False, True), (False, True))
@@ -50,6 +56,63 @@ def test_every_tuning_gives_the_product_and_its_endings(size: tuple[int, int, in
     assert_close(gate_up_silu_few(x, weight, tuning), functional.silu(gate) * up)
     assert linear_add_few(x, weight, residual, tuning) is residual
     assert_close(residual, total)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_norm_divided_between_two_products_is_the_norm(size: tuple[int, int, int], tuning: LinearTuning) -> None:
+    rows, num_in, num_out = size
+    x, weight = random(rows, num_in), random(num_out, num_in, seed=1).t()
+    residual, norm = 3 * random(rows, num_out, seed=2), random(num_out, seed=3)
+    total = residual.double() + x.double() @ weight.double()
+    expected = functional.rms_norm(total, (num_out,), norm.double(), EPS)
+    made = linear_add_scale_few(x, weight, residual, norm, EPS, tuning)
+    assert_close(residual, total)
+    assert_close(finished(made), expected)
+    following = random(96, num_out, seed=4).t()
+    assert_close(linear_few(made, following, tuning), expected @ following.double())
+    gate, up = (expected @ following.double()).chunk(2, dim=1)
+    assert_close(gate_up_silu_few(made, following, tuning), functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
+@pytest.mark.parametrize("rows", [1, 21])
+@pytest.mark.parametrize("normed", [False, True])
+def test_queries_are_rotated_and_keys_and_values_stored(rows: int, tuning: LinearTuning, normed: bool) -> None:
+    """A token that has no slot leaves no trace; blocks of others stay as they were."""
+    heads, kv_heads, block_size, head_dim, num_in = 3, 2, 16, 64, 136
+    shape = KVShape(7, kv_heads, block_size, head_dim)
+    spans = [Span(rows, 20 + rows, [3, 1, 5])]
+    plan = reference.plan_batch(spans, [None], shape, torch.float64, torch.device("cpu"))
+    slots = torch.tensor([[3, 1, 5][token // 16] * 16 + token % 16 for token in range(20, 20 + rows)], device=DEVICE)
+    slots[3:4] = -1
+    x: NormedRows = random(rows, num_in)
+    if normed:
+        x = ScaledRows(random(rows, num_in), random(3, padded_rows(rows), seed=6).abs(), EPS)
+    weight = random((heads + 2 * kv_heads) * head_dim, num_in, seed=1).t()
+    cos, sin = (random(rows, 1, head_dim, seed=seed) for seed in (2, 3))
+    kv = random(7, 2, kv_heads, block_size, head_dim, seed=4)
+    expected_kv, before = kv.double().cpu(), kv.clone()
+    q = qkv_rope_store_few(x, weight, heads, cos, sin, kv, slots, tuning)
+    wide = [value.double().cpu() for value in (finished(x), weight, cos, sin)]
+    expected = reference.qkv_rope_store(
+        wide[0], wide[1], None, heads, wide[2], wide[3], None, None, EPS, expected_kv, plan
+    )
+    if rows > 3:
+        expected_kv[1, :, :, 23 - 16] = before[1, :, :, 23 - 16].double().cpu()
+    assert_close(q.cpu(), expected)
+    assert_close(kv.cpu(), expected_kv)
+    touched = torch.zeros(7 * block_size, dtype=torch.bool)
+    touched[slots[slots >= 0].cpu()] = True
+    same = (kv == before).all(-1).all(1).all(1).view(-1).cpu()  # of a token: all its keys and values
+    assert torch.equal(same, ~touched)
+
+
+def test_a_tile_must_be_part_of_half_a_head() -> None:
+    kv, weight = random(2, 2, 1, 16, 32), random(3 * 32, 64, seed=1).t()
+    angles, slots = random(1, 1, 32), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(InternalError, match="half a head of 32"):
+        qkv_rope_store_few(random(1, 64), weight, 1, angles, angles, kv, slots, TUNINGS[0])
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -81,6 +144,6 @@ def test_what_it_does_not_take() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
 def test_products_stay_with_cublas_where_they_were_not_measured() -> None:
     x, weight = (torch.empty(size, 4096, dtype=torch.bfloat16) for size in (8, 6144))
-    assert (4096, 6144, False, 16) in TUNED
-    assert not is_ahead(x, weight.t(), is_gated=False), "there is no GPU"
+    assert (4096, 6144, Kind.PLAIN, 16) in TUNED
+    assert not is_ahead(x, weight.t(), Kind.PLAIN), "there is no GPU"
     assert all(padded_rows(rows) == rows for *_, rows in TUNED)
