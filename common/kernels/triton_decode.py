@@ -2,8 +2,8 @@
 
 The keys of all (sequence, KV head) rows form one line of tiles; each program takes the same length of that line,
 whatever the lengths of the sequences, so the grid is static and lengths and block tables are read on the device: a
-launch can be captured into a CUDA graph. A row that several programs share is merged by the last of them to finish, or
-in two levels if they are many, in a fixed order.
+launch can be captured into a CUDA graph. A row that several programs share is merged by the last of them to finish, in
+two levels if they are many, and always in the same order.
 """
 # ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
@@ -80,8 +80,8 @@ def default_tuning(block_size: int, head_dim: int, dtype: torch.dtype) -> Decode
 
 def num_merged(group: int, head_dim: int, num_warps: int) -> int:
     """How many parts of a row are merged in one go; more are merged in two levels."""
-    values_of_part = triton.next_power_of_2(group) * head_dim
-    return max(1, _MERGED_VALUES_PER_THREAD * 32 * num_warps // values_of_part)
+    values_per_part: int = triton.next_power_of_2(group) * head_dim
+    return max(1, _MERGED_VALUES_PER_THREAD * 32 * num_warps // values_per_part)
 
 
 def refresh(batch: DecodeBatch, block_size: int, tile: int) -> None:
@@ -218,6 +218,17 @@ def _decode_kernel(
     sequences = tl.arange(0, SEQUENCES)
     ends = tl.load(tile_ends_ptr + sequences, sequences < num_sequences, other=0)
     sequence = tl.sum(((sequences < num_sequences) & (ends * NUM_KV_HEADS <= tile)).to(tl.int32))
+    sequence = tl.minimum(sequence, num_sequences - 1)  # of programs without a share
+    head, row_first, row_end, length, first_key, base_tile = row_of(
+        tile, sequence, tile_ends_ptr, lengths_ptr, window, NUM_KV_HEADS, TILE, WINDOWED
+    )
+    query_row = tl.load(query_rows_ptr + sequence).to(tl.int64)
+    if DEPENDENT and FETCHED > 0:
+        # All keys but the last token's were there before the step; that one is written while it is asked for.
+        fetch_tiles(
+            kv_ptr, tables_ptr + sequence * table_stride, head, base_tile, tile, tl.minimum(end, row_end), NUM_KV_HEADS,
+            HEAD_DIM, TILE, FETCHED,
+        )  # fmt: skip
     if DEPENDENT:  # noqa: SIM102 - a constant, then a value of the device
         # Programs without a share end at once, which lets the next kernel start: the first one always waits.
         if tile < end:
@@ -225,11 +236,7 @@ def _decode_kernel(
     row_of_dot = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD_DIM)
     while tile < end:
-        head, row_first, row_end, length, first_key, base_tile = row_of(
-            tile, sequence, tile_ends_ptr, lengths_ptr, window, NUM_KV_HEADS, TILE, WINDOWED
-        )
         stop = tl.minimum(end, row_end)
-        query_row = tl.load(query_rows_ptr + sequence).to(tl.int64)
         q = tl.load(
             q_ptr + query_row * q_stride + (head * GROUP + row_of_dot[:, None]) * HEAD_DIM + dim[None, :],
             row_of_dot[:, None] < GROUP,
@@ -261,13 +268,18 @@ def _decode_kernel(
             sums = sums * kept[:, None] + weights
             acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
             best = higher
+        # The row after this one, if there is one: asked for before this one is written.
         next_sequence = sequence + ((stop == row_end) & (head == NUM_KV_HEADS - 1)).to(tl.int32)
-        if FETCHED > 0:  # noqa: SIM102 - a constant, then a value of the device
-            if stop < end:
-                fetch_tiles(
-                    kv_ptr, tables_ptr, table_stride, tile_ends_ptr, lengths_ptr, window, next_sequence, stop, end,
-                    NUM_KV_HEADS, HEAD_DIM, TILE, WINDOWED, FETCHED,
-                )  # fmt: skip
+        next_sequence = tl.minimum(next_sequence, num_sequences - 1)
+        next_head, next_first, next_end, next_length, next_first_key, next_base = row_of(
+            stop, next_sequence, tile_ends_ptr, lengths_ptr, window, NUM_KV_HEADS, TILE, WINDOWED
+        )
+        next_query_row = tl.load(query_rows_ptr + next_sequence).to(tl.int64)
+        if FETCHED > 0:
+            fetch_tiles(
+                kv_ptr, tables_ptr + next_sequence * table_stride, next_head, next_base, stop,
+                tl.minimum(end, next_end), NUM_KV_HEADS, HEAD_DIM, TILE, FETCHED,
+            )  # fmt: skip
         total_weight = tl.sum(sums, 1)
         out_at = query_row * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head * (GROUP * HEAD_DIM)
         if (tile == row_first) & (stop == row_end):
@@ -288,5 +300,6 @@ def _decode_kernel(
                 group_arrivals_ptr, first_program, program - first_program, num_parts, starts_earlier.to(tl.int32),
                 GROUP, HEAD_DIM, MERGED, MERGED_ROWS,
             )  # fmt: skip
-        tile = stop
-        sequence = next_sequence
+        tile, sequence, query_row = stop, next_sequence, next_query_row
+        head, row_first, row_end = next_head, next_first, next_end
+        length, first_key, base_tile = next_length, next_first_key, next_base

@@ -26,6 +26,7 @@ _SILU = tl.constexpr(Ending.SILU.value)
 _ADD = tl.constexpr(Ending.ADD.value)
 _ADD_AND_SCALE = tl.constexpr(Ending.ADD_AND_SCALE.value)
 _ROTATE = tl.constexpr(Ending.ROTATE.value)
+_MAX_EARLY = tl.constexpr(4096)  # sums of a program, of each of its tiles
 
 
 @triton.jit
@@ -84,46 +85,62 @@ def _normalise(acc, squares, eps, NUM_IN: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _needed(
+    out_ptr, out_stride, norm_ptr, cos_ptr, sin_ptr, angle_stride, slots_ptr, squares_ptr, row, column, num_rows,
+    NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, ENDING: tl.constexpr, SQUARES: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """What the ending reads besides the sums, asked for before they are there: row, column as for `_end`."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    squares, slot, residual, norm = 0.0, 0, 0.0, 0.0
+    cos_low, sin_low, cos_high, sin_high = 0.0, 0.0, 0.0, 0.0
+    if SQUARES > 0:
+        squares = _squares(squares_ptr, SQUARES, ROWS)
+    if ENDING == _ADD or ENDING == _ADD_AND_SCALE:
+        residual = tl.load(out_ptr + row * out_stride + column, (row < num_rows) & (column < NUM_COLUMNS), other=0.0)
+    if ENDING == _ADD_AND_SCALE:
+        norm = tl.load(norm_ptr + column, column < NUM_COLUMNS, other=0.0)
+    if ENDING == _ROTATE:
+        mask = (row < num_rows) & (column < HALF)
+        at = row * angle_stride + column
+        cos_low, cos_high = tl.load(cos_ptr + at, mask, other=0.0), tl.load(cos_ptr + at + HALF, mask, other=0.0)
+        sin_low, sin_high = tl.load(sin_ptr + at, mask, other=0.0), tl.load(sin_ptr + at + HALF, mask, other=0.0)
+        slot = tl.load(slots_ptr + row, row < num_rows, other=-1)
+    return squares, residual, norm, cos_low, sin_low, cos_high, sin_high, slot
+
+
+@triton.jit
 def _add(
-    acc, out_ptr, out_stride, norm_ptr, scaled_ptr, squares_ptr, tile, row, column, num_rows,
+    acc, residual, norm, out_ptr, out_stride, scaled_ptr, squares_ptr, tile, row, column, num_rows,
     NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, ENDING: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     mask = (row < num_rows) & (column < NUM_COLUMNS)
-    at = out_ptr + row * out_stride + column
-    acc += tl.load(at, mask, other=0.0).to(tl.float32)
     # Rounded to the residual's type first: the norm must be that of what the next layer reads.
-    rounded = tl.where(mask, acc, 0.0).to(out_ptr.dtype.element_ty)
-    tl.store(at, rounded, mask)
+    rounded = tl.where(mask, acc + residual.to(tl.float32), 0.0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * out_stride + column, rounded, mask)
     if ENDING == _ADD_AND_SCALE:
         wide = rounded.to(tl.float32)
-        scaled = wide * tl.load(norm_ptr + column, column < NUM_COLUMNS, other=0.0).to(tl.float32)
-        tl.store(scaled_ptr + row * NUM_COLUMNS + column, scaled.to(scaled_ptr.dtype.element_ty), mask)
+        scaled = (wide * norm.to(tl.float32)).to(scaled_ptr.dtype.element_ty)
+        tl.store(scaled_ptr + row * NUM_COLUMNS + column, scaled, mask)
         tl.store(squares_ptr + tile * ROWS + tl.arange(0, ROWS), tl.sum(wide * wide, 0 if SWAP else 1))
 
 
 @triton.jit
 def _rotate(
-    low, high, q_ptr, q_stride, cos_ptr, sin_ptr, angle_stride, slots_ptr, kv_ptr, head, row, dim, num_rows,
+    low, high, cos_low, sin_low, cos_high, sin_high, slot, q_ptr, q_stride, kv_ptr, head, row, dim, num_rows,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """low, high: columns `dim` of a head's lower half, and those of its upper half."""
     HALF: tl.constexpr = HEAD_DIM // 2
     mask = (row < num_rows) & (dim < HALF)
     if head < NUM_HEADS + NUM_KV_HEADS:  # values are turned by nothing
-        at = row * angle_stride + dim
-        cos_low = tl.load(cos_ptr + at, mask, other=0.0).to(tl.float32)
-        sin_low = tl.load(sin_ptr + at, mask, other=0.0).to(tl.float32)
-        cos_high = tl.load(cos_ptr + at + HALF, mask, other=0.0).to(tl.float32)
-        sin_high = tl.load(sin_ptr + at + HALF, mask, other=0.0).to(tl.float32)
-        turned = low * cos_low + high * sin_low
-        high = high * cos_high + low * sin_high
+        turned = low * cos_low.to(tl.float32) + high * sin_low.to(tl.float32)
+        high = high * cos_high.to(tl.float32) + low * sin_high.to(tl.float32)
         low = turned
     if head < NUM_HEADS:
         own = q_ptr + row * q_stride + head * HEAD_DIM + dim
         tl.store(own, low.to(q_ptr.dtype.element_ty), mask)
         tl.store(own + HALF, high.to(q_ptr.dtype.element_ty), mask)
     else:
-        slot = tl.load(slots_ptr + row, row < num_rows, other=-1)
         # K heads, then V heads: in a block that is the order of its 2 * NUM_KV_HEADS tiles.
         tile = (slot // BLOCK_SIZE) * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)
         stored = kv_ptr + (tile * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dim
@@ -133,26 +150,27 @@ def _rotate(
 
 @triton.jit
 def _end(
-    acc, acc_second, squares, eps, out_ptr, out_stride, norm_ptr, scaled_ptr, squares_out_ptr, cos_ptr, sin_ptr,
-    angle_stride, slots_ptr, kv_ptr, tile, head, row, column, num_rows,
+    acc, acc_second, needed, eps, out_ptr, out_stride, scaled_ptr, squares_out_ptr, kv_ptr, tile, head, row, column,
+    num_rows,
     NUM_COLUMNS: tl.constexpr, NUM_IN: tl.constexpr, ROWS: tl.constexpr, ENDING: tl.constexpr, SWAP: tl.constexpr,
     SQUARES: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """row, column: those of the sums, or with ROTATE the column within half a head."""
+    squares, residual, norm, cos_low, sin_low, cos_high, sin_high, slot = needed
     if SQUARES > 0:
         acc = _normalise(acc, squares, eps, NUM_IN, SWAP)
         if ENDING == _SILU or ENDING == _ROTATE:
             acc_second = _normalise(acc_second, squares, eps, NUM_IN, SWAP)
     if ENDING == _ROTATE:
         _rotate(
-            acc, acc_second, out_ptr, out_stride, cos_ptr, sin_ptr, angle_stride, slots_ptr, kv_ptr, head, row, column,
+            acc, acc_second, cos_low, sin_low, cos_high, sin_high, slot, out_ptr, out_stride, kv_ptr, head, row, column,
             num_rows, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
         )  # fmt: skip
     elif ENDING == _ADD or ENDING == _ADD_AND_SCALE:
         _add(
-            acc, out_ptr, out_stride, norm_ptr, scaled_ptr, squares_out_ptr, tile, row, column, num_rows, NUM_COLUMNS,
-            ROWS, ENDING, SWAP,
+            acc, residual, norm, out_ptr, out_stride, scaled_ptr, squares_out_ptr, tile, row, column, num_rows,
+            NUM_COLUMNS, ROWS, ENDING, SWAP,
         )  # fmt: skip
     else:
         if ENDING == _SILU:
@@ -196,12 +214,25 @@ def linear_kernel(
             if TWO:
                 _prefetch(weight_ptr, TO_SECOND + first, LAST, begin, NUM_IN, BLOCK_N, PIECES, PIECE_BYTES)
         wait_for_previous()
-    # Asked for before the sums, so that a program that ends alone need not wait for them after its last weights.
-    EARLY: tl.constexpr = SQUARES > 0 and SPLIT == 1 and ROWS <= 64
-    early = _squares(squares_ptr, SQUARES, ROWS) if EARLY else 0.0
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_N)
+    if SWAP:
+        out_row, column = row[None, :], column[:, None]
+        at = column * ROWS + out_row
+    else:
+        out_row, column = row[:, None], column[None, :]
+        at = out_row * BLOCK_N + column
+    # A program that ends alone asks before its sums, one that shares its tile before it announces its part; where that
+    # would take too many registers, both ask when they end.
+    EARLY: tl.constexpr = SPLIT == 1 and BLOCK_N * ROWS <= _MAX_EARLY
+    SHARED: tl.constexpr = SPLIT > 1 and BLOCK_N * ROWS <= _MAX_EARLY // 2
+    if EARLY:
+        needed = _needed(
+            out_ptr, out_stride, norm_ptr, cos_ptr, sin_ptr, angle_stride, slots_ptr, squares_ptr, out_row,
+            first_column + column, num_rows, NUM_COLUMNS, ROWS, ENDING, SQUARES, HEAD_DIM,
+        )  # fmt: skip
     acc = tl.zeros([BLOCK_N, ROWS] if SWAP else [ROWS, BLOCK_N], tl.float32)
     acc_second = tl.zeros([BLOCK_N, ROWS] if SWAP else [ROWS, BLOCK_N], tl.float32)
-    row = tl.arange(0, ROWS)
     for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         inputs = k + tl.arange(0, BLOCK_K)[None, :]
         is_input = row[:, None] < num_rows
@@ -215,13 +246,11 @@ def linear_kernel(
             acc_second = _multiply(x, second, acc_second, SWAP)
     if DEPENDENT:
         start_next()
-    column = tl.arange(0, BLOCK_N)
-    if SWAP:
-        row, column = row[None, :], column[:, None]
-        at = column * ROWS + row
-    else:
-        row, column = row[:, None], column[None, :]
-        at = row * BLOCK_N + column
+    if SHARED:
+        needed = _needed(
+            out_ptr, out_stride, norm_ptr, cos_ptr, sin_ptr, angle_stride, slots_ptr, squares_ptr, out_row,
+            first_column + column, num_rows, NUM_COLUMNS, ROWS, ENDING, SQUARES, HEAD_DIM,
+        )  # fmt: skip
     is_last = True
     if SPLIT > 1:
         SIZE: tl.constexpr = ROWS * BLOCK_N
@@ -242,9 +271,13 @@ def linear_kernel(
                 if TWO:
                     acc_second += tl.load(parts + other * PART_SIZE + SIZE, cache_modifier=".cg")
             tl.store(arrivals_ptr + tile, 0)
-        squares = _squares(squares_ptr, SQUARES, ROWS) if SQUARES > 0 and not EARLY else early
+        if not EARLY and not SHARED:
+            needed = _needed(
+                out_ptr, out_stride, norm_ptr, cos_ptr, sin_ptr, angle_stride, slots_ptr, squares_ptr, out_row,
+                first_column + column, num_rows, NUM_COLUMNS, ROWS, ENDING, SQUARES, HEAD_DIM,
+            )  # fmt: skip
         _end(
-            acc, acc_second, squares, eps, out_ptr, out_stride, norm_ptr, scaled_ptr, squares_out_ptr, cos_ptr, sin_ptr,
-            angle_stride, slots_ptr, kv_ptr, tile, head, row, first_column + column, num_rows, NUM_COLUMNS, NUM_IN,
-            ROWS, ENDING, SWAP, SQUARES, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
+            acc, acc_second, needed, eps, out_ptr, out_stride, scaled_ptr, squares_out_ptr, kv_ptr, tile, head, out_row,
+            first_column + column, num_rows, NUM_COLUMNS, NUM_IN, ROWS, ENDING, SWAP, SQUARES, NUM_HEADS, NUM_KV_HEADS,
+            HEAD_DIM, BLOCK_SIZE,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from common.kernels import reference, triton_backend, triton_decode, triton_prefill
 from common.kernels.batch import KVShape, Span
+from common.kernels.triton_device import num_multiprocessors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -127,6 +128,84 @@ def test_decode_tuning_changes_no_result(tile: int, programs: int, min_tiles: in
     out = torch.full((3, 8 * 32), float("nan"), device=DEVICE)
     triton_decode.decode_attention(case.q, case.kv, plan.decode, None, case.scale, out, tuning)
     assert relative_error(out, case.expected(None)) < TOLERANCE[torch.float32]
+
+
+def share_tuning(num_programs: int, use_tma: bool = False) -> triton_decode.DecodeTuning:
+    """At least so many programs, one tile each if there are no more tiles. One warp merges few parts in one go."""
+    per_multiprocessor = -(-num_programs // num_multiprocessors(DEVICE))
+    return triton_decode.DecodeTuning(16, per_multiprocessor, 1, 2, min_tiles=1, use_tma=use_tma, fetch_ahead=False)
+
+
+def decode_twice(
+    case: Case, window: int | None, tuning: triton_decode.DecodeTuning, num_padding: int = 0
+) -> torch.Tensor:
+    """Of the case's rows, with padding rows after them; a launch must leave nothing that changes the next one."""
+    num_rows = len(case.spans)
+    columns = max(len(span.block_ids) for span in case.spans) + 1
+    plan = triton_backend.plan_decode(num_rows + num_padding, columns, [window], case.shape, case.kv.dtype, DEVICE)
+    assert plan.decode is not None
+    for row, span in enumerate(case.spans):
+        plan.decode.block_tables[row, : len(span.block_ids)] = torch.tensor(span.block_ids)
+        plan.decode.context_lengths[row] = span.context_length
+    triton_decode.refresh(plan.decode, case.shape.block_size, tuning.tile)
+    q = torch.cat([case.q, case.q[:1].expand(num_padding, -1, -1)])
+    first, second = (torch.full(q.flatten(1).shape, float("nan"), dtype=q.dtype, device=DEVICE) for _ in range(2))
+    for out in (first, second):
+        triton_decode.decode_attention(q, case.kv, plan.decode, window, case.scale, out, tuning)
+        for space in triton_decode._WORKSPACES.values():
+            assert not space.arrivals.any()
+            assert not space.group_arrivals.any()
+    assert torch.equal(first, second)
+    assert torch.equal(first[num_rows:], torch.zeros_like(first[num_rows:]))
+    return first[:num_rows]
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "merged", "parts"),
+    [
+        *((4, 128, 4, parts) for parts in (3, 4, 5, 8, 15, 16, 17, 35)),  # up to three turns of the last level
+        *((7, 64, 4, parts) for parts in (4, 5, 17)),
+        *((7, 128, 2, parts) for parts in (2, 3, 9)),
+        *((1, 128, 16, parts) for parts in (16, 17, 33)),
+        (16, 128, 1, 3),
+    ],
+)
+def test_a_row_of_many_parts_is_merged_in_two_levels(group: int, head_dim: int, merged: int, parts: int) -> None:
+    assert triton_decode.num_merged(group, head_dim, num_warps=1) == merged
+    case = make_case([(1, 16 * parts - 3)], group, 1, head_dim)
+    out = decode_twice(case, None, share_tuning(parts))
+    assert relative_error(out, case.expected(None)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("window", "use_tma"), [(None, False), (None, True), (150, False), (7, False)])
+def test_rows_of_few_and_many_parts_and_padding_share_programs(window: int | None, use_tma: bool) -> None:
+    """4 parts are merged in one go: the long rows have more, with ends within programs of their neighbours."""
+    case = make_case([(1, 260), (1, 33), (1, 1), (1, 90)], 8, 2, 128)
+    out = decode_twice(case, window, share_tuning(28, use_tma), num_padding=2)
+    assert relative_error(out, case.expected(window)) < TOLERANCE[torch.float32]
+
+
+@settings(deadline=None, max_examples=6)
+@given(
+    contexts=st.lists(st.integers(1, 350), min_size=1, max_size=3),
+    num_programs=st.integers(1, 40),
+    group=st.sampled_from([1, 4, 7]),
+    window=st.none() | st.integers(1, 600),
+)
+def test_any_shares_are_merged_alike(contexts: list[int], num_programs: int, group: int, window: int | None) -> None:
+    case = make_case([(1, context) for context in contexts], 2 * group, 2, 128)
+    out = decode_twice(case, window, share_tuning(num_programs), num_padding=1)
+    assert relative_error(out, case.expected(window)) < TOLERANCE[torch.float32]
+
+
+def test_the_workspace_has_a_counter_for_every_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when few programs with long rows were first."""
+    monkeypatch.setattr(triton_decode, "_WORKSPACES", {})
+    few = triton_decode._workspace(DEVICE, 0, num_programs=4, row_elements=4096, num_rows=1)
+    many = triton_decode._workspace(DEVICE, 0, num_programs=400, row_elements=32, num_rows=1)
+    assert few.group_arrivals.numel() >= 2 * 4
+    assert many.group_arrivals.numel() >= 2 * 400
+    assert triton_decode._workspace(DEVICE, 0, num_programs=4, row_elements=32, num_rows=1) is many
 
 
 @pytest.mark.parametrize(("use_tma", "heads_outermost"), [(False, True), (True, False)])

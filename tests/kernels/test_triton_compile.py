@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from benchmarks.compile_for_hopper import compile_for_hopper
+from tests.kernels.attention_launches import attention_launches, decode_launches
 
 ROOT: Final = Path(__file__).parents[2]
 MAX_SHARED_BYTES: Final = 227 << 10  # what a thread block can have on Hopper
@@ -44,9 +45,10 @@ class Compiled:
     shared_bytes: int
     uses_wgmma: bool
     uses_bulk_copy: bool
+    fetches_ahead: bool  # into the second-level cache
     triggers: bool  # lets the kernel behind it start early
     waits: bool  # for the kernel ahead of it
-    writes_before_waiting: bool
+    writes_before_waiting: bool  # to what other programs see
     last_loop: list[str]  # types of the values that its last `for` hands on from turn to turn
 
 
@@ -74,6 +76,15 @@ def test_attention_uses_the_units_it_was_written_for(compiled: list[Compiled]) -
     assert hopper
     assert all(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in hopper)
     assert any(kernel.uses_bulk_copy for kernel in compiled if kernel.name == "_decode_kernel")
+
+
+@pytest.mark.slow
+def test_decode_attention_fetches_ahead_where_it_is_tuned_to(compiled: list[Compiled]) -> None:
+    decode = [kernel for kernel in compiled if kernel.name == "_decode_kernel"]
+    fetching = [kernel for kernel in decode if kernel.fetches_ahead]
+    assert len(fetching) == 2 * 4  # head sizes, numbers of sequences
+    assert all(kernel.uses_bulk_copy for kernel in fetching)
+    assert len(decode) > len(fetching)
 
 
 @pytest.mark.slow
@@ -117,9 +128,10 @@ def compile_all() -> Iterator[Compiled]:
             shared_bytes=kernel.metadata.shared,
             uses_wgmma="wgmma.mma_async" in ptx,
             uses_bulk_copy="cp.async.bulk.tensor" in ptx,
+            fetches_ahead="cp.async.bulk.prefetch.L2.global" in ptx,
             triggers="griddepcontrol.launch_dependents" in ptx,
             waits="griddepcontrol.wait" in ptx,
-            writes_before_waiting=re.search(r"\b(st|atom|red)\.", before_waiting) is not None,
+            writes_before_waiting=re.search(r"\b(st|atom|red)\.(?!shared)", before_waiting) is not None,
             last_loop=last_loop(kernel.asm["ttgir"]),
         )
 
@@ -146,37 +158,11 @@ def launches() -> Iterator[Callable[[], object]]:
     yield from row_launches(torch.bfloat16)
     yield from all_reduce_launches(torch.bfloat16)
     yield from dependent_launches(torch.bfloat16)
+    yield from decode_launches(torch.bfloat16)
     yield from block_launches(torch.bfloat16)
     yield from step_launches()
     yield from draw_launches()
     yield from product_launches(torch.bfloat16)
-
-
-def attention_launches(head_dim: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from common.kernels import triton_backend, triton_decode, triton_prefill, triton_prefill_hopper
-    from common.kernels.batch import KVShape, Span
-
-    num_heads, num_kv_heads, block_size = 32, 8, 64
-    shape = KVShape(8, num_kv_heads, block_size, head_dim)
-    kv = torch.empty(8, 2, num_kv_heads, block_size, head_dim, dtype=dtype)
-    qkv = torch.empty(33, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
-    q = qkv[:, :num_heads]
-    out = torch.empty(33, num_heads * head_dim, dtype=dtype)
-    angles = torch.empty(33, 1, head_dim, dtype=dtype)
-    norm = torch.empty(head_dim, dtype=dtype)
-    spans = [Span(32, 32, [1]), Span(1, 100, [2, 3])]
-    plan = triton_backend.plan_batch(spans, [None, 50], shape, dtype, torch.device("cpu"))
-    prefill, decode = plan.prefill, plan.decode
-    assert prefill is not None
-    assert decode is not None
-    for norms in ((None, None), (norm, norm)):
-        yield partial(
-            triton_backend.qk_norm_rope_store, qkv, num_heads, angles, angles, norms[0], norms[1], 1e-5, kv, plan
-        )
-    for window in (None, 50):
-        yield partial(triton_prefill_hopper.prefill_attention, q, kv, prefill, window, 0.1, out)
-        yield partial(triton_prefill.prefill_attention, q, kv, prefill, window, 0.1, out)
-        yield partial(triton_decode.decode_attention, q, kv, decode, window, 0.1, out)
 
 
 def dependent_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
