@@ -47,26 +47,26 @@ def _narrow(block_k: int, num_stages: int) -> LinearTuning:
     return LinearTuning(32, block_k, 1, num_stages, swap=False, launch=Launch.AT_END, prefetch_bytes=512)
 
 
-# By (inputs, outputs, kind, padded rows). Tiles, parts and stages are those that took the least time on an H100,
-# product by product (`benchmarks.few_rows`): a step of an 8B model took 1 to 2 % less with all of them than with
-# cuBLAS, though the product of 4096 by 4096 alone is up to 4 % slower at most row counts. Other products stay there.
-# How they are launched was measured on an H200, in whole layers whose small kernels are dependent too
-# (`benchmarks.decode_layer`, docs/performance.md). While seven of these let the next kernel start as soon as they ran,
-# which is best for products that follow each other, a layer took 1.5 to 16.6 µs more. Fetching up to 8, 16 or 34 MiB
-# of a weight before waiting, not 512 bytes of each row by each part (2 to 15 MB), gained nothing.
+# By (inputs, outputs, kind, padded rows). What is here is launched dependently and took the least time in whole layers
+# of a decode step on an H200 (`benchmarks.tune_layer`, docs/performance.md); other products stay with cuBLAS, among
+# them all with more than 64 rows. Neither fetching more of a weight ahead than 512 bytes of each row, nor fetching the
+# next product's weights, nor letting the next kernel start before a product ends gained anything.
 TUNED: Final[dict[tuple[int, int, Kind, int], LinearTuning]] = {
     (4096, 6144, Kind.PLAIN, 16): _swapped(64, 4, 7),
     (4096, 6144, Kind.PLAIN, 32): _swapped(128, 2, 4, use_tma=False),
     (4096, 6144, Kind.PLAIN, 64): _narrow(128, 4),
+    (4096, 6144, Kind.ROTATED, 16): _swapped(128, 4, 3),
+    (4096, 6144, Kind.ROTATED, 32): _swapped(128, 2, 5),
+    (4096, 6144, Kind.ROTATED, 64): _narrow(128, 7),
     (4096, 4096, Kind.PLAIN, 16): _swapped(128, 4, 5),
-    (4096, 4096, Kind.PLAIN, 32): _swapped(128, 2, 9),
+    (4096, 4096, Kind.PLAIN, 32): _swapped(128, 2, 9, use_tma=False),
     (4096, 4096, Kind.PLAIN, 64): _narrow(256, 4),
     (4096, 28672, Kind.GATED, 16): _swapped(128, 1, 3),
     (4096, 28672, Kind.GATED, 32): _swapped(128, 1, 2),
-    (4096, 28672, Kind.GATED, 64): _swapped(128, 1, 2),
-    (14336, 4096, Kind.PLAIN, 16): _swapped(128, 2, 11, use_tma=False),
-    (14336, 4096, Kind.PLAIN, 32): _swapped(128, 2, 9, use_tma=False),
-    (14336, 4096, Kind.PLAIN, 64): _narrow(128, 9),
+    (4096, 28672, Kind.GATED, 64): _swapped(64, 1, 4),
+    (14336, 4096, Kind.PLAIN, 16): _swapped(128, 4, 5),
+    (14336, 4096, Kind.PLAIN, 32): _swapped(128, 4, 4),
+    (14336, 4096, Kind.PLAIN, 64): _swapped(128, 2, 7, use_tma=False),
     # A rank of two of an 8B model, measured on an H200 with 1, 32 and 64 rows. Alone, products of o and, with 64 rows,
     # of qkv take up to 1.2 µs more than cuBLAS's.
     (4096, 3072, Kind.PLAIN, 16): _swapped(128, 4, 5),

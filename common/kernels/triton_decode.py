@@ -20,8 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.errors import InternalError
 from common.kernels.dependent_launch import is_dependent, launch_options, start_next, wait_for_previous
-from common.kernels.triton_decode_tiles import arrive, fetch_tiles, load_tile, program_of, row_of, store_part
-from common.kernels.triton_device import LOG2_E, current_stream, is_hopper, num_multiprocessors
+from common.kernels.triton_decode_tiles import arrive, load_tile, program_of, row_of, store_part
+from common.kernels.triton_device import LOG2_E, current_stream, num_multiprocessors
 
 _MIN_DOT_ROWS: Final = 16
 _MERGED_VALUES_PER_THREAD: Final = 64  # of partial results loaded in one go
@@ -37,7 +37,6 @@ class DecodeTuning:
     num_stages: int
     min_tiles: int  # per program, while there are fewer tiles than programs could take
     use_tma: bool  # bulk tensor copies; needs tile == block size
-    fetch_ahead: bool  # before a row ends, ask for the first tiles of the program's next one; with use_tma on Hopper
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,6 @@ def default_tuning(block_size: int, head_dim: int, dtype: torch.dtype) -> Decode
         num_stages=3,
         min_tiles=2,
         use_tma=use_tma,
-        fetch_ahead=False,
     )
 
 
@@ -122,17 +120,15 @@ def decode_attention(
     keys = kv_layer.view(-1, head_dim)
     merged_rows = triton.next_power_of_2(group)
     dependent = is_dependent(q.shape[0], q.device)
-    fetches = tuning.fetch_ahead and tuning.use_tma and is_hopper(q.device)
     _decode_kernel[(num_programs,)](
-        q, keys,
-        TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [tuning.tile, head_dim]) if tuning.use_tma else None,
+        q,
+        TensorDescriptor(keys, list(keys.shape), [head_dim, 1], [tuning.tile, head_dim]) if tuning.use_tma else keys,
         batch.block_tables, batch.context_lengths, batch.tile_ends[window], batch.query_rows, out, space.acc,
         space.max_sum, space.arrivals, space.group_arrivals, q.stride(0), batch.block_tables.stride(0), num_sequences,
         window or 0, scale * LOG2_E,
         SEQUENCES=triton.next_power_of_2(num_sequences), NUM_KV_HEADS=num_kv_heads, GROUP=group,
         ROWS=max(_MIN_DOT_ROWS, merged_rows), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tuning.tile,
-        WINDOWED=window is not None, USE_TMA=tuning.use_tma,
-        FETCHED=tuning.num_stages - 1 if fetches else 0, MIN_TILES=tuning.min_tiles,
+        WINDOWED=window is not None, USE_TMA=tuning.use_tma, MIN_TILES=tuning.min_tiles,
         MERGED=num_merged(group, head_dim, tuning.num_warps), MERGED_ROWS=merged_rows, DEPENDENT=dependent,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages, **launch_options(dependent),
     )  # fmt: skip
@@ -190,11 +186,11 @@ def _refresh_kernel(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, kv_ptr, kv, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr,
+    q_ptr, kv, tables_ptr, lengths_ptr, tile_ends_ptr, query_rows_ptr, out_ptr, acc_ptr, max_sum_ptr,
     arrivals_ptr, group_arrivals_ptr, q_stride, table_stride, num_sequences, window, qk_scale,
     SEQUENCES: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, USE_TMA: tl.constexpr,
-    FETCHED: tl.constexpr, MIN_TILES: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
+    MIN_TILES: tl.constexpr, MERGED: tl.constexpr, MERGED_ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. Slot 2p holds program p's first row if that goes on elsewhere, 2p + 1 its last.
@@ -223,12 +219,6 @@ def _decode_kernel(
         tile, sequence, tile_ends_ptr, lengths_ptr, window, NUM_KV_HEADS, TILE, WINDOWED
     )
     query_row = tl.load(query_rows_ptr + sequence).to(tl.int64)
-    if DEPENDENT and FETCHED > 0:
-        # All keys but the last token's were there before the step; that one is written while it is asked for.
-        fetch_tiles(
-            kv_ptr, tables_ptr + sequence * table_stride, head, base_tile, tile, tl.minimum(end, row_end), NUM_KV_HEADS,
-            HEAD_DIM, TILE, FETCHED,
-        )  # fmt: skip
     if DEPENDENT:  # noqa: SIM102 - a constant, then a value of the device
         # Programs without a share end at once, which lets the next kernel start: the first one always waits.
         if tile < end:
@@ -249,12 +239,8 @@ def _decode_kernel(
         table_row = sequence * table_stride
         for number in tl.range(tile, stop):
             key = (base_tile + number) * TILE
-            k = load_tile(
-                kv_ptr, kv, tables_ptr, table_row, key, head, 0, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA
-            )
-            v = load_tile(
-                kv_ptr, kv, tables_ptr, table_row, key, head, 1, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA
-            )
+            k = load_tile(kv, tables_ptr, table_row, key, head, 0, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
+            v = load_tile(kv, tables_ptr, table_row, key, head, 1, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, USE_TMA)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
             keys = key + tl.arange(0, TILE)[None, :]
             visible = keys < length
@@ -275,11 +261,6 @@ def _decode_kernel(
             stop, next_sequence, tile_ends_ptr, lengths_ptr, window, NUM_KV_HEADS, TILE, WINDOWED
         )
         next_query_row = tl.load(query_rows_ptr + next_sequence).to(tl.int64)
-        if FETCHED > 0:
-            fetch_tiles(
-                kv_ptr, tables_ptr + next_sequence * table_stride, next_head, next_base, stop,
-                tl.minimum(end, next_end), NUM_KV_HEADS, HEAD_DIM, TILE, FETCHED,
-            )  # fmt: skip
         total_weight = tl.sum(sums, 1)
         out_at = query_row * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head * (GROUP * HEAD_DIM)
         if (tile == row_first) & (stop == row_end):

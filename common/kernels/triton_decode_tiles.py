@@ -1,5 +1,5 @@
 """Steps of decode attention's programs: finding and loading a tile of keys, and joining the parts of a row."""
-# ruff: noqa: N803, N806 - constants of a kernel are upper case
+# ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def row_of(
 
 @triton.jit
 def load_tile(
-    kv_ptr, kv, tables_ptr, block_row, key, head, WHICH: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, USE_TMA: tl.constexpr,
+    kv, tables_ptr, block_row, key, head, WHICH: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Keys [key, key + TILE) of one head, [TILE, HEAD_DIM]. WHICH: 0 for K, 1 for V. kv: for TMA, else None."""
+    """Keys [key, key + TILE) of one head, [TILE, HEAD_DIM]. WHICH: 0 for K, 1 for V."""
     if USE_TMA:
         block = tl.load(tables_ptr + block_row + key // BLOCK_SIZE)
         tile = kv.load([((block * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE, 0])
@@ -44,46 +44,8 @@ def load_tile(
         else:
             blocks = tl.load(tables_ptr + block_row + keys // BLOCK_SIZE).to(tl.int64)
         rows = ((blocks * 2 + WHICH) * NUM_KV_HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE
-        tile = tl.load(kv_ptr + rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
+        tile = tl.load(kv + rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
     return tile
-
-
-@triton.jit
-def tiles_from(
-    index, kv_ptr, block_row_ptr, head, base_tile, tile, stop,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, NUM_TILES: tl.constexpr,
-):  # fmt: skip
-    """Where K (even index) and V (odd) of tile `tile + index // 2` of a row begin, and whether it is one that counts.
-
-    Those that count are up to NUM_TILES, before `stop`. TILE must be the block size.
-    """
-    number = tile + index // 2
-    counts = (index < 2 * NUM_TILES) & (number < stop)
-    block = tl.load(block_row_ptr + base_tile + number, counts, other=0).to(tl.int64)
-    return kv_ptr + ((block * 2 + index % 2) * NUM_KV_HEADS + head) * (TILE * HEAD_DIM), counts
-
-
-@triton.jit
-def fetch_tiles(
-    kv_ptr, block_row_ptr, head, base_tile, tile, stop,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, NUM_TILES: tl.constexpr,
-):  # fmt: skip
-    """Ask for K and V of the tiles of `tiles_from`, each of them consecutive bytes, without waiting for them."""
-    TILE_BYTES: tl.constexpr = TILE * HEAD_DIM * (kv_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    # As many elements as threads, so that each has its own: what is wanted is asked for once, by one of them.
-    at, wanted = tiles_from(
-        tl.arange(0, tl.extra.cuda.num_threads()), kv_ptr, block_row_ptr, head, base_tile, tile, stop,
-        NUM_KV_HEADS, HEAD_DIM, TILE, NUM_TILES,
-    )  # fmt: skip
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred wanted;
-        setp.ne.s32 wanted, $3, 0;
-        @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, 0;
-        }""",
-        "=r,l,r,r", [at.to(tl.int64), TILE_BYTES, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit

@@ -6,7 +6,6 @@ Kernels are imported by what launches them: importing them decides whether they 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -47,20 +46,16 @@ def decode_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
 
     num_heads, num_kv_heads, block_size = 32, 8, 64
 
-    def launch(head_dim: int, num_sequences: int, window: int | None, fetch_ahead: bool) -> None:
+    def launch(head_dim: int, num_sequences: int, window: int | None) -> None:
         shape = KVShape(8, num_kv_heads, block_size, head_dim)
         plan = triton_backend.plan_decode(num_sequences, 16, [window], shape, dtype, torch.device("cpu"))
         assert plan.decode is not None
         q = torch.empty(num_sequences, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)[:, :num_heads]
         kv = torch.empty(8, 2, num_kv_heads, block_size, head_dim, dtype=dtype)
         out = torch.empty(num_sequences, num_heads * head_dim, dtype=dtype)
-        tuning = replace(plan.decode_tuning, fetch_ahead=fetch_ahead)
-        with (
-            mock.patch.object(dependent_launch, "is_hopper", return_value=True),
-            mock.patch.object(triton_decode, "is_hopper", return_value=True),
-        ):
-            triton_decode.decode_attention(q, kv, plan.decode, window, 0.1, out, tuning)
+        with mock.patch.object(dependent_launch, "is_hopper", return_value=True):
+            triton_decode.decode_attention(q, kv, plan.decode, window, 0.1, out, plan.decode_tuning)
 
-    for head_dim, fetch_ahead in ((128, False), (128, True), (64, True)):
+    for head_dim in (128, 64):
         for num_sequences in (1, 8, 64, 256):
-            yield partial(launch, head_dim, num_sequences, 50 if num_sequences == 8 else None, fetch_ahead)
+            yield partial(launch, head_dim, num_sequences, 50 if num_sequences == 8 else None)

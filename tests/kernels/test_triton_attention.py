@@ -123,7 +123,7 @@ def test_decode_tuning_changes_no_result(tile: int, programs: int, min_tiles: in
     case = make_case([(1, 300), (1, 20), (1, 17)])
     plan = case.plan(None)
     assert plan.decode is not None
-    tuning = triton_decode.DecodeTuning(tile, programs, 4, 2, min_tiles, use_tma=tile == 16, fetch_ahead=True)
+    tuning = triton_decode.DecodeTuning(tile, programs, 4, 2, min_tiles, use_tma=tile == 16)
     triton_decode.refresh(plan.decode, case.shape.block_size, tile)
     out = torch.full((3, 8 * 32), float("nan"), device=DEVICE)
     triton_decode.decode_attention(case.q, case.kv, plan.decode, None, case.scale, out, tuning)
@@ -133,7 +133,7 @@ def test_decode_tuning_changes_no_result(tile: int, programs: int, min_tiles: in
 def share_tuning(num_programs: int, use_tma: bool = False) -> triton_decode.DecodeTuning:
     """At least so many programs, one tile each if there are no more tiles. One warp merges few parts in one go."""
     per_multiprocessor = -(-num_programs // num_multiprocessors(DEVICE))
-    return triton_decode.DecodeTuning(16, per_multiprocessor, 1, 2, min_tiles=1, use_tma=use_tma, fetch_ahead=False)
+    return triton_decode.DecodeTuning(16, per_multiprocessor, 1, 2, min_tiles=1, use_tma=use_tma)
 
 
 def decode_twice(

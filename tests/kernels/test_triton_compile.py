@@ -45,7 +45,6 @@ class Compiled:
     shared_bytes: int
     uses_wgmma: bool
     uses_bulk_copy: bool
-    fetches_ahead: bool  # into the second-level cache
     triggers: bool  # lets the kernel behind it start early
     waits: bool  # for the kernel ahead of it
     writes_before_waiting: bool  # to what other programs see
@@ -76,15 +75,6 @@ def test_attention_uses_the_units_it_was_written_for(compiled: list[Compiled]) -
     assert hopper
     assert all(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in hopper)
     assert any(kernel.uses_bulk_copy for kernel in compiled if kernel.name == "_decode_kernel")
-
-
-@pytest.mark.slow
-def test_decode_attention_fetches_ahead_where_it_is_tuned_to(compiled: list[Compiled]) -> None:
-    decode = [kernel for kernel in compiled if kernel.name == "_decode_kernel"]
-    fetching = [kernel for kernel in decode if kernel.fetches_ahead]
-    assert len(fetching) == 2 * 4  # head sizes, numbers of sequences
-    assert all(kernel.uses_bulk_copy for kernel in fetching)
-    assert len(decode) > len(fetching)
 
 
 @pytest.mark.slow
@@ -128,7 +118,6 @@ def compile_all() -> Iterator[Compiled]:
             shared_bytes=kernel.metadata.shared,
             uses_wgmma="wgmma.mma_async" in ptx,
             uses_bulk_copy="cp.async.bulk.tensor" in ptx,
-            fetches_ahead="cp.async.bulk.prefetch.L2.global" in ptx,
             triggers="griddepcontrol.launch_dependents" in ptx,
             waits="griddepcontrol.wait" in ptx,
             writes_before_waiting=re.search(r"\b(st|atom|red)\.(?!shared)", before_waiting) is not None,
