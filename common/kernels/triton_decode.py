@@ -77,7 +77,7 @@ def default_tuning(block_size: int, head_dim: int, dtype: torch.dtype) -> Decode
 
 
 def num_merged(group: int, head_dim: int, num_warps: int) -> int:
-    """How many parts of a row are merged in one go; more are merged in two levels."""
+    """How many parts of a row are merged in one go; more than twice as many are merged in two levels."""
     values_per_part: int = triton.next_power_of_2(group) * head_dim
     return max(1, _MERGED_VALUES_PER_THREAD * 32 * num_warps // values_per_part)
 

@@ -64,16 +64,17 @@ def arrive(
 ):  # fmt: skip
     """Announce a part that has been stored in its slot; who comes last merges what is there.
 
-    Up to MERGED parts are merged into the row's output at `out_ptr` by the last of them. More form groups of MERGED:
+    Up to 2 * MERGED parts are merged into the row's output at `out_ptr` by the last of them. More form groups of MERGED:
     the last part of a group to arrive merges the group, the last group the row. Which parts meet, and in which order,
     follows from their numbers alone. arrivals_ptr: the row's counter; group_arrivals_ptr: one for each slot.
     """
-    step = tl.where(num_parts > MERGED, MERGED, 1)
+    in_groups = num_parts > 2 * MERGED  # with two turns of the loop a second level would take longer than it saves
+    step = tl.where(in_groups, MERGED, 1)
     num_sources = tl.cdiv(num_parts, step)
     tl.debug_barrier()  # all of the program's stores, before one thread announces them
     has_source = num_parts > 0
     if MERGED > 1:  # noqa: SIM102 - a constant, then a value of the device
-        if num_parts > MERGED:
+        if in_groups:
             has_source = _arrive_in_group(
                 acc_ptr, max_sum_ptr, group_arrivals_ptr, first_program, part // MERGED * MERGED, num_parts,
                 starts_earlier, GROUP, HEAD_DIM, MERGED, MERGED_ROWS,

@@ -163,9 +163,9 @@ def decode_twice(
 @pytest.mark.parametrize(
     ("group", "head_dim", "merged", "parts"),
     [
-        *((4, 128, 4, parts) for parts in (3, 4, 5, 8, 15, 16, 17, 35)),  # up to three turns of the last level
+        *((4, 128, 4, parts) for parts in (3, 4, 5, 8, 9, 16, 17, 35)),  # up to three turns of the last level
         *((7, 64, 4, parts) for parts in (4, 5, 17)),
-        *((7, 128, 2, parts) for parts in (2, 3, 9)),
+        *((7, 128, 2, parts) for parts in (2, 3, 5, 9)),
         *((1, 128, 16, parts) for parts in (16, 17, 33)),
         (16, 128, 1, 3),
     ],
