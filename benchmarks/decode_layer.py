@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
@@ -24,15 +22,16 @@ from unittest import mock
 
 import torch
 
-from benchmarks.few_rows_configs import SHAPES, Config, compile_config, prepare_process
 from benchmarks.kernel_timing import READ_BYTES_PER_S, relative_error
+from benchmarks.layer_launches import compile_in_processes, compile_launch, served_launches
+from benchmarks.layer_tunings import RANK_SHAPES
 from benchmarks.random_model import BLOCK_SIZE, random_decoder, random_storage, read_shape
 from common.kernels import cuda_backend, dependent_launch, reference, triton_decode, triton_linear
 from common.kernels.backend import KernelBackend
 from common.kernels.batch import KVShape, Span
 from common.kernels.cuda_backend import TritonPlan
-from common.kernels.dependent_launch import LaunchPolicy, by_policy, using
-from common.kernels.linear_tuning import Kind, Launch, default_tuning, padded_rows
+from common.kernels.dependent_launch import LaunchPolicy, using
+from common.kernels.linear_tuning import Launch, padded_rows
 from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
 from common.parallel.group import TensorParallelGroup
@@ -47,30 +46,31 @@ WAYS: Final = {
 MAX_ERROR: Final = 2e-2  # of a layer in bfloat16
 ROUNDS: Final = 5
 ROUND_MS: Final = 60.0
-COMPILERS: Final = 12
 
 
 class Step:
     """A batch of contexts in shuffled blocks, and the layers over it."""
 
-    def __init__(self, decoder: Decoder, storage: KVStorage, batch: int) -> None:
-        self._decoder, self._storage = decoder, storage
-        device, self._tables = decoder.device, _tables(batch, storage.shape.num_blocks)
-        self.inputs = torch.randint(decoder.config.vocab_size, (2, batch), device=device)
+    def __init__(self, decoder: Decoder, storage: KVStorage, batch: int, context: int = CONTEXT) -> None:
+        """context: a multiple of the block size; `storage` must have blocks for `batch` of them."""
+        self._decoder, self._storage, self._context = decoder, storage, context
+        device, self._tables = decoder.device, _tables(batch, context, storage.shape.num_blocks)
+        # Those whose embeddings are this rank's.
+        self.inputs = torch.randint(len(decoder.shard.vocab), (2, batch), device=device)
         self._token_ids = self.inputs[0].clone()
-        self._positions = torch.full((batch,), CONTEXT - 1, device=device)
-        self._plan = padding_plan(batch, storage.shape, device)
-        assert self._plan.decode is not None
-        self._plan.decode.context_lengths.fill_(CONTEXT)
-        self._plan.decode.block_tables[:, : self._tables.shape[1]] = self._tables.to(device)
+        self.positions = torch.full((batch,), context - 1, device=device)
+        self.plan = padding_plan(batch, context, storage.shape, device)
+        assert self.plan.decode is not None
+        self.plan.decode.context_lengths.fill_(context)
+        self.plan.decode.block_tables[:, : self._tables.shape[1]] = self._tables.to(device)
 
     @torch.inference_mode()
     def capture(self, policy: LaunchPolicy) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The graph and its output, [batch, hidden]."""
 
         def run() -> torch.Tensor:
-            cuda_backend.refresh_decode(self._plan)
-            return self._decoder.forward(self._token_ids, self._positions, self._plan, self._storage.kv)
+            cuda_backend.refresh_decode(self.plan)
+            return self._decoder.forward(self._token_ids, self.positions, self.plan, self._storage.kv)
 
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with using(policy):
@@ -98,24 +98,24 @@ class Step:
 
     @torch.inference_mode()
     def wide(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """The layers in float64 and plain torch. [batch, hidden]"""
+        """The layers in float64 and plain torch; of a rank of several, with its own sums alone. [batch, hidden]"""
         own, kernels = self._decoder, cast(KernelBackend, reference)
         wide = Decoder(own.config, own.shard, _widened(own._weights), kernels, TensorParallelGroup.single())
-        spans = [Span(1, CONTEXT, table) for table in self._tables.tolist()]
+        spans = [Span(1, self._context, table) for table in self._tables.tolist()]
         plan = kernels.plan_batch(spans, [None], self._storage.shape, torch.float64, own.device)
-        return wide.forward(token_ids, self._positions, plan, self._storage.kv.double())
+        return wide.forward(token_ids, self.positions, plan, self._storage.kv.double())
 
 
-def padding_plan(batch: int, shape: KVShape, device: torch.device) -> TritonPlan:
+def padding_plan(batch: int, context: int, shape: KVShape, device: torch.device) -> TritonPlan:
     """For so many contexts."""
-    columns = cuda_backend.table_columns(CONTEXT // BLOCK_SIZE)
+    columns = cuda_backend.table_columns(context // BLOCK_SIZE)
     return cuda_backend.plan_decode(batch, columns, [None], shape, torch.bfloat16, device)
 
 
-def _tables(batch: int, num_blocks: int) -> torch.Tensor:
+def _tables(batch: int, context: int, num_blocks: int) -> torch.Tensor:
     """[batch, blocks of a context] int64"""
     shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(batch))
-    return shuffled[: batch * (CONTEXT // BLOCK_SIZE)].view(batch, -1)
+    return shuffled[: batch * (context // BLOCK_SIZE)].view(batch, -1)
 
 
 def _widened(value: Any) -> Any:
@@ -160,11 +160,11 @@ def time_ways(step: Step, num_layers: int, is_late: Callable[[], bool]) -> dict[
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
-            times[name].append(_replay_ms(graph) * 1e3 / num_layers)
+            times[name].append(replay_ms(graph) * 1e3 / num_layers)
     return {name: statistics.median(rounds) for name, rounds in times.items()}
 
 
-def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
     """Of one replay, over as many as `ROUND_MS` holds."""
     num_replays, ms = 1, 0.0
     for _ in range(2):
@@ -182,7 +182,7 @@ def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
 def compile_attention(batch: int, policy: LaunchPolicy) -> None:
     """In a process that compiles for Hopper instead of launching."""
     with mock.patch.object(dependent_launch, "is_hopper", return_value=True), using(policy):
-        plan = padding_plan(batch, KVShape(8, 8, BLOCK_SIZE, 128), torch.device("cpu"))
+        plan = padding_plan(batch, CONTEXT, KVShape(8, 8, BLOCK_SIZE, 128), torch.device("cpu"))
         q = torch.empty(batch, 48, 128, dtype=torch.bfloat16)[:, :32]
         kv = torch.empty(8, 2, 8, BLOCK_SIZE, 128, dtype=torch.bfloat16)
         assert plan.decode is not None
@@ -194,18 +194,14 @@ def compile_attention(batch: int, policy: LaunchPolicy) -> None:
 def compile_all(batches: list[int], deadline: float) -> tuple[int, int]:
     """Fill the cache on disk in parallel. How many are missing, of how many: those compile when they are launched."""
     few = (WAYS["all plain"], WAYS["all dependent"])  # which launch attention and products differently
-    calls: list[Callable[[], object]] = [partial(compile_attention, batch, way) for way in few for batch in batches]
+    calls: list[Callable[[], str | None]] = [partial(compile_attention, batch, way) for way in few for batch in batches]
+    layer = RANK_SHAPES["8b"].layer()
     for policy in few:
         with using(policy):
-            for name, shape in SHAPES.items():
-                kind = Kind.GATED if name == "gate_up" else Kind.PLAIN
-                for rows in {padded_rows(batch) for batch in batches if batch <= triton_linear.MAX_ROWS}:
-                    tuning = by_policy(default_tuning(shape.num_in, shape.num_out, kind, rows))
-                    calls.append(partial(compile_config, Config(name, "silu" if kind == Kind.GATED else "plain", rows, tuning)))
-    pool = ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn"), initializer=prepare_process)
-    done, _ = wait([pool.submit(call) for call in calls], timeout=max(0.1, deadline - time.monotonic()))
-    pool.shutdown(wait=False, cancel_futures=True)
-    return len(calls) - sum(future.exception() is None and future.result() is None for future in done), len(calls)
+            for rows in {padded_rows(batch) for batch in batches if batch <= triton_linear.MAX_ROWS}:
+                calls += [partial(compile_launch, launch) for launch in served_launches(layer, rows)]
+    failures = compile_in_processes(calls, deadline)
+    return sum(failure is not None for failure in failures), len(calls)
 
 
 def main() -> None:
@@ -225,7 +221,7 @@ def main() -> None:
     config = read_shape("llama-3.1-8b")
     decoder = random_decoder(config, device)
     storage = random_storage(decoder, max(arguments.batches) * CONTEXT // BLOCK_SIZE)
-    weight_bytes = sum(2 * shape.num_in * shape.num_out for shape in SHAPES.values())
+    weight_bytes = RANK_SHAPES["8b"].layer().weight_bytes
     table: dict[int, dict[str, float]] = {}
     for batch in arguments.batches:
         step = Step(decoder, storage, batch)

@@ -96,7 +96,7 @@ def layout_weight(weight: torch.Tensor) -> torch.Tensor:
     """[out, in] → [in, out]; in memory as it is fastest for few rows, with little difference for many.
 
     cuBLAS reads the head 15 % faster where that lies [in, out]; all else lies [out, in], as our own products want it
-    (`benchmarks/linears`, `benchmarks/few_rows`).
+    (`benchmarks/linears`, `benchmarks/tune_layer`).
     """
     num_out, num_in = weight.shape
     return weight.t().contiguous() if num_out >= _HEAD * num_in else weight.contiguous().t()
