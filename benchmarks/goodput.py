@@ -224,7 +224,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rows", type=int, default=128, help="sequences that a worker decodes at once (128)")
     add("--prefill-kv-bytes", type=int, default=20 << 30, help="KV memory of a prefill worker on a GPU (20 GiB)")
     add("--decode-kv-bytes", type=int, default=48 << 30, help="KV memory of a decode worker on a GPU (48 GiB)")
-    add("--capture-tokens", type=int, default=0, help="of the prefill worker (0)")
+    add("--capture-tokens", type=int, default=512, help="of the prefill worker (512)")
     add("--seed", type=int, default=1, help="of arrivals and prompts (1)")
     add("--out", type=Path, default=Path("goodput"), help="directory of the reports (goodput)")
     return parser.parse_args()

@@ -206,7 +206,7 @@ def main() -> None:
     add("--prefill-tp", type=int, default=1, help="ranks of each (1)")
     add("--decode-workers", type=int, default=1, help="decode workers (1)")
     add("--decode-tp", type=int, default=1, help="ranks of each (1)")
-    add("--capture-tokens", type=int, default=0, help="of prefill workers (0)")
+    add("--capture-tokens", type=int, default=512, help="of prefill workers (512)")
     add("--shape", default="llama-3.1-8b", help="of the random weights, on GPUs (llama-3.1-8b)")
     add("--kv-bytes", type=int, default=40 << 30, help="KV memory of each worker on a GPU (40 GiB)")
     add("--prompts", type=int, nargs="+", default=[2048, 8192], help="prompt lengths, tokens (2048 8192)")

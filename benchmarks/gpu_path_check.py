@@ -49,7 +49,7 @@ class Topology:
     prefill_tp: int = 1
     num_decode: int = 1
     decode_tp: int = 1
-    capture_tokens: int = 0  # of prefill workers
+    capture_tokens: int = 512  # of prefill workers
 
     @property
     def num_devices(self) -> int:

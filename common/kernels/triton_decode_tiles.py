@@ -64,9 +64,9 @@ def arrive(
 ):  # fmt: skip
     """Announce a part that has been stored in its slot; who comes last merges what is there.
 
-    Up to 2 * MERGED parts are merged into the row's output at `out_ptr` by the last of them. More form groups of MERGED:
-    the last part of a group to arrive merges the group, the last group the row. Which parts meet, and in which order,
-    follows from their numbers alone. arrivals_ptr: the row's counter; group_arrivals_ptr: one for each slot.
+    Up to 2 * MERGED parts are merged into the row's output at `out_ptr` by the last of them. More form groups of
+    MERGED: the last part of a group to arrive merges the group, the last group the row. Which parts meet, and in which
+    order, follows from their numbers alone. arrivals_ptr: the row's counter; group_arrivals_ptr: one for each slot.
     """
     in_groups = num_parts > 2 * MERGED  # with two turns of the loop a second level would take longer than it saves
     step = tl.where(in_groups, MERGED, 1)

@@ -21,7 +21,7 @@ class PrefillConfig(WorkerConfig):
 
     max_step_tokens: int = Field(2048, ge=2, description="Tokens of one step; at least two blocks.")
     capture_tokens: int = Field(
-        0, ge=0, le=2048, description="On GPUs: capture steps of up to so many tokens, which the host launches slowly."
+        512, ge=0, le=2048, description="On GPUs: capture steps of up to so many tokens, as hosts launch slowly."
     )
     max_waiting: int = Field(512, ge=1, description="Prompts that may wait; more are refused.")
     policy: Literal["shortest-remaining", "first-come"] = Field(
