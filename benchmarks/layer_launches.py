@@ -59,7 +59,7 @@ class ProductLaunch:
             residual, norm = torch.empty(self.rows, num_out, dtype=DTYPE), torch.empty(num_out, dtype=DTYPE)
             triton_linear.linear_add_scale_few(values, weight, residual, norm, EPS, self.tuning)
         else:
-            triton_linear.linear_few(x, weight, self.tuning)
+            triton_linear.linear_few(values, weight, self.tuning)
 
 
 def launches_of(

@@ -64,10 +64,9 @@ def kind_of(ending: Ending) -> Kind:
     return {Ending.SILU: Kind.GATED, Ending.ROTATE: Kind.ROTATED}.get(ending, Kind.PLAIN)
 
 
-def linear_few(x: NormedRows, weight: torch.Tensor, tuning: LinearTuning | None = None) -> torch.Tensor:
+def linear_few(x: torch.Tensor, weight: torch.Tensor, tuning: LinearTuning | None = None) -> torch.Tensor:
     """x: [T, in], T <= 128; weight: [in, out] of strides (1, in). Returns [T, out]."""
-    values = values_of(x)
-    out = values.new_empty((values.shape[0], weight.shape[1]))
+    out = x.new_empty((x.shape[0], weight.shape[1]))
     _launch(x, weight, out, Ending.STORE, tuning)
     return out
 
@@ -80,14 +79,6 @@ def gate_up_silu_few(x: NormedRows, weight: torch.Tensor, tuning: LinearTuning |
     return out
 
 
-def linear_add_few(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, tuning: LinearTuning | None = None
-) -> torch.Tensor:
-    """Add x @ weight to `residual`, [T, out], in place and return it. Otherwise as `linear_few`."""
-    _launch(x, weight, residual, Ending.ADD, tuning)
-    return residual
-
-
 def linear_add_scale_few(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -96,12 +87,12 @@ def linear_add_scale_few(
     eps: float,
     tuning: LinearTuning | None = None,
 ) -> ScaledRows:
-    """`linear_add_few`, and return the RMSNorm of the sum, whose weight is `norm`, [out]."""
-    tuning = _tuning_of(x, weight, Ending.ADD_AND_SCALE, tuning)
+    """Add x @ weight to `residual`, [T, out], in place and return the RMSNorm of the sum; norm: [out], its weight."""
+    tuning = _tuning_of(x, weight, Ending.ADD, tuning)
     num_parts = triton.cdiv(weight.shape[1], tuning.block_n)
     squares = torch.empty((num_parts, padded_rows(x.shape[0])), dtype=torch.float32, device=x.device)
     made = ScaledRows(torch.empty_like(residual, memory_format=torch.contiguous_format), squares, eps)
-    _launch(x, weight, residual, Ending.ADD_AND_SCALE, tuning, norm=norm, made=made)
+    _launch(x, weight, residual, Ending.ADD, tuning, norm=norm, made=made)
     return made
 
 
@@ -151,7 +142,7 @@ def _launch(
     made: ScaledRows | None = None,
     rotation: Rotation | None = None,
 ) -> None:
-    """out: [T, columns]. `norm` and `made`: with ADD_AND_SCALE; `rotation`: with ROTATE."""
+    """out: [T, columns]. `norm` and `made`: with ADD; `rotation`: with ROTATE."""
     squares, eps = (None, 0.0) if isinstance(x, torch.Tensor) else (x.squares, x.eps)
     values = values_of(x)
     if not supports(values, weight):

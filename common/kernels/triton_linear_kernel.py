@@ -17,14 +17,12 @@ class Ending(IntEnum):
 
     STORE = 0
     SILU = 1  # silu(gate) * up: a program computes matching columns of both
-    ADD = 2  # to the residual, in place
-    ADD_AND_SCALE = 3  # the same, and what the next norm begins with: `ScaledRows`
-    ROTATE = 4  # Q and K by their positions, Q stored, K and V in their blocks: both halves of a head in a program
+    ADD = 2  # to the residual, in place, and what the next norm begins with: `ScaledRows`
+    ROTATE = 3  # Q and K by their positions, Q stored, K and V in their blocks: both halves of a head in a program
 
 
 _SILU = tl.constexpr(Ending.SILU.value)
 _ADD = tl.constexpr(Ending.ADD.value)
-_ADD_AND_SCALE = tl.constexpr(Ending.ADD_AND_SCALE.value)
 _ROTATE = tl.constexpr(Ending.ROTATE.value)
 _MAX_EARLY = tl.constexpr(4096)  # sums of a program, of each of its tiles
 
@@ -95,9 +93,8 @@ def _needed(
     cos_low, sin_low, cos_high, sin_high = 0.0, 0.0, 0.0, 0.0
     if SQUARES > 0:
         squares = _squares(squares_ptr, SQUARES, ROWS)
-    if ENDING == _ADD or ENDING == _ADD_AND_SCALE:
+    if ENDING == _ADD:
         residual = tl.load(out_ptr + row * out_stride + column, (row < num_rows) & (column < NUM_COLUMNS), other=0.0)
-    if ENDING == _ADD_AND_SCALE:
         norm = tl.load(norm_ptr + column, column < NUM_COLUMNS, other=0.0)
     if ENDING == _ROTATE:
         mask = (row < num_rows) & (column < HALF)
@@ -111,17 +108,16 @@ def _needed(
 @triton.jit
 def _add(
     acc, residual, norm, out_ptr, out_stride, scaled_ptr, squares_ptr, tile, row, column, num_rows,
-    NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, ENDING: tl.constexpr, SWAP: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     mask = (row < num_rows) & (column < NUM_COLUMNS)
     # Rounded to the residual's type first: the norm must be that of what the next layer reads.
     rounded = tl.where(mask, acc + residual.to(tl.float32), 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_stride + column, rounded, mask)
-    if ENDING == _ADD_AND_SCALE:
-        wide = rounded.to(tl.float32)
-        scaled = (wide * norm.to(tl.float32)).to(scaled_ptr.dtype.element_ty)
-        tl.store(scaled_ptr + row * NUM_COLUMNS + column, scaled, mask)
-        tl.store(squares_ptr + tile * ROWS + tl.arange(0, ROWS), tl.sum(wide * wide, 0 if SWAP else 1))
+    wide = rounded.to(tl.float32)
+    scaled = (wide * norm.to(tl.float32)).to(scaled_ptr.dtype.element_ty)
+    tl.store(scaled_ptr + row * NUM_COLUMNS + column, scaled, mask)
+    tl.store(squares_ptr + tile * ROWS + tl.arange(0, ROWS), tl.sum(wide * wide, 0 if SWAP else 1))
 
 
 @triton.jit
@@ -167,10 +163,10 @@ def _end(
             acc, acc_second, cos_low, sin_low, cos_high, sin_high, slot, out_ptr, out_stride, kv_ptr, head, row, column,
             num_rows, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
         )  # fmt: skip
-    elif ENDING == _ADD or ENDING == _ADD_AND_SCALE:
+    elif ENDING == _ADD:
         _add(
             acc, residual, norm, out_ptr, out_stride, scaled_ptr, squares_out_ptr, tile, row, column, num_rows,
-            NUM_COLUMNS, ROWS, ENDING, SWAP,
+            NUM_COLUMNS, ROWS, SWAP,
         )  # fmt: skip
     else:
         if ENDING == _SILU:

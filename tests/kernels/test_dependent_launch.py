@@ -17,6 +17,7 @@ from common.kernels import dependent_launch, triton_backend, triton_linear
 from common.kernels.batch import KVShape, Span
 from common.kernels.dependent_launch import LaunchPolicy, by_policy, is_dependent, using
 from common.kernels.linear_tuning import TUNED, Launch, LinearTuning
+from common.kernels.scaled_rows import ScaledRows
 from common.parallel import triton_all_reduce
 from common.parallel.triton_all_reduce import PeerMemory
 
@@ -155,10 +156,33 @@ def test_products_fetch_weights_alone_before_they_wait(ahead: Ahead, split: int)
     expected = triton_linear.gate_up_silu_few(x, weight, plain)
     assert ahead.num_triggers == 0
     assert torch.equal(triton_linear.gate_up_silu_few(ahead.writes(x), weight, tuning), expected)
-    expected = triton_linear.linear_add_few(x, weight, residual.clone(), plain)
-    added = triton_linear.linear_add_few(ahead.writes(x), weight, ahead.writes(residual), tuning)
-    assert torch.equal(added, expected)
+    own, norm = residual.clone(), random(2 * 72, seed=3)
+    normed = triton_linear.linear_add_scale_few(x, weight, own, norm, 1e-5, plain)
+    made = triton_linear.linear_add_scale_few(ahead.writes(x), weight, ahead.writes(residual), norm, 1e-5, tuning)
+    assert torch.equal(residual, own)
+    assert torch.equal(made.values, normed.values)
+    assert torch.equal(made.squares, normed.squares)
     assert ahead.num_fetched > 0
+
+
+@pytest.mark.parametrize("split", [1, 3])
+def test_products_read_half_a_norm_after_they_have_waited(ahead: Ahead, split: int) -> None:
+    plain = LinearTuning(16, 32, split, num_stages=3)
+    tuning = replace(plain, launch=Launch.AT_END)
+    rows = ScaledRows(random(5, 256), random(3, 16, seed=1).abs(), 1e-5)
+    weight, slots = (random(6 * 32, 256, seed=2) * 0.05).t(), torch.tensor([3, 17, 18, -1, 40])
+    cos, sin = random(5, 1, 32, seed=3), random(5, 1, 32, seed=4)
+
+    def hidden() -> ScaledRows:
+        return ScaledRows(ahead.writes(rows.values), ahead.writes(rows.squares), rows.eps)
+
+    expected = triton_linear.gate_up_silu_few(rows, weight, plain)
+    assert torch.equal(triton_linear.gate_up_silu_few(hidden(), weight, tuning), expected)
+    kv, stored = random(7, 2, 1, 16, 32, seed=5), random(7, 2, 1, 16, 32, seed=5)
+    expected = triton_linear.qkv_rope_store_few(rows, weight, 4, cos, sin, kv, slots, plain)
+    q = triton_linear.qkv_rope_store_few(hidden(), weight, 4, cos, sin, ahead.writes(stored), slots, tuning)
+    assert torch.equal(q, expected)
+    assert torch.equal(stored, kv)
 
 
 def test_only_few_rows_on_hopper_are_launched_dependently(monkeypatch: pytest.MonkeyPatch) -> None:

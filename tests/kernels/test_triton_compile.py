@@ -247,12 +247,11 @@ def product_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
         if kind == Kind.PLAIN:
             yield partial(triton_linear.linear_few, x, weight, tuning)
             yield partial(triton_linear.linear_add_scale_few, x, weight, residual, norm, 1e-5, tuning)
-    hidden, intermediate = 4096, 14336
-    down = torch.empty(hidden, intermediate, dtype=dtype).t()
-    untuned = linear_tuning.LinearTuning(64, 64, split=2, num_stages=6)
+    untuned = linear_tuning.LinearTuning(64, 64, split=2, num_stages=6)  # launched plainly
+    down, norm = torch.empty(4096, 14336, dtype=dtype).t(), torch.empty(4096, dtype=dtype)
     for rows in (1, 32, 64):
-        gated, residual = (torch.empty(rows, size, dtype=dtype) for size in (intermediate, hidden))
-        yield partial(triton_linear.linear_add_few, gated, down, residual, untuned)
+        gated, residual = (torch.empty(rows, size, dtype=dtype) for size in down.shape)
+        yield partial(triton_linear.linear_add_scale_few, gated, down, residual, norm, 1e-5, untuned)
 
 
 if __name__ == "__main__":

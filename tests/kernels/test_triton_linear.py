@@ -16,7 +16,6 @@ from common.kernels.scaled_rows import NormedRows, ScaledRows, finished
 from common.kernels.triton_linear import (
     gate_up_silu_few,
     is_ahead,
-    linear_add_few,
     linear_add_scale_few,
     linear_few,
     qkv_rope_store_few,
@@ -45,17 +44,13 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("tuning", TUNINGS, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_tuning_gives_the_product_and_its_endings(size: tuple[int, int, int], tuning: LinearTuning) -> None:
+def test_every_tuning_gives_the_product_and_silu(size: tuple[int, int, int], tuning: LinearTuning) -> None:
     rows, num_in, num_out = size
     x, weight = random(rows, num_in), random(2 * num_out, num_in, seed=1).t()
-    residual = random(rows, 2 * num_out, seed=2)
     product = x.double() @ weight.double()
     gate, up = product.chunk(2, dim=1)
-    total = residual.double() + product
     assert_close(linear_few(x, weight, tuning), product)
     assert_close(gate_up_silu_few(x, weight, tuning), functional.silu(gate) * up)
-    assert linear_add_few(x, weight, residual, tuning) is residual
-    assert_close(residual, total)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS, ids=str)
@@ -70,7 +65,6 @@ def test_a_norm_divided_between_two_products_is_the_norm(size: tuple[int, int, i
     assert_close(residual, total)
     assert_close(finished(made), expected)
     following = random(96, num_out, seed=4).t()
-    assert_close(linear_few(made, following, tuning), expected @ following.double())
     gate, up = (expected @ following.double()).chunk(2, dim=1)
     assert_close(gate_up_silu_few(made, following, tuning), functional.silu(gate) * up)
 
