@@ -11,11 +11,12 @@ import torch
 
 from common.kernels.batch import BatchPlan, KVShape, Span
 from common.kernels.linear_tuning import Kind
-from common.kernels.scaled_rows import NormedRows, finished, values_of
+from common.kernels.scaled_rows import NormedRows, values_of
 from common.kernels.triton_backend import (
     TritonPlan,
     add_rms_norm,
     attention,
+    finished,
     gather_blocks,
     gather_slot,
     payload_digest,

@@ -12,7 +12,7 @@ class ScaledRows:
     """RMSNorm(rows) = values * rsqrt(squares.sum(0) / n + eps), row by row."""
 
     values: torch.Tensor  # [T, n]: rows * the norm's weight
-    squares: torch.Tensor  # [parts, T or more] float32: sums of squares of the rows, of parts of their columns
+    squares: torch.Tensor  # [parts, padded T] float32, contiguous: sums of squares, of parts of the rows' columns
     eps: float
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from common.kernels import triton_prefill, triton_prefill_hopper, triton_rows
 from common.kernels.batch import BatchPlan, KVShape, Span
-from common.kernels.scaled_rows import NormedRows, finished
+from common.kernels.scaled_rows import NormedRows
 from common.kernels.triton_blocks import (
     digest_on_device,
     digest_value,
@@ -37,7 +37,7 @@ from common.kernels.triton_decode import (
     refresh,
 )
 from common.kernels.triton_prefill import PrefillBatch
-from common.kernels.triton_rows import add_rms_norm, rms_norm, silu_mul
+from common.kernels.triton_rows import add_rms_norm, finished, rms_norm, silu_mul
 
 __all__ = [
     "TritonPlan",
@@ -46,6 +46,7 @@ __all__ = [
     "attention_into",
     "digest_on_device",
     "digest_value",
+    "finished",
     "gate_up_silu",
     "gather_blocks",
     "gather_slot",

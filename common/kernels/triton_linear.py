@@ -41,6 +41,16 @@ class _Workspace:
     arrivals: torch.Tensor  # int32, zero between launches
 
 
+@dataclass(frozen=True, slots=True)
+class _Rotation:
+    """What a product that makes Q, K and V needs besides."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    kv_layer: torch.Tensor
+    store_slots: torch.Tensor
+
+
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """x: [T, in]; weight: [in, out]. Whether these functions take them: few rows, a weight that lies [out, in]."""
     num_in = weight.shape[0]
@@ -59,7 +69,7 @@ def is_ahead(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> bool:
     return key in TUNED and x.dtype == torch.bfloat16 and is_hopper(x.device) and supports(x, weight)
 
 
-def kind_of(ending: Ending) -> Kind:
+def _kind_of(ending: Ending) -> Kind:
     """By which tunings are kept."""
     return {Ending.SILU: Kind.GATED, Ending.ROTATE: Kind.ROTATED}.get(ending, Kind.PLAIN)
 
@@ -113,23 +123,13 @@ def qkv_rope_store_few(
     """
     values = values_of(x)
     q = values.new_empty((values.shape[0], num_heads, kv_layer.shape[-1]))
-    rotation = Rotation(cos, sin, kv_layer, store_slots)
+    rotation = _Rotation(cos, sin, kv_layer, store_slots)
     _launch(x, weight, q.view(values.shape[0], -1), Ending.ROTATE, tuning, rotation=rotation)
     return q
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """What a product that makes Q, K and V needs besides."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    kv_layer: torch.Tensor
-    store_slots: torch.Tensor
-
-
 def _tuning_of(x: torch.Tensor, weight: torch.Tensor, ending: Ending, tuning: LinearTuning | None) -> LinearTuning:
-    return tuning or by_policy(default_tuning(weight.shape[0], weight.shape[1], kind_of(ending), x.shape[0]))
+    return tuning or by_policy(default_tuning(weight.shape[0], weight.shape[1], _kind_of(ending), x.shape[0]))
 
 
 def _launch(
@@ -140,7 +140,7 @@ def _launch(
     tuning: LinearTuning | None,
     norm: torch.Tensor | None = None,
     made: ScaledRows | None = None,
-    rotation: Rotation | None = None,
+    rotation: _Rotation | None = None,
 ) -> None:
     """out: [T, columns]. `norm` and `made`: with ADD; `rotation`: with ROTATE."""
     squares, eps = (None, 0.0) if isinstance(x, torch.Tensor) else (x.squares, x.eps)
@@ -154,6 +154,8 @@ def _launch(
     if rotation and head_dim // 2 % tuning.block_n:
         raise InternalError(f"a tile of {tuning.block_n} columns is no part of half a head of {head_dim}")
     rows = padded_rows(num_rows)
+    if squares is not None and (squares.shape[1] != rows or not squares.is_contiguous()):
+        raise InternalError(f"squares {tuple(squares.shape)} are not those of {rows} rows, padding included")
     tiles = triton.cdiv(num_columns, tuning.block_n)
     # Every part has inputs: otherwise it would not be a part.
     part_in = triton.cdiv(triton.cdiv(num_in, tuning.split), tuning.block_k) * tuning.block_k

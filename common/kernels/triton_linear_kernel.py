@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from common.kernels.dependent_launch import start_next, wait_for_previous
+from common.kernels.triton_rows import finite
 
 
 class Ending(IntEnum):
@@ -140,8 +141,8 @@ def _rotate(
         # K heads, then V heads: in a block that is the order of its 2 * NUM_KV_HEADS tiles.
         tile = (slot // BLOCK_SIZE) * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)
         stored = kv_ptr + (tile * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dim
-        tl.store(stored, low.to(kv_ptr.dtype.element_ty), mask & (slot >= 0))
-        tl.store(stored + HALF, high.to(kv_ptr.dtype.element_ty), mask & (slot >= 0))
+        tl.store(stored, finite(low.to(kv_ptr.dtype.element_ty)), mask & (slot >= 0))
+        tl.store(stored + HALF, finite(high.to(kv_ptr.dtype.element_ty)), mask & (slot >= 0))
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from common.kernels.dependent_launch import is_dependent, launch_options, start_next, wait_for_previous
+from common.kernels.scaled_rows import NormedRows
 
 _MAX_ROPE_HEADS = 64  # of one token per program
 _ROPE_HEADS_PER_WARP = 16
@@ -40,6 +41,22 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     _rms_norm_kernel[(num_rows,)](
         x, residual, weight, out, x.stride(0), residual.stride(0), num_columns, eps,
         WITH_RESIDUAL=True, COLUMNS=triton.next_power_of_2(num_columns), DEPENDENT=dependent,
+        num_warps=_row_warps(num_columns), **launch_options(dependent),
+    )  # fmt: skip
+    return out
+
+
+def finished(rows: NormedRows) -> torch.Tensor:
+    """[T, n], normalised: for products that do not finish `ScaledRows` themselves."""
+    if isinstance(rows, torch.Tensor):
+        return rows
+    num_rows, num_columns = rows.values.shape
+    num_parts, stride = rows.squares.shape
+    out = torch.empty_like(rows.values)
+    dependent = is_dependent(num_rows, out.device)
+    _finish_kernel[(num_rows,)](
+        rows.values, rows.squares, out, num_columns, stride, rows.eps,
+        PARTS=num_parts, COLUMNS=triton.next_power_of_2(num_columns), DEPENDENT=dependent,
         num_warps=_row_warps(num_columns), **launch_options(dependent),
     )  # fmt: skip
     return out
@@ -144,6 +161,26 @@ def _rms_norm_kernel(
 
 
 @triton.jit
+def _finish_kernel(
+    values_ptr, squares_ptr, out_ptr, num_columns, squares_stride, eps,
+    PARTS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows,)."""
+    if DEPENDENT:
+        start_next()
+        wait_for_previous()
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, triton.next_power_of_2(PARTS))
+    columns = tl.arange(0, COLUMNS)
+    squares = tl.load(squares_ptr + part * squares_stride + row, part < PARTS, other=0.0)
+    values = tl.load(values_ptr + row * num_columns + columns, columns < num_columns, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares) / num_columns + eps)
+    tl.store(
+        out_ptr + row * num_columns + columns, (values * scale).to(out_ptr.dtype.element_ty), columns < num_columns
+    )
+
+
+@triton.jit
 def _silu_mul_kernel(
     gate_up_ptr, out_ptr, stride, num_columns, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr
 ):  # fmt: skip
@@ -173,6 +210,12 @@ def _angles(cos_ptr, sin_ptr, HALF: tl.constexpr):
     cos_low, sin_low = tl.load(cos_ptr), tl.load(sin_ptr)
     cos_high, sin_high = tl.load(cos_ptr + HALF), tl.load(sin_ptr + HALF)
     return cos_low.to(tl.float32), sin_low.to(tl.float32), cos_high.to(tl.float32), sin_high.to(tl.float32)
+
+
+@triton.jit
+def finite(x):
+    """Blocks only ever hold finite numbers: attention multiplies what it masks by zero, so a NaN would reach others."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
 
 
 @triton.jit
@@ -220,8 +263,8 @@ def _qk_norm_rope_store_kernel(
     tile = (slot // BLOCK_SIZE) * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)
     stored = kv_ptr + (tile * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dim
     keep = (head >= NUM_HEADS) & (head < ALL_HEADS) & (slot >= 0)
-    tl.store(stored, low.to(kv_ptr.dtype.element_ty), keep)
-    tl.store(stored + HALF, high.to(kv_ptr.dtype.element_ty), keep)
+    tl.store(stored, finite(low.to(kv_ptr.dtype.element_ty)), keep)
+    tl.store(stored + HALF, finite(high.to(kv_ptr.dtype.element_ty)), keep)
 
 
 @triton.jit

@@ -42,6 +42,11 @@ class PrefillConfig(WorkerConfig):
         0, ge=0, description="For tests: flip a bit in every n-th leg after its digest was computed; 0 is never."
     )
 
+    @property
+    def captured_tokens(self) -> int:
+        """Of the largest step that is captured; 0: none is."""
+        return min(self.capture_tokens, self.max_step_tokens)
+
     @model_validator(mode="after")
     def _check_step(self) -> Self:
         if self.max_step_tokens < 2 * self.block_size:

@@ -54,7 +54,7 @@ class PrefillWorker(WorkerFront[PrefillConfig, PrefillMetrics]):
     ) -> None:
         super().__init__(config, model, PrefillMetrics(), self._wake, start_ranks)
         self.corrupt_every = config.corrupt_every
-        self.captured_chunk_tokens = min(config.capture_tokens, config.max_step_tokens)
+        self.captured_chunk_tokens = config.captured_tokens
         self._tell_change = on_change
         self._changed = asyncio.Event()
         self._session: Session | None = None

@@ -31,8 +31,8 @@ ROOT: Final = Path(__file__).parents[2]
 MAX_SHARED_BYTES: Final = 227 << 10  # what a thread block can have on Hopper
 TIMEOUT_S: Final = 115
 LAUNCHED_DEPENDENTLY: Final = {
-    "_all_reduce_kernel", "_decode_kernel", "linear_kernel", "_qk_norm_rope_store_kernel", "_rms_norm_kernel",
-    "_silu_mul_kernel",
+    "_all_reduce_kernel", "_decode_kernel", "_finish_kernel", "_qk_norm_rope_store_kernel", "_rms_norm_kernel",
+    "_silu_mul_kernel", "linear_kernel",
 }  # fmt: skip
 
 
@@ -80,9 +80,9 @@ def test_attention_uses_the_units_it_was_written_for(compiled: list[Compiled]) -
 @pytest.mark.slow
 def test_products_with_few_rows_use_the_units_they_were_written_for(compiled: list[Compiled]) -> None:
     products = [kernel for kernel in compiled if kernel.name == "linear_kernel"]
-    assert len(products) >= 15
-    # All that compute gate and up with SiLU; of the others, those for which that was measured best.
-    assert sum(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in products) >= 9
+    assert len(products) >= 50
+    # All with weights as the left operand and bulk copies; for the others something else was measured best.
+    assert sum(kernel.uses_wgmma and kernel.uses_bulk_copy for kernel in products) >= 34
 
 
 @pytest.mark.slow
@@ -168,6 +168,7 @@ def dependent_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
 
 def row_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     from common.kernels import triton_rows
+    from common.kernels.scaled_rows import ScaledRows
 
     x, residual = (torch.empty(2, 4096, dtype=dtype) for _ in range(2))
     weight = torch.empty(4096, dtype=dtype)
@@ -175,6 +176,8 @@ def row_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield lambda: triton_rows.rms_norm(x, weight, 1e-5)
     yield lambda: triton_rows.add_rms_norm(x, residual, weight, 1e-5)
     yield lambda: triton_rows.silu_mul(gate_up)
+    begun = ScaledRows(x, torch.empty(128, 16), 1e-5)
+    yield lambda: triton_rows.finished(begun)
     yield lambda: triton_rows.layer_norm(x, weight, weight, 1e-5)
     yield lambda: triton_rows.softmax(x)
 
@@ -227,26 +230,18 @@ def draw_launches() -> Iterator[Callable[[], object]]:
 
 
 def product_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    """Every tuned product with every ending it has in a model, after a norm of its own and after half of one."""
+    """What layers launch, tuned as they are, and those of `TUNED` that begin a layer with norms of Q and K."""
+    from benchmarks.layer_launches import served_launches
+    from benchmarks.layer_tunings import RANK_SHAPES
     from common.kernels import linear_tuning, triton_linear
-    from common.kernels.linear_tuning import Kind
-    from common.kernels.scaled_rows import ScaledRows
 
-    kv = torch.empty(2, 2, 8, 64, 128, dtype=dtype)
+    for shape in RANK_SHAPES.values():
+        for rows in (16, 32, 64):
+            yield from served_launches(shape.layer(), rows)
     for (num_in, num_out, kind, rows), tuning in linear_tuning.TUNED.items():
-        x, angles = torch.empty(rows, num_in, dtype=dtype), torch.empty(rows, 1, 128, dtype=dtype)
-        normed = ScaledRows(x, torch.empty(num_in // 64, rows), 1e-5)
-        weight, norm = torch.empty(num_out, num_in, dtype=dtype).t(), torch.empty(num_out, dtype=dtype)
-        residual, slots = torch.empty(rows, num_out, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-        for own in (x, normed):
-            if kind == Kind.ROTATED:
-                heads = num_out // 128 - 16
-                yield partial(triton_linear.qkv_rope_store_few, own, weight, heads, angles, angles, kv, slots, tuning)
-            elif kind == Kind.GATED:
-                yield partial(triton_linear.gate_up_silu_few, own, weight, tuning)
-        if kind == Kind.PLAIN:
+        if kind == linear_tuning.Kind.PLAIN:
+            x, weight = torch.empty(rows, num_in, dtype=dtype), torch.empty(num_out, num_in, dtype=dtype).t()
             yield partial(triton_linear.linear_few, x, weight, tuning)
-            yield partial(triton_linear.linear_add_scale_few, x, weight, residual, norm, 1e-5, tuning)
     untuned = linear_tuning.LinearTuning(64, 64, split=2, num_stages=6)  # launched plainly
     down, norm = torch.empty(4096, 14336, dtype=dtype).t(), torch.empty(4096, dtype=dtype)
     for rows in (1, 32, 64):

@@ -102,6 +102,27 @@ def test_queries_are_rotated_and_keys_and_values_stored(rows: int, tuning: Linea
     assert torch.equal(same, ~touched)
 
 
+def test_squares_of_other_rows_are_refused() -> None:
+    rows = ScaledRows(random(5, 64), random(3, 5), EPS)
+    with pytest.raises(InternalError, match="16 rows"):
+        gate_up_silu_few(rows, random(32, 64, seed=1).t(), TUNINGS[0])
+
+
+def test_keys_and_values_that_are_not_finite_are_stored_as_zero() -> None:
+    """As those of the reference; Q keeps what it is, so that the sequence's token says so."""
+    kv = random(2, 2, 1, 16, 64, seed=4)
+    x, weight = random(2, 64), random(3 * 64, 64, seed=1).t()
+    x[0, 5] = float("nan")
+    slots = torch.tensor([3, 20], device=DEVICE)
+    angles = random(2, 1, 64, seed=2)
+    q = qkv_rope_store_few(x, weight, 1, angles, angles, kv, slots, TUNINGS[0])
+    assert q[0].isnan().all()
+    assert q[1].isfinite().all()
+    assert torch.equal(kv[0, :, :, 3], torch.zeros(2, 1, 64, device=DEVICE))
+    assert kv.isfinite().all()
+    assert kv[1, :, :, 4].all()
+
+
 def test_a_tile_must_be_part_of_half_a_head() -> None:
     kv, weight = random(2, 2, 1, 16, 32), random(3 * 32, 64, seed=1).t()
     angles, slots = random(1, 1, 32), torch.zeros(1, dtype=torch.int64, device=DEVICE)

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from common.kernels import reference, triton_backend, triton_rows
 from common.kernels.batch import KVShape, Span
+from common.kernels.scaled_rows import ScaledRows, finished
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -80,6 +81,38 @@ def test_queries_are_rotated_and_keys_and_values_stored(with_norm: bool, dtype: 
     assert_close(q, expected)
     assert_close(kv, wide_kv)
     assert torch.equal(kv[[2, 6]], untouched[[2, 6]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_columns", [64, 100])
+def test_half_a_norm_is_finished(num_columns: int, dtype: torch.dtype) -> None:
+    """Squares of padding rows are none of its business."""
+    rows, weight = random(3, num_columns, dtype=dtype), random(num_columns, dtype=dtype, seed=1)
+    wide = rows.double()
+    squares = torch.full((5, 16), float("nan"), device=DEVICE)
+    for part, columns in enumerate(wide.square().tensor_split(5, dim=1)):
+        squares[part, :3] = columns.sum(1)
+    values = rows.float() * weight.float()
+    expected = reference.rms_norm(wide, weight.double(), 1e-5)
+    made = ScaledRows(values.to(dtype), squares, 1e-5)
+    assert_close(triton_rows.finished(made), expected)
+    assert_close(finished(made), expected)
+    assert triton_rows.finished(values) is values
+
+
+def test_keys_and_values_that_are_not_finite_are_stored_as_zero() -> None:
+    """As the reference does; Q keeps what it is, so that the sequence's token says so."""
+    kv = random(2, 2, 1, 16, 32, dtype=torch.float32)
+    plan = triton_backend.plan_batch([Span(2, 20, [0, 1])], [None], KVShape(2, 1, 16, 32), torch.float32, DEVICE)
+    angles = torch.ones(2, 1, 32, device=DEVICE)
+    qkv = random(2, 3, 32, dtype=torch.float32, seed=1)
+    qkv[0, :, 3] = float("nan")
+    q = triton_backend.qk_norm_rope_store(qkv.clone(), 1, angles, angles, None, None, 1e-5, kv, plan)
+    assert q[0].isnan().any()
+    assert kv.isfinite().all()
+    others = [dim for dim in range(32) if dim % 16 != 3]  # turned together with what is not finite
+    assert torch.equal(kv[1, 1, 0, 2, others], qkv[0, 2, others])
+    assert kv[1, 0, 0, 2, 3] == 0.0
 
 
 def test_tokens_without_a_slot_are_not_stored() -> None:

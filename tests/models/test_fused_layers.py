@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import torch
 from common.kernels import cuda_backend, triton_linear
 from common.kernels.backend import KernelBackend
 from common.kernels.linear_tuning import Kind, LinearTuning
+from common.kernels.scaled_rows import ScaledRows
 from common.models.config import read_model_config
 from common.models.decoder import Decoder
 from common.models.weights import load_weights
@@ -45,15 +46,20 @@ def test_fused_layers_agree_with_transformers(
     family: str, ahead: set[Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever products fuse: what another kernel must finish or begin is finished or begun."""
-    fused: set[Kind] = set()
+    calls = dict.fromkeys(("qkv_rope_store_few", "linear_add_scale_few", "gate_up_silu_few", "finished"), 0)
 
-    def is_ahead(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> bool:
-        if kind not in ahead or not triton_linear.supports(x, weight):
-            return False
-        fused.add(kind)
-        return True
+    def count(name: str) -> None:
+        own = getattr(cuda_backend, name)
 
-    monkeypatch.setattr(cuda_backend, "is_ahead", is_ahead)
+        def counted(*args: Any) -> Any:
+            calls[name] += name != "finished" or isinstance(args[0], ScaledRows)
+            return own(*args)
+
+        monkeypatch.setattr(cuda_backend, name, counted)
+
+    for name in calls:
+        count(name)
+    monkeypatch.setattr(cuda_backend, "is_ahead", lambda x, w, kind: kind in ahead and triton_linear.supports(x, w))
     monkeypatch.setattr(triton_linear, "default_tuning", lambda *shape: TUNING)
     path = write_tiny_checkpoint(family, tmp_path, seed=1)
     sequences = [random_tokens(length, VOCAB_SIZE, seed=length) for length in (20, 5)]
@@ -62,4 +68,9 @@ def test_fused_layers_agree_with_transformers(
     found = paged_logprobs(decoder_of(path), sequences, steps, seed=3)
     for own, sequence in zip(found, sequences, strict=True):
         assert (own - reference_logprobs(reference, sequence)).abs().max().item() < TOLERANCE
-    assert fused >= (ahead if family == "llama3" else ahead - {Kind.ROTATED})
+    rotates = Kind.ROTATED in ahead and family == "llama3"
+    assert (calls["qkv_rope_store_few"] > 0) == rotates
+    assert (calls["gate_up_silu_few"] > 0) == (Kind.GATED in ahead)
+    assert (calls["linear_add_scale_few"] > 0) == (Kind.PLAIN in ahead)
+    # What o and down began, and gate and up, or qkv, did not finish.
+    assert (calls["finished"] > 0) == (Kind.PLAIN in ahead and not (rotates and Kind.GATED in ahead))

@@ -30,6 +30,12 @@ def test_slots_are_larger_on_gpus_unless_told_otherwise() -> None:
     assert load("--device", "cuda", "--slot-bytes", "4096").slot_bytes == 4096
 
 
+def test_steps_are_captured_as_far_as_there_are_such_steps() -> None:
+    assert load().captured_tokens == 512
+    assert load("--max-step-tokens", "256").captured_tokens == 256
+    assert load("--capture-tokens", "0").captured_tokens == 0
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
