@@ -7,7 +7,8 @@ came before as well, and for those who come after:
 * At least one program of every dependent kernel waits, and so does each that touches what other kernels write: a
   kernel is complete only when those before it are.
 * Small kernels trigger before they wait, as the first thing they do: the product behind them then fetches weights
-  while the kernel ahead still runs. Products trigger after they have waited, never before.
+  while the kernel ahead still runs. Products trigger after they have waited, never before. In a layer whose products
+  are all fused attention alone is a small kernel.
 * Before it waits, a kernel writes nothing. It reads weights, and, if a product or a kernel that is launched plainly
   comes between, what a step begins with: lengths, block tables, slots, angles. These are written by kernels that
   neither trigger nor are dependent, so they are complete when a product has waited.
@@ -36,8 +37,8 @@ from common.kernels.triton_device import is_hopper
 class LaunchPolicy:
     """Choices that change speed alone, for comparing them. Taken at launch: a captured graph keeps its own."""
 
-    # Of a batch whose small kernels are launched dependently: on an H200, layers with 128 rows took 0.6 % less so,
-    # those with 256 took 0.1 to 0.9 % more (`benchmarks.decode_layer`).
+    # Of a batch whose small kernels are launched dependently: on an H200, layers with 128 rows took 0.5 % less so
+    # (`benchmarks.decode_layer`), and those with 256 once took 0.1 to 0.9 % more.
     max_rows: int = 128
     product_launch: Launch | None = None  # of products that are tuned to be dependent; none: as tuned
 

@@ -48,9 +48,10 @@ def _narrow(block_k: int, num_stages: int) -> LinearTuning:
 
 
 # By (inputs, outputs, kind, padded rows). What is here is launched dependently and took the least time in whole layers
-# of a decode step on an H200 (`benchmarks.tune_layer`, docs/performance.md); other products stay with cuBLAS, among
-# them all with more than 64 rows. Neither fetching more of a weight ahead than 512 bytes of each row, nor fetching the
-# next product's weights, nor letting the next kernel start before a product ends gained anything.
+# of a decode step on an H200 (`benchmarks.tune_layer`, docs/performance.md), but for plain products of qkv, whose
+# tunings were found one by one; other products stay with cuBLAS, among them all with more than 64 rows. Neither
+# fetching more of a weight ahead than 512 bytes of each row, nor fetching the next product's weights, nor letting the
+# next kernel start before a product ends gained anything.
 TUNED: Final[dict[tuple[int, int, Kind, int], LinearTuning]] = {
     (4096, 6144, Kind.PLAIN, 16): _swapped(64, 4, 7),
     (4096, 6144, Kind.PLAIN, 32): _swapped(128, 2, 4, use_tma=False),
