@@ -23,7 +23,8 @@ from services.router.cancellation import is_being_cancelled
 from services.router.choice import Choice
 from services.router.placement import LocalPrefill, capacities, place
 from services.router.sequence_receiver import FirstToken
-from services.router.workers import Role, WorkerRegistry
+from services.router.worker_list import Role
+from services.router.workers import WorkerRegistry
 
 _logger = logging.getLogger(__name__)
 

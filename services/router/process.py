@@ -24,7 +24,8 @@ from services.router.dispatcher import Dispatcher, DispatchLimits
 from services.router.metrics import RouterMetrics
 from services.router.served_model import ServedModel, load_served_model
 from services.router.server import InferenceServicer
-from services.router.workers import Role, WorkerRegistry
+from services.router.worker_list import Role
+from services.router.workers import WorkerRegistry
 
 _logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from services.router.placement import UNLIMITED
 from services.router.request_record import RequestRecord
 from services.router.served_model import ServedModel
 from services.router.validation import ModelLimits, ValidatedRequest, resolve_sampling, validate
-from services.router.workers import Role, WorkerRegistry
+from services.router.worker_list import Role
+from services.router.workers import WorkerRegistry
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 

@@ -1,6 +1,6 @@
 """The workers that the router knows: who is there, who is ready, and how loaded each is.
 
-Addresses come from the settings and from a file that is read again when it changes. A worker is a candidate only
+Addresses come from the settings and from a file (`worker_list`). A worker is a candidate only
 while its status stream stands and says READY; a decode worker also needs its session. What this router has
 dispatched since the last status is counted on top of it. Knows nothing of requests.
 """
@@ -8,34 +8,25 @@ dispatched since the last status is counted on top of it. Knows nothing of reque
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import secrets
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
 import grpc
 from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-from common.config import split_address
 from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
 from services.router.cancellation import is_being_cancelled
 from services.router.decode_session import FIRST_RETRY_S, LAST_RETRY_S, DecodeSession
 from services.router.placement import Candidate
+from services.router.worker_list import Role, WorkersFile
 
 _logger = logging.getLogger(__name__)
 
 STATUS_INTERVAL_MS = 100
 SILENCE_S = 5.0  # without a status, after which it is logged
-
-
-class Role(enum.Enum):
-    """What a worker is for."""
-
-    PREFILL = worker_pb2.WORKER_ROLE_PREFILL
-    DECODE = worker_pb2.WORKER_ROLE_DECODE
 
 
 class Worker:
@@ -208,10 +199,8 @@ class WorkerRegistry:
         self.max_message_bytes = max_message_bytes
         self._static = {(address, Role.PREFILL) for address in prefill}
         self._static |= {(address, Role.DECODE) for address in decode}
-        self._workers_file = workers_file
+        self._workers_file = WorkersFile(workers_file) if workers_file is not None else None
         self._file_interval_s = file_interval_s
-        self._file_error = ""  # as was logged
-        self._file_stamp: tuple[int, int] | None = None
         self._workers: dict[tuple[str, Role], Worker] = {}
         self._runs: dict[tuple[str, Role], asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -251,7 +240,7 @@ class WorkerRegistry:
         async with asyncio.TaskGroup() as runs:
             self._set_workers(runs, self._static)
             while self._workers_file is not None:
-                listed = self._read_file(self._workers_file)
+                listed = self._workers_file.read()
                 if listed is not None:
                     self._set_workers(runs, self._static | listed)
                 await asyncio.sleep(self._file_interval_s)
@@ -272,33 +261,3 @@ class WorkerRegistry:
             worker.listed = key in wanted
         self.drop_unlisted()
         self.notify()
-
-    def _read_file(self, path: Path) -> set[tuple[str, Role]] | None:
-        """The file's workers; None if it has not changed, or cannot be read (then the last ones stay)."""
-        try:
-            stat = path.stat()
-            stamp = (stat.st_mtime_ns, stat.st_size)
-            if stamp == self._file_stamp:
-                return None
-            listed = _parse_workers(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            if str(error) != self._file_error:
-                self._file_error = str(error)
-                _logger.error("workers file %s cannot be read, the last list stays: %s", path, error)
-            return None
-        self._file_error = ""
-        self._file_stamp = stamp
-        return listed
-
-
-def _parse_workers(text: str) -> set[tuple[str, Role]]:
-    content = tomllib.loads(text)
-    listed: set[tuple[str, Role]] = set()
-    for name, addresses in content.items():
-        role = {"prefill": Role.PREFILL, "decode": Role.DECODE}.get(name)
-        if role is None or not isinstance(addresses, list) or not all(isinstance(a, str) for a in addresses):
-            raise ValueError(f"{name}: expected `prefill` and `decode`, each a list of addresses")
-        for address in addresses:
-            split_address(address)  # as those in flags are checked
-        listed |= {(address, role) for address in addresses}
-    return listed

@@ -17,7 +17,7 @@ from common.telemetry.tracing import Tracing
 from services.router.config import RouterConfig
 from services.router.process import RouterProcess
 from services.router.served_model import load_served_model
-from services.router.workers import Role
+from services.router.worker_list import Role
 from tests.router.byte_checkpoint import write_byte_checkpoint
 from tests.router.fake_workers import MAX_MESSAGE_BYTES, FakeDecode, FakePrefill, Script, Tickets
 

@@ -13,7 +13,7 @@ from baton.v1 import decode_pb2, inference_pb2, kv_pb2
 from common.errors import InvalidArgument, Unavailable
 from services.router import attempt, decode_session
 from services.router.decode_session import DecodeSession
-from services.router.workers import Role
+from services.router.worker_list import Role
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import letters
 

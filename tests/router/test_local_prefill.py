@@ -10,7 +10,7 @@ import pytest
 from baton.v1 import inference_pb2, sampling_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.router.workers import Role
+from services.router.worker_list import Role
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import FakeDecode, letters
 

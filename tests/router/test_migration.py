@@ -25,7 +25,7 @@ from common.errors import (
 )
 from common.rpc.status import error_from_rpc
 from services.router import attempt, dispatcher
-from services.router.workers import Role
+from services.router.worker_list import Role
 from tests.router.byte_checkpoint import byte_ids
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import FakeDecode, letters

@@ -13,10 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from common.errors import InvalidArgument, Unavailable
 from common.models.checkpoint import drawn_model_digest, model_digest
 from common.rpc.status import error_from_rpc
-from services.router import server, workers
+from services.router import server, worker_list, workers
 from services.router.served_model import load_served_model
 from services.router.validation import ModelLimits, ValidatedRequest, resolve_sampling
-from services.router.workers import Role
+from services.router.worker_list import Role
 from tests.router.byte_checkpoint import write_byte_checkpoint
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import FINGERPRINT, FakeDecode, Script, Tickets, letters
@@ -125,8 +125,8 @@ async def test_a_worker_listed_under_the_wrong_role_is_not_used(tmp_path: Path) 
 )
 def test_a_workers_file_that_names_no_workers_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
-        workers._parse_workers(text)
-    assert workers._parse_workers('decode = ["host:1", "[::1]:2"]') == {
+        worker_list.parse_workers(text)
+    assert worker_list.parse_workers('decode = ["host:1", "[::1]:2"]') == {
         ("host:1", Role.DECODE),
         ("[::1]:2", Role.DECODE),
     }
@@ -146,7 +146,7 @@ async def test_a_wrong_role_and_a_bad_file_are_logged_once(
             looked.set()
         raise ValueError("nonsense")
 
-    monkeypatch.setattr(workers, "_parse_workers", parse)
+    monkeypatch.setattr(worker_list, "parse_workers", parse)
     async with running_cluster(tmp_path / "model", workers_file=file, workers_file_interval_s=0.01) as cluster:
         decode, registry = cluster.decodes[0], cluster.router.registry
         decode.status.role = worker_pb2.WORKER_ROLE_PREFILL
