@@ -49,16 +49,14 @@ class Topology:
     prefill_tp: int = 1
     num_decode: int = 1
     decode_tp: int = 1
-    capture_tokens: int = 512  # of prefill workers
+    capture_tokens: int = 512  # of prefill workers on GPUs
 
     @property
     def num_devices(self) -> int:
         return self.num_prefill * self.prefill_tp + self.num_decode * self.decode_tp
 
     def __str__(self) -> str:
-        captures = f", steps of up to {self.capture_tokens} tokens captured" if self.capture_tokens else ""
-        prefill = f"prefill {self.num_prefill} x TP {self.prefill_tp}{captures}"
-        return f"{prefill} -> decode {self.num_decode} x TP {self.decode_tp}"
+        return f"prefill {self.num_prefill} x TP {self.prefill_tp} -> decode {self.num_decode} x TP {self.decode_tp}"
 
     def spec(self, model: Path, device: str, worker_args: tuple[str, ...], log_dir: Path) -> DeploymentSpec:
         prefill_args = (*worker_args, "--capture-tokens", str(self.capture_tokens))

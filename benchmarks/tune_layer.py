@@ -249,7 +249,7 @@ def run(arguments: argparse.Namespace, started: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=list(RANK_SHAPES), required=True, help="a model and how many share it")
     parser.add_argument("--rows", type=int, nargs="+", choices=list(BATCHES), default=list(BATCHES), help="padded")
     parser.add_argument("--context", type=int, default=CONTEXT, help=f"tokens, a multiple of {BLOCK_SIZE}")

@@ -1,8 +1,8 @@
-"""The kernel backend of GPUs: Triton kernels behind the signatures of `common.kernels.backend.KernelBackend`.
+"""Triton kernels of attention, rows and blocks behind the signatures of `common.kernels.backend.KernelBackend`.
 
-Matrix products go to cuBLAS through torch. Shapes and effects are documented at the reference. Beyond the reference it
-has decode plans that stay in place, so that a step can be captured into a CUDA graph, and digests that stay on the
-device.
+`cuda_backend` adds products and makes a whole backend of them. Shapes and effects are documented at the reference.
+Beyond the reference there are decode plans that stay in place, so that a step can be captured into a CUDA graph, and
+digests that stay on the device.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
 from common.kernels import triton_prefill, triton_prefill_hopper, triton_rows
 from common.kernels.batch import BatchPlan, KVShape, Span
-from common.kernels.scaled_rows import NormedRows
 from common.kernels.triton_blocks import (
     digest_on_device,
     digest_value,
@@ -47,18 +45,13 @@ __all__ = [
     "digest_on_device",
     "digest_value",
     "finished",
-    "gate_up_silu",
     "gather_blocks",
     "gather_slot",
     "gather_with_digest",
-    "layout_weight",
-    "linear",
-    "linear_add_norm",
     "payload_digest",
     "plan_batch",
     "plan_decode",
     "qk_norm_rope_store",
-    "qkv_rope_store",
     "refresh_decode",
     "rms_norm",
     "scatter_blocks",
@@ -78,33 +71,6 @@ class TritonPlan(BatchPlan):
     prefill: PrefillBatch | None
     decode: DecodeBatch | None
     decode_tuning: DecodeTuning
-
-
-def layout_weight(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in], as it is: cuBLAS takes either order."""
-    return weight.contiguous()
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x: [T, in]; weight: [out, in]; bias: [out]. Returns [T, out]."""
-    return functional.linear(x, weight, bias)
-
-
-def linear_add_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor,
-    norm: torch.Tensor,
-    eps: float,
-) -> NormedRows:
-    """As the reference."""
-    return add_rms_norm(linear(x, weight, bias), residual, norm, eps)
-
-
-def gate_up_silu(x: NormedRows, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x: [T, in]; weight: [2n, in], gate first; bias: [2n]. Returns silu(gate) * up, [T, n]."""
-    return silu_mul(linear(finished(x), weight, bias))
 
 
 def plan_batch(
@@ -160,24 +126,6 @@ def refresh_decode(plan: TritonPlan) -> None:
     """Recompute on the device what follows from the plan's block tables and context lengths. Waits for nothing."""
     assert plan.decode is not None
     refresh(plan.decode, plan.shape.block_size, plan.decode_tuning.tile)
-
-
-def qkv_rope_store(
-    x: NormedRows,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    num_heads: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    kv_layer: torch.Tensor,
-    plan: BatchPlan,
-) -> torch.Tensor:
-    """As the reference."""
-    qkv = linear(finished(x), weight, bias).view(-1, weight.shape[0] // kv_layer.shape[-1], kv_layer.shape[-1])
-    return qk_norm_rope_store(qkv, num_heads, cos, sin, q_norm, k_norm, eps, kv_layer, plan)
 
 
 def qk_norm_rope_store(

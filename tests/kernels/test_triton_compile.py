@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -105,6 +104,8 @@ def test_a_draw_from_many_chunks_remembers_the_sum_before_the_chosen_one(compile
 
 def compile_all() -> Iterator[Compiled]:
     """Launch everything with launches replaced by compilation for compute capability 9.0."""
+    from benchmarks.layer_launches import stack_bytes
+
     kernels = {}
     compile_for_hopper(lambda kernel: kernels.update({kernel.hash: kernel}))
     for launch in launches():
@@ -128,17 +129,6 @@ def compile_all() -> Iterator[Compiled]:
 def last_loop(ttgir: str) -> list[str]:
     found = re.findall(r"scf\.for .* -> \((.*?)\) ", ttgir)
     return found[-1].split(", ") if found else []
-
-
-def stack_bytes(cubin: bytes) -> int:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return max(int(size) for size in re.findall(r"STACK:(\d+)", report))
 
 
 def launches() -> Iterator[Callable[[], object]]:
