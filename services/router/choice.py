@@ -18,7 +18,8 @@ from services.router.tokenizer import Tokenizer
 
 # In one message: far below the 4 MiB that clients take by default, and below what a router with the lowest limit sends.
 MAX_MESSAGE_TOKENS = 4096
-MAX_MESSAGE_LOGPROBS = 256  # tokens with log-probabilities, each of at most 300 bytes
+MAX_MESSAGE_LOGPROBS = 256  # tokens with log-probabilities
+MAX_MESSAGE_LOGPROB_BYTES = 1 << 16  # of these; the one that exceeds it is the last
 MAX_MESSAGE_CHARS = 8192
 
 
@@ -49,12 +50,14 @@ class Choice:
         self.lifetime = inference_pb2.Lifetime()
         self.is_complete = False  # ended, and its lifetime is final
         self._limits = limits
+        self._tokenizer = tokenizer
         self._detokenizer = IncrementalDetokenizer(tokenizer, continues_text=limits.continues_text)
         self._stop_matcher = StopStringMatcher(limits.stop) if limits.stop else None
         self._on_change = on_change
         self._pending_text = ""
-        # As they will be sent. A copy: a part of a worker's message would keep all of that message in memory.
+        # As they will be sent, with how many bytes they take.
         self._pending_logprobs: deque[inference_pb2.GenerateResponse] = deque()
+        self._num_last_logprob_bytes = 0
         self._num_taken = 0  # tokens that `take` has handed out
 
     @property
@@ -123,13 +126,25 @@ class Choice:
         return response
 
     def _add_logprobs(self, logprobs: Sequence[sampling_pb2.PositionLogprobs]) -> None:
-        while logprobs:
-            if not self._pending_logprobs or len(self._pending_logprobs[-1].logprobs) >= MAX_MESSAGE_LOGPROBS:
+        for received in logprobs:
+            if (
+                not self._pending_logprobs
+                or len(self._pending_logprobs[-1].logprobs) >= MAX_MESSAGE_LOGPROBS
+                or self._num_last_logprob_bytes >= MAX_MESSAGE_LOGPROB_BYTES
+            ):
                 self._pending_logprobs.append(inference_pb2.GenerateResponse())
-            last = self._pending_logprobs[-1].logprobs
-            room = MAX_MESSAGE_LOGPROBS - len(last)
-            last.extend(logprobs[:room])
-            logprobs = logprobs[room:]
+                self._num_last_logprob_bytes = 0
+            added = self._pending_logprobs[-1].logprobs.add()
+            self._read(received.chosen, added.chosen)
+            for token in received.top:
+                self._read(token, added.top.add())
+            self._num_last_logprob_bytes += added.ByteSize()
+
+    def _read(self, received: sampling_pb2.TokenLogprob, added: inference_pb2.OutputTokenLogprob) -> None:
+        """With the token's text, which workers do not know."""
+        added.token_id = received.token_id
+        added.logprob = received.logprob
+        added.text, added.utf8 = self._tokenizer.reading(received.token_id)
 
     def _accept_run(self, token_ids: Sequence[int]) -> None:
         """Tokens of which only the last may complete a stop string."""

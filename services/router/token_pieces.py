@@ -49,6 +49,10 @@ class BytePieces:
             piece = self._cache[token_id] = _token_bytes(self._backend.id_to_token(token_id) or "")
         return piece
 
+    def as_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text as bytes; nothing for an id without a token."""
+        return self[token_id]
+
 
 class TextPieces:
     """The characters of each token of any other vocabulary, anywhere but at the start of the text."""
@@ -68,6 +72,13 @@ class TextPieces:
             is_byte = self._has_byte_fallback and _is_byte_token(self._backend.id_to_token(token_id))
             piece = self._cache[token_id] = None if is_byte else self.within([token_id])
             return piece
+
+    def as_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text as bytes; nothing for an id without a token."""
+        piece = self[token_id]
+        if piece is not None:
+            return piece.encode()
+        return bytes.fromhex((self._backend.id_to_token(token_id) or "")[3:5])
 
     def exists(self, token_id: int) -> bool:
         return self._backend.id_to_token(token_id) is not None

@@ -52,6 +52,7 @@ class Tokenizer:
         # The largest id that has a text; a model's own vocabulary may be padded beyond it.
         self.max_token_id = max(backend.get_vocab(with_added_tokens=True).values())
         self.special_token_ids = _special_ids(backend)
+        self._readings: dict[int, tuple[str, bytes]] = {}
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
@@ -83,6 +84,14 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; ids that have no text are left out. For a stream see `detokenizer`."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def reading(self, token_id: int) -> tuple[str, bytes]:
+        """What one token reads as behind other text, as text and as bytes; special tokens are spelled out."""
+        reading = self._readings.get(token_id)
+        if reading is None:
+            piece = self.pieces.as_bytes(token_id)
+            reading = self._readings[token_id] = (piece.decode(errors="replace"), piece)
+        return reading
 
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)

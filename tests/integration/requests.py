@@ -16,7 +16,7 @@ class Answer:
 
     token_ids: dict[int, list[int]] = field(default_factory=dict)  # by choice
     text: dict[int, str] = field(default_factory=dict)
-    logprobs: list[sampling_pb2.PositionLogprobs] = field(default_factory=list)
+    logprobs: list[inference_pb2.OutputLogprobs] = field(default_factory=list)
     finish_reason: int = 0
     lifetime: inference_pb2.Lifetime = field(default_factory=inference_pb2.Lifetime)
     usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)

@@ -170,6 +170,29 @@ async def test_what_waits_for_a_slow_client_comes_in_small_messages(
     assert [response.HasField("usage") for response in written] == [False] * (len(written) - 1) + [True]
 
 
+@pytest.mark.parametrize("build", [byte_level, sentencepiece], ids=lambda build: build.__name__)
+def test_logprobs_say_what_each_token_reads_as(tmp_path: Path, build: Callable[[], tokenizers.Tokenizer]) -> None:
+    tokenizer = Tokenizer.from_directory(save(tmp_path, build()))
+    text = "hello wörld 世界"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    special = tokenizer.token_id("<|end|>")
+    assert special is not None
+    choice = make_choice(tokenizer)
+    for token_id in (*ids, special):
+        entry = position_logprobs(token_id, 1)
+        entry.top[0].token_id = special
+        choice.accept((token_id,), (entry,))
+    message = choice.take()
+    assert message is not None
+    *chosen, last = [entry.chosen for entry in message.logprobs]
+    assert [token.token_id for token in chosen] == ids
+    assert b"".join(token.utf8 for token in chosen).decode().strip() == text
+    assert all(token.text == token.utf8.decode(errors="replace") for token in chosen)
+    assert "\ufffd" in {token.text for token in chosen}  # a part of a character has no text of its own
+    assert (last.text, last.utf8) == ("<|end|>", b"<|end|>")
+    assert {(entry.top[0].text, entry.top[0].logprob) for entry in message.logprobs} == {("<|end|>", -2.5)}
+
+
 def test_logprobs_that_wait_keep_no_message_of_a_worker(tokenizer: Tokenizer) -> None:
     choice = make_choice(tokenizer)
     received = decode_pb2.SequenceTokens(token_ids=byte_ids("a"), logprobs=[position_logprobs(7, 1)])

@@ -220,7 +220,7 @@ class GenerateResponse(_message.Message):
         """New token ids, each exactly once and in order; may run ahead of the text."""
 
     @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.PositionLogprobs]:
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputLogprobs]:
         """One for each of token_ids, if asked for."""
 
     @_builtins.property
@@ -237,7 +237,7 @@ class GenerateResponse(_message.Message):
         choice: _builtins.int = ...,
         text_delta: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[_sampling_pb2.PositionLogprobs] | None = ...,
+        logprobs: _abc.Iterable[Global___OutputLogprobs] | None = ...,
         finish_reason: _sampling_pb2.FinishReason.ValueType = ...,
         request_id: _builtins.str | None = ...,
         seed: _builtins.int | None = ...,
@@ -266,6 +266,70 @@ class GenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__usage) -> _WhichOneofReturnType__usage | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class OutputTokenLogprob(_message.Message):
+    """A token, its log-probability, and what it reads as."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    UTF8_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability under the model, before penalties and temperature."""
+    text: _builtins.str
+    """The token's text behind other text; special tokens are spelled out. What is no whole character is U+FFFD."""
+    utf8: _builtins.bytes
+    """The same as bytes, so that those of neighbours add up to characters."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+        text: _builtins.str = ...,
+        utf8: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id", "utf8", b"utf8"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutputTokenLogprob: _TypeAlias = OutputTokenLogprob  # noqa: Y015
+
+@_typing.final
+class OutputLogprobs(_message.Message):
+    """Log-probabilities at one position of an output."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chosen(self) -> Global___OutputTokenLogprob:
+        """The token that was chosen."""
+
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputTokenLogprob]:
+        """The most probable tokens, best first; as many as were asked for."""
+
+    def __init__(
+        self,
+        *,
+        chosen: Global___OutputTokenLogprob | None = ...,
+        top: _abc.Iterable[Global___OutputTokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutputLogprobs: _TypeAlias = OutputLogprobs  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
