@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.errors import FailedPrecondition, InternalError
-from common.rpc.client import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
+from common.rpc.client import KEEPALIVE_OPTIONS
 from common.rpc.health import HealthServicer
 from common.rpc.status import abort_with, find_baton_error
 
@@ -46,11 +46,8 @@ class RpcServer:
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.so_reuseport", int(so_reuseport)),
                 # A client that is gone without a word, or frozen, must not keep what it holds until its deadline.
-                ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
-                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-                ("grpc.http2.max_pings_without_data", 0),
+                *KEEPALIVE_OPTIONS,
                 # Clients ping idle connections (common.rpc.client); that is no abuse.
-                ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
                 ("grpc.http2.max_ping_strikes", 0),
             ],
