@@ -12,7 +12,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/baton demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=10
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -28,14 +28,17 @@ fix: $(VENV)/.dev
 proto: $(VENV)/.dev
 	PYTHON=$(abspath $(BIN))/python proto/generate.sh
 
-$(VENV)/.runtime: requirements.lock pyproject.toml
+PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+$(VENV)/.runtime: requirements.lock requirements-torch.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP_INSTALL) --require-hashes --no-deps -r requirements.lock
+	$(PIP_INSTALL) -r requirements-torch.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.lock
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.lock
+	$(PIP_INSTALL) --require-hashes --no-deps -r requirements-dev.lock
 	touch $@
 
 clean:
