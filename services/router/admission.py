@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 
 from common.errors import ResourceExhausted
@@ -59,6 +59,12 @@ class AdmissionQueue:
         self._last_release_s = now_s if 2 * self.num_in_flight >= self.max_in_flight else None
         return admitted
 
+    def hand_back(self, num_places: int) -> list[int]:
+        """`leave` for places that nobody came to use: they say nothing about how fast places come free."""
+        self.num_in_flight -= num_places
+        assert self.num_in_flight >= 0, "more places handed back than taken"
+        return self._admit()
+
     def give_up(self, request: int) -> list[int]:
         """Take a waiting request out. Returns the requests that it stood in the way of."""
         del self._waiting[request]
@@ -106,19 +112,21 @@ class Admission:
         self._turns[request] = (turn, num_places)
         try:
             await turn
-        except asyncio.CancelledError:
+        except BaseException:
             if self._turns.pop(request, None) is not None:
                 self._wake(self.queue.give_up(request))
             elif not turn.cancelled():
                 # Admitted, then cancelled in the same loop turn: the places are its own and go back.
-                self._wake(self.queue.leave(num_places, self._clock()))
+                self._wake(self.queue.hand_back(num_places))
             raise
 
     def _wake(self, admitted: list[int]) -> None:
-        for request in admitted:
-            turn, num_places = self._turns.pop(request)
+        """Tell the admitted that it is their turn. In a loop: clients decide how many of them are gone already."""
+        pending = deque(admitted)
+        while pending:
+            turn, num_places = self._turns.pop(pending.popleft())
             if turn.cancelled():
                 # Its task was cancelled and has not run yet: it will find its turn gone.
-                self._wake(self.queue.leave(num_places, self._clock()))
+                pending += self.queue.hand_back(num_places)
             else:
                 turn.set_result(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -122,3 +123,67 @@ async def test_cancelled_in_the_very_turn_of_its_admission_gives_its_places_back
     assert waiters[0].cancelled()
     assert not waiters[1].cancelled()
     assert admission.queue.num_in_flight == admission.queue.num_waiting == 0
+
+
+async def test_a_long_queue_that_gives_up_at_once_loses_no_place() -> None:
+    num_waiting = 10_000
+    admission = Admission(AdmissionQueue(16, num_waiting))
+    leave = asyncio.Event()
+
+    async def use(num_places: int, until: asyncio.Event | None = None) -> None:
+        async with admission.places(num_places):
+            if until is not None:
+                await until.wait()
+
+    holder = asyncio.create_task(use(16, leave))
+    await asyncio.sleep(0)
+    waiters = [asyncio.create_task(use(1 + index % 16)) for index in range(num_waiting)]
+    await asyncio.sleep(0)
+    assert admission.queue.num_waiting == num_waiting
+    leave.set()  # the holder leaves before any of them has noticed that it is cancelled
+    for waiter in waiters:
+        waiter.cancel()
+    await asyncio.gather(holder, *waiters, return_exceptions=True)
+    assert holder.exception() is None
+    assert admission.queue.num_in_flight == admission.queue.num_waiting == 0
+    await asyncio.wait_for(use(16), 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32), st.integers(1, 300), st.integers(4, 16))
+def test_storms_of_cancellation_leave_every_place_free(seed: int, num_tasks: int, max_in_flight: int) -> None:
+    async def storm() -> None:
+        rng = random.Random(seed)
+        admission = Admission(AdmissionQueue(max_in_flight, num_tasks))
+
+        async def use() -> None:
+            async with admission.places(rng.randint(1, 4)):
+                for _ in range(rng.randint(0, 2)):
+                    await asyncio.sleep(0)
+                if rng.random() < 0.1:
+                    raise ValueError("the request fails")
+
+        tasks = [asyncio.create_task(use()) for _ in range(num_tasks)]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0)
+            if rng.random() < 0.5:
+                for task in rng.sample(tasks, rng.randint(0, len(tasks))):
+                    task.cancel()
+        queue = admission.queue
+        assert queue.num_in_flight == queue.num_waiting == 0
+        failures = [task.exception() for task in tasks if not task.cancelled()]
+        assert all(failure is None or isinstance(failure, ValueError) for failure in failures)
+
+    asyncio.run(storm())
+
+
+def test_places_that_nobody_used_are_no_part_of_the_rate() -> None:
+    queue = AdmissionQueue(1, 4)
+    queue.enter(0, 1)
+    for step in range(3):  # a place comes free every 2 s
+        queue.enter(1 + step, 1)
+        queue.leave(1, now_s=2.0 * step)
+    expected_s = queue.retry_after_s()
+    queue.enter(10, 1)
+    assert queue.hand_back(1) == [10]
+    assert queue.retry_after_s() == expected_s
