@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from typing import Final
 
 PARENT_PID: Final = "BATON_PARENT_PID"  # environment variable, set by whoever starts such a process
+# For a process that finishes what is under way first (common.stop_signals); one that takes no signals yet ends at once.
+# A signal of its own, as it comes several times: when a parent is killed, its threads end one by one, a child passes
+# from each to the next, and the kernel signals it each time. Somebody who sends SIGTERM twice wants haste.
+PARENT_GONE: Final = signal.SIGUSR1
 _PR_SET_PDEATHSIG: Final = 1
 
 

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: the first asks a process to finish what is under way and end, the same once more to hurry.
 
-The same: Ctrl-C in a terminal reaches a whole process group, and a parent in it may pass it on as SIGTERM.
+The same: Ctrl-C in a terminal reaches a whole process group, and a parent in it may pass it on as SIGTERM. The death
+of a parent, however often the kernel tells of it, asks and never hurries.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import signal
 from collections.abc import Coroutine
 from typing import Any
 
+from common.parent_death import PARENT_GONE
+
 
 class StopSignals:
-    """Takes both signals of the process for the running loop."""
+    """Takes these signals of the process for the running loop."""
 
     def __init__(self) -> None:
         self.stopping = asyncio.Event()
@@ -21,6 +24,7 @@ class StopSignals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._take, number)
+        loop.add_signal_handler(PARENT_GONE, self.stopping.set)
 
     def _take(self, number: int) -> None:
         (self.hurrying if number in self._taken else self.stopping).set()

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from common.parent_death import PARENT_GONE
 from common.stop_signals import StopSignals
 
 
@@ -32,6 +33,16 @@ async def test_two_different_signals_are_one_wish_and_two_alike_are_haste(
     await let_pass(other)  # as of a terminal and a parent
     assert not signals.hurrying.is_set()
     await taken(other, signals.hurrying)
+
+
+async def test_the_death_of_a_parent_asks_however_often_it_is_told_and_never_hurries() -> None:
+    signals = StopSignals()
+    await taken(PARENT_GONE, signals.stopping)
+    for _ in range(3):
+        await let_pass(PARENT_GONE)
+    await let_pass(signal.SIGTERM)  # the first of its kind
+    assert not signals.hurrying.is_set()
+    await taken(signal.SIGTERM, signals.hurrying)
 
 
 async def test_haste_cancels_what_takes_its_time() -> None:

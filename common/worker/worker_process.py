@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from baton.v1 import worker_pb2_grpc
 
 from common.config import load_config_or_exit
 from common.errors import BatonError
-from common.parent_death import end_with_parent
+from common.parent_death import PARENT_GONE, end_with_parent
 from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
 from common.stop_signals import StopSignals
@@ -44,7 +43,7 @@ def run_worker(config_class: type[_Config], serve: Callable[[_Config], Coroutine
     """Load the settings and serve. Returns the exit status: 1 if there is nothing to serve."""
     config = load_config_or_exit(config_class, sys.argv[1:], os.environ)
     configure_logging(config.log_level, config.service)
-    end_with_parent(os.environ, signal.SIGTERM)
+    end_with_parent(os.environ, PARENT_GONE)
     failures: list[BatonError] = []
     try:
         asyncio.run(serve(config))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 
 from common.config import load_config_or_exit
 from common.errors import BatonError
-from common.parent_death import end_with_parent
+from common.parent_death import PARENT_GONE, end_with_parent
 from common.rpc.status import find_baton_error
 from common.telemetry.request_log import configure_logging
 from services.router.config import RouterConfig
@@ -22,7 +21,7 @@ def main() -> None:
     argv = sys.argv[1:]
     config = load_config_or_exit(RouterConfig, argv, os.environ)
     configure_logging(config.log_level, config.service)
-    end_with_parent(os.environ, signal.SIGTERM)
+    end_with_parent(os.environ, PARENT_GONE)
     failure: BatonError | None = None
     try:
         if config.processes > 1:
