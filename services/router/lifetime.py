@@ -1,4 +1,5 @@
-"""Adds what the workers measured to an output's Lifetime. A sequence that moved adds up over its attempts."""
+"""Adds what the workers measured to an output's Lifetime. A sequence that moved adds up over its attempts, but for its
+cached tokens: they are a part of its prompt, which counts once, so they are those of the first attempt."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ _SUMMED_FIELDS = (
     "num_blocks_shipped",
     "bytes_shipped",
     "num_blocks_reused",
-    "num_cached_tokens",
     "num_chunks_resent",
     "exposed_handoff_ns",
 )
@@ -26,16 +26,23 @@ def add_prefill(lifetime: inference_pb2.Lifetime, completed: prefill_pb2.Prefill
     for name in _SUMMED_FIELDS:
         setattr(lifetime, name, getattr(lifetime, name) + getattr(completed, name))
     lifetime.transport = completed.transport or lifetime.transport
+    _note_cached(lifetime, completed.num_cached_tokens)
 
 
 def add_local_prefill(lifetime: inference_pb2.Lifetime, prefill: decode_pb2.LocalPrefill) -> None:
     """Count one prompt that a decode worker computed itself."""
     lifetime.queue_ns += prefill.queue_ns
     lifetime.prefill_ns += prefill.prefill_ns
-    lifetime.num_cached_tokens += prefill.num_cached_tokens
+    _note_cached(lifetime, prefill.num_cached_tokens)
 
 
 def add_decode(lifetime: inference_pb2.Lifetime, ending: Ending) -> None:
     """Count the time on one decode worker."""
     lifetime.decode_queue_ns += ending.decode_queue_ns
     lifetime.decode_ns += ending.decode_ns
+
+
+def _note_cached(lifetime: inference_pb2.Lifetime, num_cached_tokens: int) -> None:
+    # Later attempts send the prompt again, with tokens of the output, and find what earlier ones left in the cache.
+    if not lifetime.num_migrations:
+        lifetime.num_cached_tokens = num_cached_tokens

@@ -95,5 +95,6 @@ class OutputStream:
         return inference_pb2.Usage(
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=sum(len(choice.tokens) for choice in self.choices),
-            num_cached_tokens=sum(choice.lifetime.num_cached_tokens for choice in self.choices),
+            # The prompt counts once, so what was cached of it does: the others find what the first one left behind.
+            num_cached_tokens=self.choices[0].lifetime.num_cached_tokens,
         )

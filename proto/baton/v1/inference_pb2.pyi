@@ -333,7 +333,7 @@ Global___OutputLogprobs: _TypeAlias = OutputLogprobs  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """Token counts of a request, over all its outputs."""
+    """Token counts of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -341,11 +341,13 @@ class Usage(_message.Message):
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
-    """Tokens in the prompt."""
+    """Tokens in the prompt; they count once, however many outputs there are."""
     num_output_tokens: _builtins.int
-    """Tokens generated."""
+    """Tokens generated, over all outputs."""
     num_cached_tokens: _builtins.int
-    """Prompt tokens whose prefill was skipped because the prefill worker held them."""
+    """How many of num_prompt_tokens the first output's first attempt did not compute, because its worker held them; 0 if
+    that attempt ended before it could say. Never more than num_prompt_tokens.
+    """
     def __init__(
         self,
         *,
@@ -407,7 +409,7 @@ class Lifetime(_message.Message):
     num_blocks_reused: _builtins.int
     """Blocks that decode already held and that were not shipped."""
     num_cached_tokens: _builtins.int
-    """Prompt tokens that prefill already held and did not compute again."""
+    """Prompt tokens that the output's first attempt did not compute, because its worker held them."""
     num_chunks_resent: _builtins.int
     """Chunks that were sent again because their digest did not match."""
     transport: _builtins.str
