@@ -22,16 +22,6 @@ MAX_LEGS = 1 << LEG_BITS
 NUM_GENERATIONS = 1 << GENERATION_BITS
 
 
-@dataclass(frozen=True, slots=True)
-class TagParts:
-    """The fields of a 64-bit tag."""
-
-    nonce: int
-    generation: int
-    slot: int
-    leg: int
-
-
 def make_tag(nonce: int, generation: int, slot: int, leg: int) -> int:
     """Pack the four fields into 64 bits, most significant first."""
     tag = 0
@@ -45,18 +35,6 @@ def make_tag(nonce: int, generation: int, slot: int, leg: int) -> int:
             raise InvalidArgument(name, value, f"must fit in {bits} bits")
         tag = tag << bits | value
     return tag
-
-
-def split_tag(tag: int) -> TagParts:
-    """The inverse of `make_tag`."""
-    if not 0 <= tag < 1 << 64:
-        raise InvalidArgument("tag", tag, "must fit in 64 bits")
-    return TagParts(
-        nonce=tag >> GENERATION_BITS + SLOT_BITS + LEG_BITS,
-        generation=tag >> SLOT_BITS + LEG_BITS & NUM_GENERATIONS - 1,
-        slot=tag >> LEG_BITS & MAX_SLOTS - 1,
-        leg=tag & MAX_LEGS - 1,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,13 +69,6 @@ class SlotPool(Generic[WaiterT]):
     def num_waiting(self) -> int:
         return len(self._waiters)
 
-    def state(self, slot: int) -> SlotState:
-        return self._states[slot]
-
-    def is_current(self, handle: SlotHandle) -> bool:
-        """Whether the handle is the granted use of its slot."""
-        return self._is_in(handle, SlotState.GRANTED)
-
     def request(self, waiter: WaiterT) -> SlotHandle | None:
         """A slot on every rank now, or None and a place in the queue; see `grant_waiting`.
 
