@@ -7,7 +7,7 @@ the kernels' business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -120,26 +120,34 @@ def _append_head(legs: list[Leg], prefill_rank: int, decode_rank: int, head: int
 
 
 class Coverage:
-    """Which legs of one chunk have been verified on one decode worker: each counts exactly once."""
+    """What has arrived of one chunk on a decode worker: every head of every rank once, in all layers of all blocks.
 
-    def __init__(self, legs: Iterable[Leg]) -> None:
-        self._expected = {(leg.decode_rank, leg.first_head, leg.num_heads) for leg in legs}
-        self._missing = set(self._expected)
+    What a chunk needs follows from the layout and the chunk alone, not from the legs that were planned for it.
+    """
 
-    def mark(self, decode_rank: int, first_head: int, num_heads: int) -> None:
-        """A leg is in place. Raises `TransferError` for one that is not expected or was marked before."""
-        key = (decode_rank, first_head, num_heads)
-        if key not in self._missing:
-            reason = "arrived twice" if key in self._expected else "is not part of the chunk"
+    def __init__(self, num_kv_heads: int, decode_tp: int, layers: range, block_ids: Sequence[int]) -> None:
+        self._layers = layers
+        self._block_ids = list(block_ids)
+        self._own_heads = [heads_of_rank(num_kv_heads, decode_tp, rank) for rank in range(decode_tp)]
+        self._missing = [set(range(len(heads))) for heads in self._own_heads]
+
+    def mark(self, rank: int, local_heads: range, layers: range, block_ids: Sequence[int]) -> None:
+        """A rank has written these heads, counted from its own first. Raises `TransferError` for what does not belong
+        to the chunk or was written before."""
+        if layers != self._layers or list(block_ids) != self._block_ids:
+            raise TransferError(f"rank {rank} wrote other layers or blocks than the chunk's")
+        written = set(local_heads)
+        if not written or not written <= self._missing[rank]:
+            first = self._own_heads[rank].start
             raise TransferError(
-                f"the leg to rank {decode_rank} with heads [{first_head}, {first_head + num_heads}) {reason}"
+                f"rank {rank} wrote heads [{first + local_heads.start}, {first + local_heads.stop}), "
+                f"which were written before or are not its own"
             )
-        self._missing.remove(key)
+        self._missing[rank] -= written
 
-    @property
-    def num_missing(self) -> int:
-        return len(self._missing)
-
-    @property
-    def complete(self) -> bool:
-        return not self._missing
+    def check_complete(self) -> None:
+        """Raises `TransferError` if a head is missing."""
+        for rank, missing in enumerate(self._missing):
+            if missing:
+                heads = sorted(self._own_heads[rank].start + head for head in missing)
+                raise TransferError(f"heads {heads} of rank {rank} did not arrive")

@@ -142,8 +142,18 @@ class ReceivePosted(KVMessage, frozen=True, array_like=True, tag=True):
     detail: str = ""
 
 
+class Scattered(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank wrote into its KV blocks: heads, counted from its own first, and layers of blocks."""
+
+    first_local_head: int
+    num_heads: int
+    first_layer: int
+    num_layers: int
+    block_ids: list[int]
+
+
 class ReceiveDone(KVMessage, frozen=True, array_like=True, tag=True):
-    """The leg is in the KV blocks, or it failed (`error_kind`, a class name of `common.errors`).
+    """The leg is in the KV blocks (`scattered`), or it failed (`error_kind`, a class name of `common.errors`).
 
     After a failure, cancel the receive to learn what became of the slot.
     `transfer_ns`: from the message's arrival to complete. `verify_ns`: digest and scatter."""
@@ -152,6 +162,7 @@ class ReceiveDone(KVMessage, frozen=True, array_like=True, tag=True):
     verify_ns: int
     error_kind: str = ""
     detail: str = ""
+    scattered: Scattered | None = None
 
 
 class CancelReceive(KVMessage, frozen=True, array_like=True, tag=True):

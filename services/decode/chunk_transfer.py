@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from baton.v1 import kv_pb2
 
-from common.errors import TransferTimeout, Unavailable
+from common.errors import TransferError, TransferTimeout, Unavailable
 from common.kvcache.grant import SlotHandle
 from common.kvcache.layout import Coverage, KVLayout, Leg, heads_of_rank
 from common.worker.rank_group import Operation, RankGroup, error_of
@@ -116,7 +116,8 @@ class ChunkTransfer:
         ]
 
     async def arrive(self, timeout_s: float) -> TransferTimes:
-        """Wait until every leg is in the blocks. Raises the first failure, `TransferTimeout` when the time is up."""
+        """Wait until every leg is in the blocks. Raises the first failure, `TransferTimeout` when the time is up, or
+        `TransferError` unless what the ranks wrote is what the chunk needs, each of it once."""
         waits = [asyncio.create_task(self._await_leg(receive)) for receive in self._receives]
         try:
             done, pending = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -127,11 +128,22 @@ class ChunkTransfer:
                     task.exception()  # the first failure is raised; asyncio must not report the others
         if pending:
             raise TransferTimeout(f"{len(pending)} of {len(waits)} legs did not arrive within {timeout_s:.1f} s")
-        coverage = Coverage(receive.leg for receive in self._receives)
-        for receive in self._receives:
-            coverage.mark(receive.leg.decode_rank, receive.leg.first_head, receive.leg.num_heads)
-        assert coverage.complete
+        self._check_coverage({reply.op_id: reply for reply in replies})
         return TransferTimes(max(r.transfer_ns for r in replies), max(r.verify_ns for r in replies))
+
+    def _check_coverage(self, replies: Mapping[int, ReceiveDone]) -> None:
+        coverage = Coverage(self._layout.num_kv_heads, len(self._group.pids), self._layers, self._block_ids)
+        for receive in self._receives:
+            written = replies[receive.operation.op_id].scattered
+            if written is None:
+                raise TransferError(f"rank {receive.leg.decode_rank} does not say what it wrote")
+            coverage.mark(
+                receive.leg.decode_rank,
+                range(written.first_local_head, written.first_local_head + written.num_heads),
+                range(written.first_layer, written.first_layer + written.num_layers),
+                written.block_ids,
+            )
+        coverage.check_complete()
 
     async def take_back(self) -> tuple[list[str], dict[int, list[Operation]]]:
         """Cancel what has not arrived. When this returns, no rank writes to the chunk's blocks any more.

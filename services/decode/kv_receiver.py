@@ -29,6 +29,7 @@ from common.worker.rank_messages import (
     PostReceive,
     ReceiveDone,
     ReceivePosted,
+    Scattered,
     SlotDrained,
 )
 from common.worker.rank_process import KVContext
@@ -45,6 +46,7 @@ class _Operation:
     connection: Connection | None = None
     posted: PostedReceive | None = None
     scatter: asyncio.Future[None] | None = None
+    scattered: Scattered | None = None  # what the storage was told to write
     cancelled: bool = False
 
 
@@ -117,7 +119,8 @@ class KVReceiver:
             return
         if not operation.cancelled:
             del self._operations[message.op_id]
-        self._reply(ReceiveDone(message.op_id, transfer_ns, time.monotonic_ns() - complete_ns))
+        verify_ns = time.monotonic_ns() - complete_ns
+        self._reply(ReceiveDone(message.op_id, transfer_ns, verify_ns, scattered=operation.scattered))
 
     async def _post(self, operation: _Operation) -> None:
         message = operation.message
@@ -138,13 +141,16 @@ class KVReceiver:
             return None
         message = operation.message
         slot = self._slots[message.slot, message.offset : message.offset + message.num_bytes]
+        written = operation.scattered = Scattered(
+            message.first_local_head, message.num_heads, message.first_layer, message.num_layers, message.block_ids
+        )
         return self._storage.start_scatter(
-            message.block_ids,
-            message.first_local_head,
-            message.num_heads,
+            written.block_ids,
+            written.first_local_head,
+            written.num_heads,
             slot,
             message.tag,
-            range(message.first_layer, message.first_layer + message.num_layers),
+            range(written.first_layer, written.first_layer + written.num_layers),
         )
 
     async def _cancel(self, message: CancelReceive) -> None:

@@ -16,6 +16,7 @@ from common.worker.rank_messages import (
     RankReady,
     ReceiveDone,
     ReceivePosted,
+    Scattered,
     SlotDrained,
     TransportStatsReply,
 )
@@ -101,9 +102,14 @@ class FakeGroup(RankGroup):
         for message in self._held_cancels:
             self._owner.operations[message.op_id].deliver(CancelDone(message.op_id, self.cancel_outcome))
 
-    def finish(self, post: PostReceive, error_kind: str = "", detail: str = "") -> None:
-        """A leg arrived and was scattered, or failed."""
-        self._owner.operations[post.op_id].deliver(ReceiveDone(post.op_id, 7, 5, error_kind, detail))
+    def finish(
+        self, post: PostReceive, error_kind: str = "", detail: str = "", scattered: Scattered | None = None
+    ) -> None:
+        """A leg arrived and was scattered, as it was posted unless said otherwise, or failed."""
+        if scattered is None and not error_kind:
+            scattered = scattered_as(post)
+        done = ReceiveDone(post.op_id, 7, 5, error_kind, detail, scattered)
+        self._owner.operations[post.op_id].deliver(done)
 
     def drain(self, post: PostReceive) -> None:
         """The connection behind a receive in doubt is closed."""
@@ -114,3 +120,8 @@ class FakeGroup(RankGroup):
         super().lose(reason)
         for operation in self._owner.operations.values():
             operation.lose(reason)
+
+
+def scattered_as(post: PostReceive) -> Scattered:
+    """What a rank writes that does what it is told."""
+    return Scattered(post.first_local_head, post.num_heads, post.first_layer, post.num_layers, post.block_ids)

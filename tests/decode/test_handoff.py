@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from baton.v1 import kv_pb2
+from msgspec.structs import replace
 
 from common.errors import (
     BatonError,
@@ -18,6 +19,7 @@ from common.errors import (
     TransferError,
     Unavailable,
 )
+from tests.decode.fake_group import scattered_as
 from tests.decode.front import LAYOUT, Front, OpenTicket, Prefill, Router, next_post, running_front, ship
 from tests.decode.requests import token_of
 
@@ -178,6 +180,31 @@ async def test_a_chunk_that_failed_is_rejected_and_taken_when_it_comes_again(
         name = kv_pb2.ChunkRejectReason.Name(reason).removeprefix("CHUNK_REJECT_REASON_").lower()
         assert front.worker.counters.snapshot()[f"chunks_rejected_{name}"] == 1
         assert front.worker.counters.snapshot()[f"cancelled_legs_{outcome}"] == 1
+        await prefill.break_off()
+        await front.until_free()
+        await router.leave()
+
+
+@pytest.mark.parametrize("field", ["first_local_head", "num_heads", "first_layer", "block_ids", "all"])
+async def test_a_chunk_of_which_a_rank_wrote_something_else_is_rejected(field: str) -> None:
+    async with running_front(tp_size=1) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1), tp_size=2)
+        await prefill.receive("accepted")
+        prefill.offer(0, 0, 3)
+        await prefill.receive("grant")
+        posts = [(await next_post(front))[1] for _ in range(2)]
+        front.group.finish(posts[0])
+        wrong = scattered_as(posts[1])
+        if field == "all":  # the first leg's heads again
+            wrong = scattered_as(posts[0])
+        elif field == "block_ids":
+            wrong = replace(wrong, block_ids=wrong.block_ids[::-1])
+        else:
+            wrong = replace(wrong, **{field: getattr(wrong, field) + 1})
+        front.group.finish(posts[1], scattered=wrong)
+        rejected = (await prefill.receive("chunk_rejected")).chunk_rejected
+        assert "wrote" in rejected.detail
         await prefill.break_off()
         await front.until_free()
         await router.leave()

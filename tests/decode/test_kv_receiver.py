@@ -23,6 +23,7 @@ from common.worker.rank_messages import (
     RankKVMessage,
     ReceiveDone,
     ReceivePosted,
+    Scattered,
     SlotDrained,
     TransportStatsReply,
 )
@@ -109,6 +110,7 @@ async def test_a_leg_that_arrives_is_in_its_heads_of_its_blocks() -> None:
         await connection.send(TAG, rank.gathered())
         done = await rank.reply(ReceiveDone)
         assert (done.error_kind, done.op_id) == ("", 1)
+        assert done.scattered == Scattered(1, 1, 0, 2, BLOCKS_RECEIVED)
         assert torch.equal(rank.storage.kv[:, BLOCKS_RECEIVED, :, 1], rank.source.kv[:, BLOCKS_SENT, :, 1])
         assert not rank.storage.kv[:, :, :, 0].any(), "the other head was written"
 

@@ -1,6 +1,7 @@
 """Layout: sizes, head ownership, and legs that bring every head exactly once, for all pairs of sizes."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 
@@ -123,27 +124,40 @@ def test_a_wide_decode_rank_gathers_from_several_prefill_ranks() -> None:
     assert plan_legs(8, 4, 2) == [Leg(0, 0, 0, 2), Leg(1, 0, 2, 2), Leg(2, 1, 4, 2), Leg(3, 1, 6, 2)]
 
 
-def test_coverage_is_complete_after_each_leg_once() -> None:
+def marked(coverage: Coverage, legs: Iterable[Leg], num_kv_heads: int, decode_tp: int) -> None:
+    for leg in legs:
+        first = leg.first_head - heads_of_rank(num_kv_heads, decode_tp, leg.decode_rank).start
+        coverage.mark(leg.decode_rank, range(first, first + leg.num_heads), range(2, 5), [7, 9])
+
+
+@pytest.mark.parametrize(("num_kv_heads", "prefill_tp", "decode_tp"), ALL_PAIRS)
+def test_planned_legs_cover_every_chunk(num_kv_heads: int, prefill_tp: int, decode_tp: int) -> None:
+    coverage = Coverage(num_kv_heads, decode_tp, range(2, 5), [7, 9])
+    marked(coverage, plan_legs(num_kv_heads, prefill_tp, decode_tp), num_kv_heads, decode_tp)
+    coverage.check_complete()
+
+
+@pytest.mark.parametrize("left_out", range(4))
+def test_a_head_that_did_not_arrive_is_named(left_out: int) -> None:
     legs = plan_legs(8, 4, 2)
-    coverage = Coverage(legs)
-    for number, leg in enumerate(legs):
-        assert not coverage.complete
-        assert coverage.num_missing == len(legs) - number
-        coverage.mark(leg.decode_rank, leg.first_head, leg.num_heads)
-    assert coverage.complete
+    coverage = Coverage(8, 2, range(2, 5), [7, 9])
+    marked(coverage, [leg for number, leg in enumerate(legs) if number != left_out], 8, 2)
+    missing = legs[left_out]
+    with pytest.raises(TransferError, match=f"{missing.first_head}, .* of rank {missing.decode_rank} did not arrive"):
+        coverage.check_complete()
 
 
-def test_a_leg_that_arrives_twice_is_a_transfer_error() -> None:
-    coverage = Coverage(plan_legs(8, 2, 2))
-    coverage.mark(0, 0, 4)
-    with pytest.raises(TransferError, match="twice"):
-        coverage.mark(0, 0, 4)
-    assert coverage.num_missing == 1
+@pytest.mark.parametrize("local_heads", [range(2), range(1, 3), range(3, 5), range(4, 6), range(0)], ids=str)
+def test_heads_that_were_written_before_or_belong_to_another_rank_are_refused(local_heads: range) -> None:
+    coverage = Coverage(8, 2, range(2, 5), [7, 9])
+    coverage.mark(1, range(2), range(2, 5), [7, 9])
+    with pytest.raises(TransferError, match="before or are not its own"):
+        coverage.mark(1, local_heads, range(2, 5), [7, 9])
 
 
-@pytest.mark.parametrize("leg", [(0, 4, 4), (2, 0, 4), (0, 0, 2)])
-def test_a_leg_that_was_not_expected_is_a_transfer_error(leg: tuple[int, int, int]) -> None:
-    coverage = Coverage(plan_legs(8, 2, 2))
-    with pytest.raises(TransferError, match="not part"):
-        coverage.mark(*leg)
-    assert coverage.num_missing == 2
+@pytest.mark.parametrize(
+    ("layers", "block_ids"), [(range(2, 4), [7, 9]), (range(5), [7, 9]), (range(2, 5), [7]), (range(2, 5), [9, 7])]
+)
+def test_other_layers_or_blocks_are_refused(layers: range, block_ids: list[int]) -> None:
+    with pytest.raises(TransferError, match="other layers or blocks"):
+        Coverage(8, 2, range(2, 5), [7, 9]).mark(0, range(4), layers, block_ids)
