@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import grpc
+
+from common.errors import Unavailable
+
+_Message = TypeVar("_Message")
 
 # A peer that is gone without a word, or stopped, is noticed after the one and then the other. A ping is answered by
 # gRPC's own threads: a peer that only computes answers it.
@@ -40,3 +46,11 @@ def open_channel(address: str, max_message_bytes: int) -> grpc.aio.Channel:
         ("grpc.use_local_subchannel_pool", 1),
     ]
     return grpc.aio.insecure_channel(address, options=options)
+
+
+def decoded(message: _Message | None, peer: str) -> _Message:
+    """A message that a call brought. gRPC hands over None for one that it cannot decode: raises `Unavailable`, since
+    what follows on that stream cannot be trusted either."""
+    if message is None:
+        raise Unavailable(f"{peer} sent what cannot be decoded")
+    return message

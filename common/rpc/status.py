@@ -7,10 +7,12 @@ comes without an `ErrorInfo` was said by gRPC itself and is mapped by its code. 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -106,9 +108,10 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> BatonError:
     message = rpc_error.details() or rpc_error.code().name
     for key, value in rpc_error.trailing_metadata() or ():
         if key == DETAILS_METADATA_KEY:
-            restored = _restored(message, Status.FromString(value))
-            if restored is not None:
-                return restored
+            with contextlib.suppress(DecodeError):  # then it is what its code says
+                restored = _restored(message, Status.FromString(value))
+                if restored is not None:
+                    return restored
     code = rpc_error.code()
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidArgument("", "", message)
@@ -117,7 +120,11 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> BatonError:
 
 def error_from_status(status: Status) -> BatonError:
     """The error that `to_status` was given, in its class."""
-    return _restored(status.message, status) or BatonError(status.message)
+    with contextlib.suppress(DecodeError):
+        restored = _restored(status.message, status)
+        if restored is not None:
+            return restored
+    return BatonError(status.message)
 
 
 def find_baton_error(error: BaseException) -> BatonError | None:

@@ -42,15 +42,16 @@ class HandoffStream:
                 await self._raise_end()
 
     async def receive(self) -> kv_pb2.HandoffResponse:
-        """Raises what the stream ended with; a stream that just ends is `PeerLost`. Cancelling it breaks the
-        stream."""
+        """Raises what the stream ended with; a stream that just ends is `PeerLost`, a message that is none a
+        `TransferError`. Cancelling it breaks the stream."""
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError:
             await self._raise_end()
         if response is grpc.aio.EOF:
             await self._raise_end()
-        assert isinstance(response, kv_pb2.HandoffResponse)
+        if not isinstance(response, kv_pb2.HandoffResponse):
+            raise TransferError("the decode worker sent what cannot be decoded")
         return response
 
     async def finish(self) -> None:

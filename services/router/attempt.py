@@ -28,6 +28,7 @@ from common.errors import (
     TransferError,
     Unavailable,
 )
+from common.rpc.client import decoded
 from common.rpc.status import error_from_rpc
 from services.router import lifetime
 from services.router.choice import Choice
@@ -223,22 +224,23 @@ class Attempts:
         sequence.write_to(request.sequence)
         call = prefill.prefill_stub.Prefill(request, timeout=plan.remaining_s(), metadata=plan.record.metadata)
         try:
-            async for response in call:
+            async for message in call:
+                response = decoded(message, prefill.name)
                 if response.HasField("first_token"):
                     receiver.on_first_token(response.first_token)
                 elif response.HasField("completed"):
                     lifetime.add_prefill(receiver.choice.lifetime, response.completed)
                     on_prefilled()
                     break
-        except grpc.aio.AioRpcError as rpc_error:
-            error = error_from_rpc(rpc_error)
+        except (grpc.aio.AioRpcError, Unavailable) as ended:
+            error = ended if isinstance(ended, Unavailable) else error_from_rpc(ended)
             if receiver.num_decode_entries and receiver.has_first_token:
                 # Decode has taken over: all that is missing are measurements.
                 _logger.warning("%s: %s after the hand-off: %s", plan.request_id, prefill.name, error)
                 return
             # A worker that stops cancels what it serves: this may have been prefill, or decode during the hand-off.
             is_of_both = isinstance(error, TransferError | FailedPrecondition | Cancelled)
-            raise _leg_failure(error, *((prefill, decode) if is_of_both else (prefill,))) from rpc_error
+            raise _leg_failure(error, *((prefill, decode) if is_of_both else (prefill,))) from ended
         finally:
             call.cancel()
         if not receiver.has_first_token:

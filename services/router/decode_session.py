@@ -17,7 +17,8 @@ from typing import Protocol, TypeAlias
 import grpc
 from baton.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
-from common.errors import BatonError, InvalidArgument, Unavailable
+from common.errors import BatonError, InternalError, InvalidArgument, Unavailable
+from common.rpc.client import decoded
 from common.rpc.status import error_from_rpc, error_from_status
 from services.router.cancellation import is_being_cancelled
 
@@ -40,6 +41,10 @@ class TokenReceiver(Protocol):
 
     def on_lost(self) -> None:
         """The worker is gone, and the sequence with it. Nothing follows."""
+        ...
+
+    def on_failed(self, error: BatonError) -> None:
+        """An entry could not be taken. Nothing follows."""
         ...
 
 
@@ -118,15 +123,19 @@ class DecodeSession:
             self._send(decode_pb2.SessionRequest(close=decode_pb2.CloseRequest(sequence_id=sequence_id)))
 
     async def run(self) -> None:
-        """Keep a stream up, again and again, until cancelled."""
+        """Keep a stream up, again and again, until cancelled. Whatever it ends with ends this stream alone."""
         retry_s = FIRST_RETRY_S
         while True:
+            error: Exception = Unavailable("the worker ended the stream")
             try:
                 await self._run_one_stream()
             except grpc.aio.AioRpcError as rpc_error:
-                error: BatonError = error_from_rpc(rpc_error)
-            else:
-                error = Unavailable("the worker ended the stream")
+                error = error_from_rpc(rpc_error)
+            except BatonError as ours:
+                error = ours
+            except Exception as unexpected:  # the other workers' streams must not end with it
+                _logger.exception("session with %s failed", self._address)
+                error = unexpected
             finally:
                 was_standing = self.stands
                 self._lose_all()
@@ -143,7 +152,8 @@ class DecodeSession:
         writing = asyncio.create_task(self._write_to(call))
         self._call = call
         try:
-            async for response in call:
+            async for message in call:
+                response = decoded(message, self._address)
                 if not self.stands:
                     self.stands = True
                     self._on_change()
@@ -192,7 +202,11 @@ class DecodeSession:
         for entry in response.sequences:
             receiver = receivers.get(entry.sequence_id)
             if receiver is not None:
-                receiver.on_tokens(entry)
+                try:
+                    receiver.on_tokens(entry)
+                except Exception as error:  # of this sequence alone
+                    _logger.exception("tokens of sequence %d of %s cannot be taken", entry.sequence_id, self._address)
+                    receiver.on_failed(InternalError(f"tokens of {self._address} cannot be taken: {error!r}"))
 
     def _lose_all(self) -> None:
         self.stands = False

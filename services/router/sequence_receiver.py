@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from baton.v1 import decode_pb2, prefill_pb2, sampling_pb2
 
+from common.errors import BatonError
 from services.router.choice import Choice
 
 
@@ -123,6 +124,12 @@ class SequenceReceiver:
     def on_lost(self) -> None:
         """Decode, and all that it held, is gone."""
         self._resolve(Ending(decode_pb2.SEQUENCE_END_LOST, by_worker=True, error="token stream broke"))
+
+    def on_failed(self, error: BatonError) -> None:
+        """`ended` raises it."""
+        if not self.ended.done():
+            self.ended.set_exception(error)
+            self.ended.exception()  # also if nobody awaits it any more
 
     def _accept(self, entry: decode_pb2.SequenceTokens) -> bool:
         """Whether the entry's tokens are in the log now; they are held if there is a gap before them."""

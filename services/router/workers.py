@@ -16,7 +16,8 @@ from pathlib import Path
 import grpc
 from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-from common.rpc.client import open_channel
+from common.errors import BatonError
+from common.rpc.client import decoded, open_channel
 from common.rpc.status import error_from_rpc
 from services.router.cancellation import is_being_cancelled
 from services.router.decode_session import FIRST_RETRY_S, LAST_RETRY_S, DecodeSession
@@ -133,12 +134,16 @@ class Worker:
         self._watch = self._status_stub.WatchStatus(request, wait_for_ready=True)
         was_known = False
         try:
-            async for status in self._watch:
+            async for message in self._watch:
+                self._update(decoded(message, self.address))
                 was_known = True
-                self._update(status)
         except grpc.aio.AioRpcError as error:
             if was_known:
                 _logger.warning("status of %s ended: %s", self.address, error_from_rpc(error))
+        except BatonError as error:
+            _logger.warning("status of %s ended: %s", self.address, error)
+        except Exception:  # the other workers' streams must not end with it
+            _logger.exception("status of %s cannot be taken", self.address)
         except asyncio.CancelledError:
             # Either the call was cancelled, by `suspect`, or this task.
             if not self._asked_anew or is_being_cancelled():

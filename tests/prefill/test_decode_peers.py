@@ -29,6 +29,7 @@ from common.rpc.server import RpcServer
 from common.rpc.status import DETAILS_METADATA_KEY, to_status
 from services.prefill.decode_peers import DecodePeers, HandoffStream
 from tests.prefill.fakes import FakeDecode, Stage, Wire
+from tests.rpc.garbage import GARBAGE, with_garbage
 
 _MAX_BYTES = 1 << 20
 BEGIN = kv_pb2.HandoffRequest(begin=kv_pb2.HandoffBegin(prefill_tp_size=1))
@@ -38,7 +39,7 @@ BEGIN = kv_pb2.HandoffRequest(begin=kv_pb2.HandoffBegin(prefill_tp_size=1))
 async def decode_worker(decode: FakeDecode) -> AsyncIterator[str]:
     """Its address."""
     server = RpcServer("127.0.0.1:0", max_message_bytes=_MAX_BYTES)
-    server.add(decode_pb2_grpc.add_DecodeServicer_to_server, decode, "baton.v1.Decode")
+    server.add(with_garbage(decode_pb2_grpc.add_DecodeServicer_to_server), decode, "baton.v1.Decode")
     try:
         yield f"127.0.0.1:{await server.start()}"
     finally:
@@ -146,6 +147,25 @@ async def test_what_is_no_fault_of_the_decode_worker_keeps_its_class(error: Bato
 
 async def test_stream_that_grpc_breaks_is_a_lost_peer() -> None:
     assert type(await refused_with(None)) is PeerLost
+
+
+class _Garbled(FakeDecode):
+    """Answers with what is no message."""
+
+    async def Handoff(  # type: ignore[override] # noqa: N802
+        self, request_iterator: object, context: grpc.aio.ServicerContext[object, object]
+    ) -> None:
+        await context.write(GARBAGE)
+        await asyncio.Event().wait()
+
+
+async def test_an_answer_that_is_no_message_ends_the_hand_off_typed() -> None:
+    garbled = _Garbled(make_decode().layout, Wire())
+    peers = DecodePeers(_MAX_BYTES, max_idle=1)
+    async with decode_worker(garbled) as address, peers.open(address) as stream:
+        with pytest.raises(TransferError, match="decoded"):
+            await stream.receive()
+    await peers.close()
 
 
 class _EndedCall:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from baton.v1 import (
     decode_pb2,
@@ -27,6 +27,7 @@ from common.errors import BatonError, Unavailable
 from common.rpc.server import RpcServer
 from common.rpc.status import to_status
 from tests.router.byte_checkpoint import byte_ids
+from tests.rpc.garbage import GARBAGE, with_garbage
 
 MAX_MESSAGE_BYTES = 16 << 20
 FINGERPRINT = "layout-1"
@@ -60,6 +61,7 @@ class Script:
     open_errors: list[BatonError] = field(default_factory=list)
     handoff_errors: dict[str, BatonError] = field(default_factory=dict)  # of every hand-off to a decode worker
     num_opens_ignored: int = 0  # how many more are not answered
+    num_garbled_prefills: int = 0  # how many more answer with what is no message
     failed_end: str = "it failed"
 
 
@@ -83,6 +85,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             model="m",
             block_size=64,
         )
+        self.num_garbled_statuses = 0  # how many more are no message
+        self.num_watches = 0
         self._changed = asyncio.Event()
         self.server: RpcServer | None = None
         self.address = "127.0.0.1:0"
@@ -95,8 +99,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def WatchStatus(  # noqa: N802
         self, request: worker_pb2.WatchStatusRequest, context: Any
     ) -> AsyncIterator[worker_pb2.WorkerStatus]:
+        self.num_watches += 1
         while True:
             changed = self._changed
+            if self.num_garbled_statuses:
+                self.num_garbled_statuses -= 1
+                yield cast(worker_pb2.WorkerStatus, GARBAGE)
             yield self.status
             await changed.wait()
 
@@ -113,7 +121,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def start(self) -> None:
         """Listen; on the same port as before, if there was one."""
         self.server = RpcServer(self.address, max_message_bytes=MAX_MESSAGE_BYTES)
-        self.server.add(worker_pb2_grpc.add_WorkerServicer_to_server, self, "baton.v1.Worker")
+        self.server.add(with_garbage(worker_pb2_grpc.add_WorkerServicer_to_server), self, "baton.v1.Worker")
         self._add_service(self.server)
         port = await self.server.start()
         self.address = f"127.0.0.1:{port}"
@@ -171,7 +179,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         self._idle = asyncio.Event()
 
     def _add_service(self, server: RpcServer) -> None:
-        server.add(decode_pb2_grpc.add_DecodeServicer_to_server, self, "baton.v1.Decode")
+        server.add(with_garbage(decode_pb2_grpc.add_DecodeServicer_to_server), self, "baton.v1.Decode")
 
     async def Session(  # noqa: N802
         self, request_iterator: AsyncIterator[decode_pb2.SessionRequest], context: Any
@@ -236,6 +244,11 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         """What a hand-off ends with."""
         held = self.open[sequence_id]
         held.task = asyncio.get_running_loop().create_task(self._decode(held))
+
+    def garble_streams(self) -> None:
+        """Every session says what is no message; it goes on."""
+        for queue in self._streams.values():
+            queue.put_nowait(cast(decode_pb2.SessionResponse, GARBAGE))
 
     def break_streams(self) -> None:
         """Every session breaks; the server stays."""
@@ -318,7 +331,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         self.cancelled = asyncio.Event()
 
     def _add_service(self, server: RpcServer) -> None:
-        server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, self, "baton.v1.Prefill")
+        server.add(with_garbage(prefill_pb2_grpc.add_PrefillServicer_to_server), self, "baton.v1.Prefill")
 
     async def Prefill(  # noqa: N802
         self, request: prefill_pb2.PrefillRequest, context: Any
@@ -336,6 +349,9 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
     async def _steps(self, request: prefill_pb2.PrefillRequest) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
         script, sequence = self.script, request.sequence
         await script.before_first_token.wait()
+        if script.num_garbled_prefills:
+            script.num_garbled_prefills -= 1
+            yield cast(prefill_pb2.PrefillResponse, GARBAGE)
         if script.prefill_errors_before_token:
             raise script.prefill_errors_before_token.pop(0)
         first = self._first_token(sequence)

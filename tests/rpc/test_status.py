@@ -7,7 +7,8 @@ import pytest
 
 from common import errors
 from common.errors import BatonError, Cancelled, InvalidArgument, ResourceExhausted, Unavailable
-from common.rpc.status import CODE_BY_CLASS, DETAILS_METADATA_KEY, code_of, error_from_rpc, to_status
+from common.rpc.status import CODE_BY_CLASS, DETAILS_METADATA_KEY, code_of, error_from_rpc, error_from_status, to_status
+from tests.rpc.garbage import GARBAGE
 
 ALL_CLASSES = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, BatonError)]
 
@@ -52,3 +53,13 @@ def test_a_class_made_elsewhere_travels_as_its_base() -> None:
 def test_what_grpc_says_itself_is_mapped_by_code(code: grpc.StatusCode, expected: type[BatonError]) -> None:
     empty = grpc.aio.Metadata()
     assert type(error_from_rpc(grpc.aio.AioRpcError(code, empty, empty, "details"))) is expected
+
+
+def test_details_that_are_no_message_are_left_out() -> None:
+    trailing = grpc.aio.Metadata((DETAILS_METADATA_KEY, GARBAGE))
+    error = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), trailing, "draining")
+    restored = error_from_rpc(error)
+    assert (type(restored), str(restored)) == (Unavailable, "draining")
+    status = to_status(Unavailable("draining"))
+    status.details[0].value = GARBAGE
+    assert type(error_from_status(status)) is BatonError
