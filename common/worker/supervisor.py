@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from common.errors import BatonError, Unavailable
 from common.worker.kv_watchdog import watch_kv_threads
 from common.worker.rank_group import RankGroup
+from common.worker.stopped_watchdog import watch_for_stopped
 
 _log = logging.getLogger(__name__)
 
@@ -98,9 +99,13 @@ class RankSupervisor:
         try:
             self._on_ready(group)
             async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(watch_kv_threads(group, self._hang_timeout_s))
+                watching = [
+                    tasks.create_task(watch_kv_threads(group, self._hang_timeout_s)),
+                    tasks.create_task(watch_for_stopped(group)),
+                ]
                 reason = await group.wait_lost()
-                watching.cancel()
+                for watch in watching:
+                    watch.cancel()
             _log.error("ranks are lost: %s", reason)
             self.num_restarts += 1
             self._on_lost(reason)

@@ -1,0 +1,60 @@
+"""Ranks that were stopped are given up within seconds; what only looks so for a moment is not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from common.worker import stopped_watchdog
+from common.worker.stopped_watchdog import watch_for_stopped
+from tests.decode.fake_group import FakeGroup
+
+
+def looks(*seen: str) -> tuple[Callable[[int], bool], Callable[[float], Awaitable[None]], list[float]]:
+    """What is seen of the ranks, a string for each second, `T` for one that is stopped; then the group is lost."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) > len(seen):
+            raise asyncio.CancelledError
+
+    return lambda pid: seen[len(slept) - 1][pid - 1000] == "T", sleep, slept
+
+
+async def test_a_rank_that_is_stopped_for_three_looks_ends_the_group() -> None:
+    group = FakeGroup(tp_size=2)
+    is_stopped, sleep, slept = looks("RS", "RT", "ST", "RT")
+    await watch_for_stopped(group, is_stopped, sleep)
+    assert group.lost_reason == "rank 1 (process 1001) is stopped"
+    assert sum(slept[1:]) <= 4.0
+
+
+async def test_a_rank_that_goes_on_is_left_alone() -> None:
+    group = FakeGroup(tp_size=2)
+    is_stopped, sleep, _ = looks("RT", "RT", "RS", "TT", "TT", "RR", "RT")
+    with pytest.raises(asyncio.CancelledError):
+        await watch_for_stopped(group, is_stopped, sleep)
+    assert group.lost_reason is None
+
+
+def test_the_kernel_tells_a_stopped_process_from_others() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert not stopped_watchdog._is_stopped(process.pid)
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert stopped_watchdog._is_stopped(process.pid)
+        os.kill(process.pid, signal.SIGCONT)
+        os.waitid(os.P_PID, process.pid, os.WCONTINUED)
+        assert not stopped_watchdog._is_stopped(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not stopped_watchdog._is_stopped(process.pid)
