@@ -1,4 +1,4 @@
-"""The gRPC service that every worker serves beside its own: who it is, how loaded it is, and draining.
+"""The gRPC service that every worker serves beside its own: who it is, how loaded it is, that it runs, and draining.
 
 It asks a callable for the status and is told when that may have changed; it knows no queue and no block.
 """
@@ -12,6 +12,7 @@ import grpc
 from baton.v1 import worker_pb2, worker_pb2_grpc
 
 DEFAULT_MIN_INTERVAL_MS = 100
+BEAT_INTERVAL_S = 1.0  # watchers hear something at least so often
 SERVICE_NAME = "baton.v1.Worker"
 
 
@@ -19,8 +20,18 @@ async def _nothing() -> None:
     return None
 
 
+class _Watcher:
+    """One stream, and why it should look again."""
+
+    def __init__(self) -> None:
+        self.called = asyncio.Event()
+        self.called.set()
+        self.is_due = True  # for a status, changed or not
+
+
 class StatusService(worker_pb2_grpc.WorkerServicer):
-    """Builds a status when asked, and sends another to each watcher when `notify` was called and it differs.
+    """Builds a status when asked, and sends another to each watcher when `notify` was called and it differs. While
+    `run` runs, each watcher also gets one every second: from the loop that serves requests, so none when that stops.
 
     `build` makes a status. `drain` starts draining and returns at once. `refresh`, if given, is awaited before
     GetStatus builds one, for numbers that must be fetched; it must not raise. Watchers never wait for it: they are told
@@ -38,13 +49,23 @@ class StatusService(worker_pb2_grpc.WorkerServicer):
         self._drain = drain
         self._refresh = refresh
         self._sleep = sleep
-        self._watchers: set[asyncio.Event] = set()
+        self._watchers: set[_Watcher] = set()
         self._closed = False
+        self._max_interval_ms = 0  # no promise
 
     def notify(self) -> None:
         """The status may have changed. Cheap: call it whenever something happened."""
-        for changed in self._watchers:
-            changed.set()
+        for watcher in self._watchers:
+            watcher.called.set()
+
+    async def run(self) -> None:
+        """Give watchers their signs of life, until cancelled."""
+        self._max_interval_ms = round(BEAT_INTERVAL_S * 1000)
+        while True:
+            for watcher in self._watchers:
+                watcher.is_due = True
+                watcher.called.set()
+            await self._sleep(BEAT_INTERVAL_S)
 
     def close(self) -> None:
         """End every watch: the worker's end."""
@@ -78,19 +99,19 @@ class StatusService(worker_pb2_grpc.WorkerServicer):
         return worker_pb2.DrainResponse()
 
     async def watch(self, min_interval_s: float) -> AsyncIterator[worker_pb2.WorkerStatus]:
-        """A status now, then one whenever it differs from the last, at least `min_interval_s` apart."""
-        changed = asyncio.Event()
-        changed.set()
-        self._watchers.add(changed)
+        """A status now, then one whenever it differs from the last or is due, at least `min_interval_s` apart."""
+        watcher = _Watcher()
+        self._watchers.add(watcher)
         last: worker_pb2.WorkerStatus | None = None
         try:
             while not self._closed:
-                await changed.wait()
-                changed.clear()
+                await watcher.called.wait()
+                watcher.called.clear()
                 status = self._build()
-                if status != last:
-                    last = status
+                status.max_interval_ms = self._max_interval_ms
+                if status != last or watcher.is_due:
+                    last, watcher.is_due = status, False
                     yield status
                     await self._sleep(min_interval_s)
         finally:
-            self._watchers.discard(changed)
+            self._watchers.discard(watcher)

@@ -84,6 +84,7 @@ async def serve_worker(
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(worker.run())
             reporting = tasks.create_task(_report(changed, worker, server, status))
+            beating = tasks.create_task(status.run())
             await signals.stopping.wait()
             _log.info("%s drains", config.worker_id)
             worker.drain()
@@ -91,8 +92,8 @@ async def serve_worker(
             status.close()
             worker.end_streams()
             await server.stop(_STOP_GRACE_S)
-            reporting.cancel()
-            running.cancel()
+            for task in (beating, reporting, running):
+                task.cancel()
     finally:
         await server.stop(0.0)
         if metrics is not None:

@@ -11,7 +11,7 @@ from baton.v1 import worker_pb2, worker_pb2_grpc
 
 from common.rpc.client import open_channel
 from common.rpc.server import RpcServer
-from common.worker.status_service import SERVICE_NAME, StatusService
+from common.worker.status_service import BEAT_INTERVAL_S, SERVICE_NAME, StatusService
 
 
 class _Worker:
@@ -87,6 +87,27 @@ async def test_a_notification_without_a_change_sends_nothing() -> None:
     assert not waiting.done()
     worker.change(2)
     assert await waiting == 2
+
+
+async def test_a_watcher_hears_every_second_that_the_worker_runs_and_is_told_so() -> None:
+    worker = _Worker()
+    watch = worker.service.watch(0.0)
+    assert (await anext(watch)).max_interval_ms == 0
+    running = asyncio.create_task(worker.service.run())
+    try:
+        for _ in range(3):  # nothing changes
+            waiting = asyncio.create_task(_next(watch))
+            for _ in range(5):
+                await asyncio.sleep(0)
+                worker.time_passes.set()
+            assert await waiting == 1
+        assert BEAT_INTERVAL_S <= 1.0
+        assert worker.sleeps.count(BEAT_INTERVAL_S) >= 3
+        worker.time_passes.set()
+        assert (await anext(watch)).max_interval_ms == 1000
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
 
 
 async def test_the_workers_end_ends_the_watch() -> None:

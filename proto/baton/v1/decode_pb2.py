@@ -27,31 +27,33 @@ from baton.v1 import sampling_pb2 as baton_dot_v1_dot_sampling__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/decode.proto\x12\x08\x62\x61ton.v1\x1a\x11\x62\x61ton/v1/kv.proto\x1a\x17\x62\x61ton/v1/sampling.proto\x1a\x17google/rpc/status.proto\"\x94\x01\n\x0eSessionRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.baton.v1.SessionBeginH\x00\x12%\n\x04open\x18\x02 \x01(\x0b\x32\x15.baton.v1.OpenRequestH\x00\x12\'\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x16.baton.v1.CloseRequestH\x00\x42\t\n\x07message\"\"\n\x0cSessionBegin\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x9a\x01\n\x0fSessionResponse\x12+\n\tsequences\x18\x01 \x03(\x0b\x32\x18.baton.v1.SequenceTokens\x12&\n\x06opened\x18\x02 \x03(\x0b\x32\x16.baton.v1.OpenResponse\x12&\n\x07tickets\x18\x03 \x01(\x0b\x32\x10.baton.v1.TicketH\x00\x88\x01\x01\x42\n\n\x08_tickets\"\xe7\x02\n\x0eSequenceTokens\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12\"\n\x03\x65nd\x18\x05 \x01(\x0e\x32\x15.baton.v1.SequenceEnd\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x17\n\x0f\x64\x65\x63ode_queue_ns\x18\x08 \x01(\x04\x12\x11\n\tdecode_ns\x18\t \x01(\x04\x12\x13\n\x0bsteps_begin\x18\n \x01(\x08\x12\x32\n\rlocal_prefill\x18\x0b \x01(\x0b\x32\x16.baton.v1.LocalPrefillH\x00\x88\x01\x01\x42\x10\n\x0e_local_prefill\"O\n\x0cLocalPrefill\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nprefill_ns\x18\x02 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"t\n\x0bOpenRequest\x12$\n\x08sequence\x18\x01 \x01(\x0b\x32\x12.baton.v1.Sequence\x12\x17\n\x0f\x63ompute_locally\x18\x02 \x01(\x08\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\x12\x11\n\tticket_id\x18\x04 \x01(\x06\"p\n\x0cOpenResponse\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x19\n\x11num_blocks_reused\x18\x02 \x01(\r\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x88\x01\x01\x42\x08\n\x06_error\"#\n\x0c\x43loseRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04*\xad\x01\n\x0bSequenceEnd\x12\x1c\n\x18SEQUENCE_END_UNSPECIFIED\x10\x00\x12\x19\n\x15SEQUENCE_END_FINISHED\x10\x01\x12\x1a\n\x16SEQUENCE_END_PREEMPTED\x10\x02\x12\x15\n\x11SEQUENCE_END_LOST\x10\x03\x12\x19\n\x15SEQUENCE_END_DEADLINE\x10\x04\x12\x17\n\x13SEQUENCE_END_FAILED\x10\x05\x32\x90\x01\n\x06\x44\x65\x63ode\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x12\x42\n\x07Handoff\x12\x18.baton.v1.HandoffRequest\x1a\x19.baton.v1.HandoffResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/decode.proto\x12\x08\x62\x61ton.v1\x1a\x11\x62\x61ton/v1/kv.proto\x1a\x17\x62\x61ton/v1/sampling.proto\x1a\x17google/rpc/status.proto\"\xbb\x01\n\x0eSessionRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.baton.v1.SessionBeginH\x00\x12%\n\x04open\x18\x02 \x01(\x0b\x32\x15.baton.v1.OpenRequestH\x00\x12\'\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x16.baton.v1.CloseRequestH\x00\x12%\n\x04\x62\x65\x61t\x18\x04 \x01(\x0b\x32\x15.baton.v1.SessionBeatH\x00\x42\t\n\x07message\"1\n\x0cSessionBegin\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x62\x65\x61ts\x18\x02 \x01(\x08\"\x1d\n\x0bSessionBeat\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\xb6\x01\n\x0fSessionResponse\x12+\n\tsequences\x18\x01 \x03(\x0b\x32\x18.baton.v1.SequenceTokens\x12&\n\x06opened\x18\x02 \x03(\x0b\x32\x16.baton.v1.OpenResponse\x12&\n\x07tickets\x18\x03 \x01(\x0b\x32\x10.baton.v1.TicketH\x00\x88\x01\x01\x12\x11\n\x04\x62\x65\x61t\x18\x04 \x01(\x04H\x01\x88\x01\x01\x42\n\n\x08_ticketsB\x07\n\x05_beat\"\xe7\x02\n\x0eSequenceTokens\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\x12\"\n\x03\x65nd\x18\x05 \x01(\x0e\x32\x15.baton.v1.SequenceEnd\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x17\n\x0f\x64\x65\x63ode_queue_ns\x18\x08 \x01(\x04\x12\x11\n\tdecode_ns\x18\t \x01(\x04\x12\x13\n\x0bsteps_begin\x18\n \x01(\x08\x12\x32\n\rlocal_prefill\x18\x0b \x01(\x0b\x32\x16.baton.v1.LocalPrefillH\x00\x88\x01\x01\x42\x10\n\x0e_local_prefill\"O\n\x0cLocalPrefill\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nprefill_ns\x18\x02 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"t\n\x0bOpenRequest\x12$\n\x08sequence\x18\x01 \x01(\x0b\x32\x12.baton.v1.Sequence\x12\x17\n\x0f\x63ompute_locally\x18\x02 \x01(\x08\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\x12\x11\n\tticket_id\x18\x04 \x01(\x06\"p\n\x0cOpenResponse\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x19\n\x11num_blocks_reused\x18\x02 \x01(\r\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x88\x01\x01\x42\x08\n\x06_error\"#\n\x0c\x43loseRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04*\xad\x01\n\x0bSequenceEnd\x12\x1c\n\x18SEQUENCE_END_UNSPECIFIED\x10\x00\x12\x19\n\x15SEQUENCE_END_FINISHED\x10\x01\x12\x1a\n\x16SEQUENCE_END_PREEMPTED\x10\x02\x12\x15\n\x11SEQUENCE_END_LOST\x10\x03\x12\x19\n\x15SEQUENCE_END_DEADLINE\x10\x04\x12\x17\n\x13SEQUENCE_END_FAILED\x10\x05\x32\x90\x01\n\x06\x44\x65\x63ode\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x12\x42\n\x07Handoff\x12\x18.baton.v1.HandoffRequest\x1a\x19.baton.v1.HandoffResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.decode_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEQUENCEEND']._serialized_start=1161
-  _globals['_SEQUENCEEND']._serialized_end=1334
+  _globals['_SEQUENCEEND']._serialized_start=1274
+  _globals['_SEQUENCEEND']._serialized_end=1447
   _globals['_SESSIONREQUEST']._serialized_start=105
-  _globals['_SESSIONREQUEST']._serialized_end=253
-  _globals['_SESSIONBEGIN']._serialized_start=255
-  _globals['_SESSIONBEGIN']._serialized_end=289
-  _globals['_SESSIONRESPONSE']._serialized_start=292
-  _globals['_SESSIONRESPONSE']._serialized_end=446
-  _globals['_SEQUENCETOKENS']._serialized_start=449
-  _globals['_SEQUENCETOKENS']._serialized_end=808
-  _globals['_LOCALPREFILL']._serialized_start=810
-  _globals['_LOCALPREFILL']._serialized_end=889
-  _globals['_OPENREQUEST']._serialized_start=891
-  _globals['_OPENREQUEST']._serialized_end=1007
-  _globals['_OPENRESPONSE']._serialized_start=1009
-  _globals['_OPENRESPONSE']._serialized_end=1121
-  _globals['_CLOSEREQUEST']._serialized_start=1123
-  _globals['_CLOSEREQUEST']._serialized_end=1158
-  _globals['_DECODE']._serialized_start=1337
-  _globals['_DECODE']._serialized_end=1481
+  _globals['_SESSIONREQUEST']._serialized_end=292
+  _globals['_SESSIONBEGIN']._serialized_start=294
+  _globals['_SESSIONBEGIN']._serialized_end=343
+  _globals['_SESSIONBEAT']._serialized_start=345
+  _globals['_SESSIONBEAT']._serialized_end=374
+  _globals['_SESSIONRESPONSE']._serialized_start=377
+  _globals['_SESSIONRESPONSE']._serialized_end=559
+  _globals['_SEQUENCETOKENS']._serialized_start=562
+  _globals['_SEQUENCETOKENS']._serialized_end=921
+  _globals['_LOCALPREFILL']._serialized_start=923
+  _globals['_LOCALPREFILL']._serialized_end=1002
+  _globals['_OPENREQUEST']._serialized_start=1004
+  _globals['_OPENREQUEST']._serialized_end=1120
+  _globals['_OPENRESPONSE']._serialized_start=1122
+  _globals['_OPENRESPONSE']._serialized_end=1234
+  _globals['_CLOSEREQUEST']._serialized_start=1236
+  _globals['_CLOSEREQUEST']._serialized_end=1271
+  _globals['_DECODE']._serialized_start=1450
+  _globals['_DECODE']._serialized_end=1594
 # @@protoc_insertion_point(module_scope)

@@ -60,13 +60,14 @@ Global___SequenceEnd: _TypeAlias = SequenceEnd  # noqa: Y015
 
 @_typing.final
 class SessionRequest(_message.Message):
-    """What a router says in its session: begin, once; then open and close."""
+    """What a router says in its session: begin, once; then open and close, and beats in between."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BEGIN_FIELD_NUMBER: _builtins.int
     OPEN_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    BEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def begin(self) -> Global___SessionBegin:
         """The first message."""
@@ -79,18 +80,23 @@ class SessionRequest(_message.Message):
     def close(self) -> Global___CloseRequest:
         """Releases a sequence; not answered."""
 
+    @_builtins.property
+    def beat(self) -> Global___SessionBeat:
+        """A sign of life; answered."""
+
     def __init__(
         self,
         *,
         begin: Global___SessionBegin | None = ...,
         open: Global___OpenRequest | None = ...,
         close: Global___CloseRequest | None = ...,
+        beat: Global___SessionBeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "close", b"close", "message", b"message", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "begin", b"begin", "close", b"close", "message", b"message", "open", b"open"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "close", b"close", "message", b"message", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "begin", b"begin", "close", b"close", "message", b"message", "open", b"open"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "open", "close"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["begin", "open", "close", "beat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -103,20 +109,48 @@ class SessionBegin(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    BEATS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Random per router process and worker address. A second stream of the same session replaces the first."""
+    beats: _builtins.bool
+    """The router sends a beat every second once the worker has said that it hears them; one that was not heard for some
+    seconds is given up, with its sequences.
+    """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
+        beats: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beats", b"beats", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionBegin: _TypeAlias = SessionBegin  # noqa: Y015
+
+@_typing.final
+class SessionBeat(_message.Message):
+    """Says that the router runs, and asks whether the worker does and the stream brings what is said."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts up from 1."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionBeat: _TypeAlias = SessionBeat  # noqa: Y015
 
 @_typing.final
 class SessionResponse(_message.Message):
@@ -129,6 +163,9 @@ class SessionResponse(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     OPENED_FIELD_NUMBER: _builtins.int
     TICKETS_FIELD_NUMBER: _builtins.int
+    BEAT_FIELD_NUMBER: _builtins.int
+    beat: _builtins.int
+    """The last beat that was heard. 0 in the first message of a stream: beats are heard here."""
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceTokens]:
         """At most one for each sequence."""
@@ -149,13 +186,19 @@ class SessionResponse(_message.Message):
         sequences: _abc.Iterable[Global___SequenceTokens] | None = ...,
         opened: _abc.Iterable[Global___OpenResponse] | None = ...,
         tickets: _kv_pb2.Ticket | None = ...,
+        beat: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_tickets", b"_tickets", "tickets", b"tickets"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beat", b"_beat", "_tickets", b"_tickets", "beat", b"beat", "tickets", b"tickets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tickets", b"_tickets", "opened", b"opened", "sequences", b"sequences", "tickets", b"tickets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beat", b"_beat", "_tickets", b"_tickets", "beat", b"beat", "opened", b"opened", "sequences", b"sequences", "tickets", b"tickets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__beat: _TypeAlias = _typing.Literal["beat"]  # noqa: Y015
+    _WhichOneofArgType__beat: _TypeAlias = _typing.Literal["_beat", b"_beat"]  # noqa: Y015
     _WhichOneofReturnType__tickets: _TypeAlias = _typing.Literal["tickets"]  # noqa: Y015
     _WhichOneofArgType__tickets: _TypeAlias = _typing.Literal["_tickets", b"_tickets"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beat) -> _WhichOneofReturnType__beat | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tickets) -> _WhichOneofReturnType__tickets | None: ...
 
 Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015

@@ -195,6 +195,7 @@ class WorkerStatus(_message.Message):
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_OPEN_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    MAX_INTERVAL_MS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Name, unique in the deployment."""
     incarnation: _builtins.str
@@ -239,6 +240,8 @@ class WorkerStatus(_message.Message):
     """
     model_digest: _builtins.bytes
     """Tells one checkpoint from another, whatever its name, dtype and layout; see `common/models/checkpoint`."""
+    max_interval_ms: _builtins.int
+    """In WatchStatus: so many milliseconds later at most another one follows, changed or not. 0: only when it changes."""
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Counters since the start by name; Prometheus has the same numbers, as `services/*/metrics` says."""
@@ -273,10 +276,11 @@ class WorkerStatus(_message.Message):
         max_sequence_tokens: _builtins.int = ...,
         num_open: _builtins.int = ...,
         model_digest: _builtins.bytes = ...,
+        max_interval_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "counters", b"counters", "incarnation", b"incarnation", "layout_fingerprint", b"layout_fingerprint", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "model_digest", b"model_digest", "num_blocks_cached", b"num_blocks_cached", "num_blocks_free", b"num_blocks_free", "num_blocks_held", b"num_blocks_held", "num_grants_waiting", b"num_grants_waiting", "num_open", b"num_open", "num_running", b"num_running", "num_slots_free", b"num_slots_free", "num_slots_in_use", b"num_slots_in_use", "num_slots_quarantined", b"num_slots_quarantined", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "rank_pids", b"rank_pids", "role", b"role", "state", b"state", "tp_size", b"tp_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "counters", b"counters", "incarnation", b"incarnation", "layout_fingerprint", b"layout_fingerprint", "max_interval_ms", b"max_interval_ms", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "model_digest", b"model_digest", "num_blocks_cached", b"num_blocks_cached", "num_blocks_free", b"num_blocks_free", "num_blocks_held", b"num_blocks_held", "num_grants_waiting", b"num_grants_waiting", "num_open", b"num_open", "num_running", b"num_running", "num_slots_free", b"num_slots_free", "num_slots_in_use", b"num_slots_in_use", "num_slots_quarantined", b"num_slots_quarantined", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "rank_pids", b"rank_pids", "role", b"role", "state", b"state", "tp_size", b"tp_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,7 +57,8 @@ class WorkerServicer:
     """
 
     def WatchStatus(self, request, context):
-        """A status now, then one whenever it changed, at most every `min_interval_ms`. The stream's end is the worker's end.
+        """A status now, then one whenever it changed, at most every `min_interval_ms` and at least as often as the status says
+        (`max_interval_ms`): silence means that the worker does not run. The stream's end is the worker's end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class WorkerStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerAsyncStub: ...
     WatchStatus: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchStatusRequest, _worker_pb2.WorkerStatus]
-    """A status now, then one whenever it changed, at most every `min_interval_ms`. The stream's end is the worker's end."""
+    """A status now, then one whenever it changed, at most every `min_interval_ms` and at least as often as the status says
+    (`max_interval_ms`): silence means that the worker does not run. The stream's end is the worker's end.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.WorkerStatus]
     """One status."""
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
@@ -46,7 +48,9 @@ class WorkerAsyncStub(WorkerStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchStatus: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchStatusRequest, _worker_pb2.WorkerStatus]  # type: ignore[assignment]
-    """A status now, then one whenever it changed, at most every `min_interval_ms`. The stream's end is the worker's end."""
+    """A status now, then one whenever it changed, at most every `min_interval_ms` and at least as often as the status says
+    (`max_interval_ms`): silence means that the worker does not run. The stream's end is the worker's end.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.WorkerStatus]  # type: ignore[assignment]
     """One status."""
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
@@ -61,7 +65,9 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.WatchStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.WorkerStatus], _abc.AsyncIterator[_worker_pb2.WorkerStatus]]:
-        """A status now, then one whenever it changed, at most every `min_interval_ms`. The stream's end is the worker's end."""
+        """A status now, then one whenever it changed, at most every `min_interval_ms` and at least as often as the status says
+        (`max_interval_ms`): silence means that the worker does not run. The stream's end is the worker's end.
+        """
 
     @_abc_1.abstractmethod
     def GetStatus(
