@@ -22,7 +22,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from common.errors import InvalidArgument, ModelError
-from services.router.tokenizer import read_json, read_special_tokens
+from services.router.checkpoint_files import read_json
+from services.router.tokenizer import read_special_tokens
 
 MAX_MESSAGES: Final = 4096
 MAX_RENDERED_CHARS: Final = 16 << 20

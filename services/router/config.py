@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from common.config import Address, ServiceConfig
 from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
+from services.router.generation_config import DefaultsSource
 from services.router.placement import LocalPrefill
 from services.router.sequence_receiver import FirstToken
 
@@ -23,6 +24,13 @@ class RouterConfig(ServiceConfig):
         description="Checkpoint directory: tokenizer and config.json; weights only tell its workers from others."
     )
     model_name: str = Field("", description="Name that requests may give; the directory's name if empty.")
+    generation_defaults: DefaultsSource = Field(
+        DefaultsSource.CHECKPOINT,
+        description=(
+            "Sampling where a request leaves it open: checkpoint (its generation_config.json; refused if it asks for "
+            "what Baton cannot do), none (temperature 1, nothing cut off, no penalty, whatever that file says)."
+        ),
+    )
     prefill: tuple[Address, ...] = Field((), description="host:port of each prefill worker.")
     decode: tuple[Address, ...] = Field((), description="host:port of each decode worker.")
     workers_file: Path | None = Field(

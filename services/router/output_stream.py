@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from baton.v1 import inference_pb2
+from baton.v1 import inference_pb2, sampling_pb2
 
 from common.telemetry.histogram import Histogram
 from services.router.choice import Choice
@@ -16,7 +16,7 @@ from services.router.choice import Choice
 
 class OutputStream:
     """The messages of one call. `choices` is filled by the caller before `write_to`; `gaps` hears of the seconds
-    between messages of a choice that bring tokens."""
+    between messages of a choice that bring tokens, `sampling` is told to the client with the first message."""
 
     def __init__(
         self,
@@ -25,6 +25,7 @@ class OutputStream:
         num_prompt_tokens: int,
         clock_ns: Callable[[], int],
         gaps: Histogram | None = None,
+        sampling: sampling_pb2.SamplingParams | None = None,
     ) -> None:
         self.choices: list[Choice] = []
         self.first_token_ns: int | None = None  # when the first message of the stream was written
@@ -34,6 +35,7 @@ class OutputStream:
         self._num_prompt_tokens = num_prompt_tokens
         self._clock_ns = clock_ns
         self._gaps = gaps
+        self._sampling = sampling
         self._first_sent_ns: dict[int, int] = {}
         self._last_sent_ns: dict[int, int] = {}  # with tokens
         self._changed: dict[Choice, None] = {}  # an ordered set
@@ -77,6 +79,9 @@ class OutputStream:
                 self.first_token_ns = now_ns
                 response.request_id = self._request_id
                 response.seed = self._seed
+                if self._sampling is not None:
+                    response.sampling.CopyFrom(self._sampling)
+                    response.sampling.ClearField("logit_bias")
         self.num_messages += 1
         if response.token_ids:
             last_ns = self._last_sent_ns.get(choice.index)

@@ -120,7 +120,9 @@ def _instance() -> str:
 
 async def run_router(config: RouterConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain, until another one."""
-    model = load_served_model(config.served_model_name, config.model, config.max_message_bytes)
+    model = load_served_model(
+        config.served_model_name, config.model, config.max_message_bytes, config.generation_defaults
+    )
     signals = StopSignals()
     tracing = open_tracing(config.otlp_endpoint, config.trace_sample_ratio, config.service, _instance())
     router = RouterProcess(config, model, random.Random(secrets.randbits(64)), tracing)

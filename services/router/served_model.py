@@ -10,6 +10,14 @@ from common.errors import InvalidArgument, ModelError
 from common.models.checkpoint import drawn_model_digest, model_digest
 from common.models.config import read_model_config
 from services.router.chat_template import ChatTemplate
+from services.router.generation_config import (
+    NO_DEFAULTS,
+    DefaultsSource,
+    EosSource,
+    eos_token_ids,
+    read_eos_sources,
+    read_sampling_defaults,
+)
 from services.router.tokenizer import Tokenizer
 from services.router.validation import ModelLimits, ValidatedRequest, within
 
@@ -38,7 +46,9 @@ class ServedModel:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def load_served_model(name: str, model_dir: Path, max_message_bytes: int) -> ServedModel:
+def load_served_model(
+    name: str, model_dir: Path, max_message_bytes: int, defaults: DefaultsSource = DefaultsSource.CHECKPOINT
+) -> ServedModel:
     """Read the configuration, the tokenizer and the chat template. Raises `ModelError`."""
     config = read_model_config(model_dir)
     tokenizer = Tokenizer.from_directory(model_dir)
@@ -47,11 +57,19 @@ def load_served_model(name: str, model_dir: Path, max_message_bytes: int) -> Ser
         name=name,
         context_length=config.context_length,
         vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids or tokenizer.eos_token_ids,
+        eos_token_ids=eos_token_ids((*read_eos_sources(model_dir), *_eos_of_tokenizer(tokenizer)), config.vocab_size),
         has_chat_template=bool(chat_template.names),
         max_message_bytes=max_message_bytes,
+        defaults=read_sampling_defaults(model_dir) if defaults is DefaultsSource.CHECKPOINT else NO_DEFAULTS,
     )
     return ServedModel(limits, tokenizer, chat_template, _digests(model_dir))
+
+
+def _eos_of_tokenizer(tokenizer: Tokenizer) -> list[EosSource]:
+    """The token that ends turns, where the configuration files name only the end of a text."""
+    token = tokenizer.special_tokens.get("eos_token")
+    token_id = None if token is None else tokenizer.token_id(token)
+    return [] if token_id is None else [EosSource("tokenizer_config.json: eos_token", token, (token_id,))]
 
 
 def _digests(model_dir: Path) -> frozenset[bytes]:

@@ -122,7 +122,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             record=record,
         )
         gaps = self._metrics.inter_token
-        output = OutputStream(request.request_id, request.seed, len(prompt_ids), time.monotonic_ns, gaps)
+        output = OutputStream(request.request_id, request.seed, len(prompt_ids), time.monotonic_ns, gaps, sampling)
         output.choices = self._choices(request, sampling, output)
         for choice in output.choices:
             choice.lifetime.queue_ns = admitted_ns - record.received_ns

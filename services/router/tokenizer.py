@@ -6,17 +6,15 @@ This module knows nothing of requests, streams or chat.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import tokenizers
 
 from common.errors import InvalidArgument, ModelError
+from services.router.checkpoint_files import Json, read_json
 from services.router.token_pieces import BytePieces, TextPieces, token_pieces
-
-Json = Mapping[str, object]
 
 _NAMED_SPECIAL: Final = (
     "bos_token",
@@ -42,12 +40,10 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         pieces: BytePieces | TextPieces,
         special_tokens: Mapping[str, str],
-        eos_token_ids: tuple[int, ...],
     ) -> None:
         self._backend = backend
         self.pieces = pieces
         self.special_tokens = dict(special_tokens)  # by role: {"bos_token": "<s>", ...}, as chat templates want it
-        self.eos_token_ids = eos_token_ids
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         # The largest id that has a text; a model's own vocabulary may be padded beyond it.
         self.max_token_id = max(backend.get_vocab(with_added_tokens=True).values())
@@ -71,7 +67,7 @@ class Tokenizer:
         if decoder is not None and not isinstance(decoder, dict):
             raise ModelError("tokenizer.json: the decoder is not an object")
         pieces = token_pieces(backend, decoder, _special_ids(backend))
-        return cls(backend, pieces, special_tokens, _eos_ids(directory, backend, special_tokens))
+        return cls(backend, pieces, special_tokens)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids. `add_special_tokens` lets the post-processor add BOS and the like; a rendered chat has them."""
@@ -99,19 +95,6 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """The vocabulary's spelling of a token (`Ġthe`, `▁the`, `<0x0A>`), None for an id without one."""
         return self._backend.id_to_token(token_id)
-
-
-def read_json(path: Path) -> Json:
-    """A JSON object, empty if there is no such file. Raises `ModelError` for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path.name} is not a JSON object")
-    return value
 
 
 def read_special_tokens(directory: Path) -> dict[str, str]:
@@ -175,15 +158,3 @@ def _mark_special(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, st
 
 def _special_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
     return frozenset(i for i, added in backend.get_added_tokens_decoder().items() if added.special)
-
-
-def _eos_ids(directory: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> tuple[int, ...]:
-    """generation_config.json first, since chat models end turns with more than one token; then the others."""
-    for name in ("generation_config.json", "config.json"):
-        value = read_json(directory / name).get("eos_token_id")
-        if isinstance(value, int):
-            return (value,)
-        if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
-            return tuple(cast("list[int]", value))
-    eos = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
-    return () if eos is None else (eos,)

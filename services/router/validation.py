@@ -15,6 +15,7 @@ from baton.v1 import inference_pb2, sampling_pb2
 from common.errors import InvalidArgument, NotFound
 from common.sampling import params
 from common.sampling.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from services.router.generation_config import NO_DEFAULTS, SamplingDefaults
 from services.router.stop_strings import MAX_STOP_STRINGS, validate_stop_strings
 
 MAX_TENANT_CHARS = 128
@@ -34,6 +35,7 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
     max_message_bytes: int
+    defaults: SamplingDefaults = NO_DEFAULTS
 
     def with_context(self, context_length: int) -> ModelLimits:
         """The same with another context length: that of a deployment whose KV caches hold less than the model could."""
@@ -100,24 +102,32 @@ def resolve_sampling(
     if room < 1:
         limit = f"at most {limits.context_length - 1} tokens (context length {limits.context_length})"
         raise InvalidArgument(_prompt_field(request), f"{num_prompt_tokens} tokens", limit)
-    given = request.sampling
-    max_tokens = given.max_tokens if given.HasField("max_tokens") else room
+    given, defaults = request.sampling, limits.defaults
+    if given.HasField("max_tokens"):
+        max_tokens = given.max_tokens
+    else:
+        max_tokens = max(defaults.max_tokens(num_prompt_tokens, room), min(given.min_tokens, room))
     if max_tokens > room:
         limit = f"1 to {room} (context length {limits.context_length} - {num_prompt_tokens} prompt tokens)"
         raise InvalidArgument("sampling.max_tokens", max_tokens, limit)
     if given.min_tokens > max_tokens:
         raise InvalidArgument("sampling.min_tokens", given.min_tokens, f"0 to {max_tokens} (max_tokens)")
+    min_tokens = (
+        given.min_tokens if given.HasField("min_tokens") else defaults.min_tokens(num_prompt_tokens, max_tokens)
+    )
     return sampling_pb2.SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=given.min_tokens,
-        temperature=given.temperature if given.HasField("temperature") else 1.0,
-        top_p=given.top_p if given.HasField("top_p") else 1.0,
-        top_k=given.top_k,
-        min_p=given.min_p,
+        min_tokens=min_tokens,
+        temperature=given.temperature if given.HasField("temperature") else defaults.temperature,
+        top_p=given.top_p if given.HasField("top_p") else defaults.top_p,
+        top_k=given.top_k if given.HasField("top_k") else defaults.top_k,
+        min_p=given.min_p if given.HasField("min_p") else defaults.min_p,
         seed=request.seed,
         presence_penalty=given.presence_penalty,
         frequency_penalty=given.frequency_penalty,
-        repetition_penalty=given.repetition_penalty if given.HasField("repetition_penalty") else 1.0,
+        repetition_penalty=(
+            given.repetition_penalty if given.HasField("repetition_penalty") else defaults.repetition_penalty
+        ),
         logit_bias=given.logit_bias,
         logprobs=given.logprobs if given.HasField("logprobs") else None,
         stop_token_ids=given.stop_token_ids,

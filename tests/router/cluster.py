@@ -117,7 +117,9 @@ async def running_cluster(
         "decode": tuple(worker.address for worker in decodes),
     }
     config = RouterConfig.model_validate(values | settings)
-    model = load_served_model(config.served_model_name, config.model, config.max_message_bytes)
+    model = load_served_model(
+        config.served_model_name, config.model, config.max_message_bytes, config.generation_defaults
+    )
     router = RouterProcess(config, model, random.Random(7), tracing)
     try:
         async with router.running():

@@ -48,15 +48,6 @@ def test_sizes_ids_and_special_tokens_are_known(directory: Path) -> None:
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def test_eos_ids_come_from_the_generation_config_first(directory: Path) -> None:
-    eos = Tokenizer.from_directory(directory).token_id("</s>")
-    assert Tokenizer.from_directory(directory).eos_token_ids == (eos,)
-    (directory / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    assert Tokenizer.from_directory(directory).eos_token_ids == (5,)
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert Tokenizer.from_directory(directory).eos_token_ids == (7, 9)
-
-
 def test_saved_truncation_does_not_shorten_a_prompt(tmp_path: Path) -> None:
     backend = byte_level()
     backend.enable_truncation(4)
@@ -105,7 +96,7 @@ def test_sentencepiece_model_alone_is_refused_with_the_way_out(tmp_path: Path) -
         ({}, "no tokenizer.json"),
         ({"tokenizer.json": "{"}, "tokenizer.json cannot be read"),
         ({"tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
-        ({"generation_config.json": "[]"}, "generation_config.json is not a JSON object"),
+        ({"tokenizer_config.json": "[]"}, "tokenizer_config.json is not a JSON object"),
     ],
 )
 def test_file_that_cannot_be_read_is_an_error_of_the_model(tmp_path: Path, files: dict[str, str], message: str) -> None:

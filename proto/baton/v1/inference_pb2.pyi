@@ -139,7 +139,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams:
-        """How to draw tokens."""
+        """How to draw tokens. What is unset is as the checkpoint's generation_config.json says, if it does, unless the router
+        is told to ignore that.
+        """
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -205,6 +207,7 @@ class GenerateResponse(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     LIFETIME_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
     choice: _builtins.int
     """Which of the n outputs."""
     text_delta: _builtins.str
@@ -231,6 +234,10 @@ class GenerateResponse(_message.Message):
     def lifetime(self) -> Global___Lifetime:
         """Set in the last message of a choice."""
 
+    @_builtins.property
+    def sampling(self) -> _sampling_pb2.SamplingParams:
+        """Set in the first message of the stream: the parameters in use, defaults filled in, without logit_bias."""
+
     def __init__(
         self,
         *,
@@ -243,15 +250,18 @@ class GenerateResponse(_message.Message):
         seed: _builtins.int | None = ...,
         usage: Global___Usage | None = ...,
         lifetime: Global___Lifetime | None = ...,
+        sampling: _sampling_pb2.SamplingParams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_lifetime", b"_lifetime", "_request_id", b"_request_id", "_seed", b"_seed", "_usage", b"_usage", "lifetime", b"lifetime", "request_id", b"request_id", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lifetime", b"_lifetime", "_request_id", b"_request_id", "_sampling", b"_sampling", "_seed", b"_seed", "_usage", b"_usage", "lifetime", b"lifetime", "request_id", b"request_id", "sampling", b"sampling", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lifetime", b"_lifetime", "_request_id", b"_request_id", "_seed", b"_seed", "_usage", b"_usage", "choice", b"choice", "finish_reason", b"finish_reason", "lifetime", b"lifetime", "logprobs", b"logprobs", "request_id", b"request_id", "seed", b"seed", "text_delta", b"text_delta", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lifetime", b"_lifetime", "_request_id", b"_request_id", "_sampling", b"_sampling", "_seed", b"_seed", "_usage", b"_usage", "choice", b"choice", "finish_reason", b"finish_reason", "lifetime", b"lifetime", "logprobs", b"logprobs", "request_id", b"request_id", "sampling", b"sampling", "seed", b"seed", "text_delta", b"text_delta", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lifetime: _TypeAlias = _typing.Literal["lifetime"]  # noqa: Y015
     _WhichOneofArgType__lifetime: _TypeAlias = _typing.Literal["_lifetime", b"_lifetime"]  # noqa: Y015
     _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
     _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
+    _WhichOneofReturnType__sampling: _TypeAlias = _typing.Literal["sampling"]  # noqa: Y015
+    _WhichOneofArgType__sampling: _TypeAlias = _typing.Literal["_sampling", b"_sampling"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__usage: _TypeAlias = _typing.Literal["usage"]  # noqa: Y015
@@ -260,6 +270,8 @@ class GenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lifetime) -> _WhichOneofReturnType__lifetime | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__request_id) -> _WhichOneofReturnType__request_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling) -> _WhichOneofReturnType__sampling | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
