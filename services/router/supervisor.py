@@ -1,7 +1,7 @@
 """Several router processes behind one port: starts them, starts those that die again, and stops them together.
 
-The kernel spreads connections over the processes (SO_REUSEPORT). They drain and end when their supervisor is gone.
-Knows nothing of what the processes do.
+The kernel spreads connections over the processes (SO_REUSEPORT), also to one that is stopped: that one is killed. They
+drain and end when their supervisor is gone. Knows nothing of what the processes do.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from common.config import split_address
 from common.parent_death import environment_of_child
 from common.stop_signals import StopSignals
+from common.stopped_process import wait_stopped
 from common.worker.free_port import require_free
 from services.router.config import RouterConfig
 
@@ -55,9 +56,15 @@ async def _keep_running(arguments: Sequence[str], signals: StopSignals, drain_ti
         started_s = loop.time()
         child = await asyncio.create_subprocess_exec(*arguments, env=environment_of_child())
         died = asyncio.create_task(child.wait())
+        stopped = asyncio.create_task(wait_stopped(child.pid))
         try:
-            await asyncio.wait((died, stop), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((died, stop, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done() and not died.done():
+                _logger.error("process %d is stopped", child.pid)
+                child.kill()
+                await died
         finally:
+            stopped.cancel()
             # Also when this task is cancelled, because another child could not be started.
             if not died.done():
                 await _stop(child, died, drain_timeout_s, signals)

@@ -104,7 +104,7 @@ async def ask(stub: inference_pb2_grpc.InferenceAsyncStub, num_tokens: int) -> l
 
 
 @pytest.mark.slow
-async def test_a_supervised_router_serves_survives_a_kill_and_drains(tmp_path: Path) -> None:
+async def test_a_supervised_router_serves_survives_kills_and_a_stopped_process_and_drains(tmp_path: Path) -> None:
     script = Script()
     tickets = Tickets()
     prefill, decode = FakePrefill("p", script, tickets), FakeDecode("d", script, tickets)
@@ -132,6 +132,10 @@ async def test_a_supervised_router_serves_survives_a_kill_and_drains(tmp_path: P
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:  # the connection that was killed
                     raise
+        (stopped, *_) = psutil.Process(parent.pid).children()
+        stopped.suspend()  # the kernel goes on giving it connections
+        await asyncio.to_thread(stopped.wait, 15)
+        assert await ask(stub, 5) == letters(0, 5)
         prefill.entered.clear()
         script.before_decode.clear()
         running = asyncio.create_task(ask(stub, 5))

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from common.worker import stopped_watchdog
+from common.stopped_process import is_stopped
 from common.worker.stopped_watchdog import watch_for_stopped
 from tests.decode.fake_group import FakeGroup
 
@@ -30,31 +30,31 @@ def looks(*seen: str) -> tuple[Callable[[int], bool], Callable[[float], Awaitabl
 
 async def test_a_rank_that_is_stopped_for_three_looks_ends_the_group() -> None:
     group = FakeGroup(tp_size=2)
-    is_stopped, sleep, slept = looks("RS", "RT", "ST", "RT")
-    await watch_for_stopped(group, is_stopped, sleep)
+    look, sleep, slept = looks("RS", "RT", "ST", "RT")
+    await watch_for_stopped(group, look, sleep)
     assert group.lost_reason == "rank 1 (process 1001) is stopped"
     assert sum(slept[1:]) <= 4.0
 
 
 async def test_a_rank_that_goes_on_is_left_alone() -> None:
     group = FakeGroup(tp_size=2)
-    is_stopped, sleep, _ = looks("RT", "RT", "RS", "TT", "TT", "RR", "RT")
+    look, sleep, _ = looks("RT", "RT", "RS", "TT", "TT", "RR", "RT")
     with pytest.raises(asyncio.CancelledError):
-        await watch_for_stopped(group, is_stopped, sleep)
+        await watch_for_stopped(group, look, sleep)
     assert group.lost_reason is None
 
 
 def test_the_kernel_tells_a_stopped_process_from_others() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        assert not stopped_watchdog._is_stopped(process.pid)
+        assert not is_stopped(process.pid)
         os.kill(process.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        assert stopped_watchdog._is_stopped(process.pid)
+        assert is_stopped(process.pid)
         os.kill(process.pid, signal.SIGCONT)
         os.waitid(os.P_PID, process.pid, os.WCONTINUED)
-        assert not stopped_watchdog._is_stopped(process.pid)
+        assert not is_stopped(process.pid)
     finally:
         process.kill()
         process.communicate()
-    assert not stopped_watchdog._is_stopped(process.pid)
+    assert not is_stopped(process.pid)
