@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import InvalidArgument
+from common.errors import FailedPrecondition, InvalidArgument
 
 JSON_FLAG = "--json"
 HTML_FLAG = "--html"
@@ -55,8 +55,8 @@ def write_reports(reports: Sequence[Report]) -> None:
         for report in reports
         if report.flag == JSON_FLAG
     ]
-    limit = f"cannot be written: {error.strerror}; what was measured is kept in {', '.join(map(str, kept))}"
-    raise InvalidArgument(failed.flag, str(failed.path), limit) from error
+    where = f"what was measured is kept in {', '.join(map(str, kept))}"
+    raise FailedPrecondition(f"{failed.flag} {failed.path} cannot be written: {error.strerror}; {where}") from error
 
 
 def _write(report: Report) -> OSError | None:

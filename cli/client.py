@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
+from cli.flag_types import host_port, number, seconds, whole
 from common.rpc.client import open_channel
-from common.rpc.status import error_from_rpc
+from common.rpc.status import error_from_call
+from common.sampling import limits
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 16 << 20
@@ -19,7 +21,8 @@ MAX_MESSAGE_BYTES = 16 << 20
 class Client:
     """One channel to a router."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+        self._address = address
         self._stub = inference_pb2_grpc.InferenceStub(channel)
 
     async def generate(
@@ -31,7 +34,7 @@ class Client:
             async for response in call:
                 yield response
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            raise error_from_call(error, self._address) from error
         finally:
             call.cancel()
 
@@ -40,30 +43,32 @@ class Client:
         try:
             return await self._stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            raise error_from_call(error, self._address) from error
 
 
 @asynccontextmanager
 async def connect(address: str) -> AsyncIterator[Client]:
     """A client of the router at `host:port`."""
     async with open_channel(address, MAX_MESSAGE_BYTES) as channel:
-        yield Client(channel)
+        yield Client(channel, address)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that `sampling_from` reads. A flag that is not given leaves the field to the router's default."""
+    penalty = number(-limits.MAX_ADDITIVE_PENALTY, limits.MAX_ADDITIVE_PENALTY)
+    repetition = number(limits.MIN_REPETITION_PENALTY, limits.MAX_REPETITION_PENALTY)
+    share, tokens = number(0, 1), whole(1, limits.MAX_TOKENS)
     add = parser.add_argument
-    add("--max-tokens", type=int, help="most tokens to generate (default: what the context allows)")
-    add("--min-tokens", type=int, help="tokens before the output may end")
-    add("--temperature", type=float, help="0 is greedy (default 1)")
-    add("--top-p", type=float, help="smallest set of tokens with this probability, above 0 to 1")
-    add("--top-k", type=int, help="the so many most probable tokens; 0 is off")
-    add("--min-p", type=float, help="share of the best token's probability, 0 to 1")
-    add("--seed", type=int, help="seed of the random numbers (default: drawn by the router)")
-    add("--presence-penalty", type=float, help="-2 to 2")
-    add("--frequency-penalty", type=float, help="-2 to 2")
-    add("--repetition-penalty", type=float, help="above 0.1 to 10; 1 is off")
-    add("--logprobs", type=int, help="report so many alternatives for each token, 0 to 20")
+    add("--max-tokens", type=tokens, metavar="N", help="most tokens to generate (default: what the context allows)")
+    add("--min-tokens", type=whole(0, limits.MAX_TOKENS), metavar="N", help="tokens before the output may end")
+    add("--temperature", type=number(0, limits.MAX_TEMPERATURE), metavar="X", help="0 is greedy (default 1)")
+    add("--top-p", type=number(0, 1, above=True), metavar="X", help="smallest set with this probability, above 0 to 1")
+    add("--top-k", type=whole(0, limits.MAX_TOP_K), metavar="N", help="the so many most probable tokens; 0 is off")
+    add("--min-p", type=share, metavar="X", help="share of the best token's probability, 0 to 1")
+    add("--seed", type=whole(0, limits.MAX_SEED), metavar="N", help="of the random numbers (default: the router draws)")
+    add("--presence-penalty", type=penalty, metavar="X", help="-2 to 2")
+    add("--frequency-penalty", type=penalty, metavar="X", help="-2 to 2")
+    add("--repetition-penalty", type=repetition, metavar="X", help="0.1 to 10; 1 is off")
     add("--ignore-eos", action="store_const", const=True, help="go on past end-of-sequence tokens")
 
 
@@ -85,11 +90,12 @@ _SAMPLING_FLAGS = (
 
 def sampling_from(args: argparse.Namespace) -> sampling_pb2.SamplingParams:
     """The sampling parameters that were given on the command line."""
-    given = {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name, None) is not None}
     return sampling_pb2.SamplingParams(**given)
 
 
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags for reaching a router."""
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help=f"router, host:port ({DEFAULT_ADDRESS})")
-    parser.add_argument("--timeout", type=float, default=600.0, help="deadline of a request in seconds (600)")
+    add = parser.add_argument
+    add("--address", type=host_port, default=DEFAULT_ADDRESS, metavar="H:P", help=f"router ({DEFAULT_ADDRESS})")
+    add("--timeout", type=seconds, default=600.0, metavar="S", help="deadline of a request in seconds (600)")

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 from baton.v1 import inference_pb2, sampling_pb2
+from rich.console import Console
 
+from cli.answer import Answer, stream_to_stdout
 from cli.client import connect
 from cli.deployment import Deployment, DeploymentSpec
-from cli.generate import stream_to_stdout
+from cli.lifetime_table import print_lifetime
 from cli.up import DEFAULT_MODEL
 
 PROMPT_END = "def insort_left(a, x, lo=0, hi=None, *, key=None):"
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 async def run(args: argparse.Namespace) -> int:
     """Run `baton demo`. The status is 0 only if text came back over the whole path."""
     started = time.monotonic()
+    answer = Answer()
     with tempfile.TemporaryDirectory(prefix="baton-demo-") as log_dir:
         spec = DeploymentSpec(model=args.model, decode_tp=args.decode_tp, log_dir=Path(log_dir), restart=False)
         print(f"starting router, 1 prefill worker and 1 decode worker with {args.decode_tp} ranks ...")
@@ -49,12 +52,13 @@ async def run(args: argparse.Namespace) -> int:
                     sampling=sampling_pb2.SamplingParams(max_tokens=args.max_tokens, temperature=0.0),
                 )
                 async with connect(deployment.router_address) as client:
-                    text = await stream_to_stdout(client, request, timeout_s=60.0, stats=True)
-        except BaseException:
+                    await stream_to_stdout(client, request, 60.0, answer)
+                print_lifetime(Console(), answer.only.lifetime, answer.usage, answer.only.num_tokens)
+        except Exception:
             _print_logs(Path(log_dir))
             raise
     print(f"stopped after {time.monotonic() - started:.1f} s")
-    return 0 if text else 1
+    return 0 if answer.only.text else 1
 
 
 def _print_logs(log_dir: Path) -> None:

@@ -27,10 +27,14 @@ def time_per_output_token_ms(lifetime: inference_pb2.Lifetime, num_output_tokens
 
 
 def print_lifetime(
-    console: Console, lifetime: inference_pb2.Lifetime, usage: inference_pb2.Usage, num_output_tokens: int
+    console: Console,
+    lifetime: inference_pb2.Lifetime,
+    usage: inference_pb2.Usage,
+    num_output_tokens: int,
+    of_which: str = "",
 ) -> None:
-    """Print phases, hand-off and totals of one choice with `num_output_tokens` tokens."""
-    phases = Table(title="lifetime", title_justify="left")
+    """Print phases, hand-off and totals of one choice with `num_output_tokens` tokens. `of_which` ends the titles."""
+    phases = Table(title=f"lifetime{of_which}", title_justify="left")
     for heading in ("phase", "ms", "what it is"):
         phases.add_column(heading, justify="right" if heading == "ms" else "left")
     for name, field, meaning in _PHASES:
@@ -38,7 +42,7 @@ def print_lifetime(
     console.print(phases)
 
     tpot = time_per_output_token_ms(lifetime, num_output_tokens)
-    totals = Table(title="totals", title_justify="left", show_header=False)
+    totals = Table(title=f"totals{of_which}", title_justify="left", show_header=False)
     totals.add_row("TTFT", f"{lifetime.time_to_first_token_ns / _MS:.2f} ms")
     totals.add_row("TPOT", "-" if tpot is None else f"{tpot:.2f} ms")
     totals.add_row("total", f"{lifetime.total_ns / _MS:.2f} ms")

@@ -56,6 +56,9 @@ CODE_BY_CLASS: dict[type[BatonError], grpc.StatusCode] = {
     TransferTimeout: grpc.StatusCode.ABORTED,
     InternalError: grpc.StatusCode.INTERNAL,
 }
+# How gRPC's own words begin if a call found no connection.
+_NOT_RESOLVED = ("errors resolving", "DNS resolution failed", "Name resolution failure")
+_NOT_CONNECTED = "failed to connect"
 _CLASS_BY_NAME = {cls.__name__: cls for cls in CODE_BY_CLASS}
 # For a status that gRPC itself made, or a server that is not ours.
 _CLASS_BY_CODE: dict[grpc.StatusCode, type[BatonError]] = {
@@ -116,6 +119,23 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> BatonError:
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidArgument("", "", message)
     return _CLASS_BY_CODE.get(code, BatonError)(message)
+
+
+def error_from_call(rpc_error: grpc.aio.AioRpcError, address: str) -> BatonError:
+    """`error_from_rpc` for what a person called: where nobody listens, it says so in words of ours."""
+    if rpc_error.code() is grpc.StatusCode.UNAVAILABLE and not _is_ours(rpc_error):
+        details = rpc_error.details() or ""
+        if details.startswith(_NOT_CONNECTED):
+            return Unavailable(f"no server at {address}; `baton up` starts one")
+        if details.startswith(_NOT_RESOLVED):
+            return Unavailable(f"no server at {address}: there is no host of that name")
+        return Unavailable(f"the connection to {address} broke: {details}")
+    return error_from_rpc(rpc_error)
+
+
+def _is_ours(rpc_error: grpc.aio.AioRpcError) -> bool:
+    """Whether a server of ours said it, and not gRPC."""
+    return any(key == DETAILS_METADATA_KEY for key, _ in rpc_error.trailing_metadata() or ())
 
 
 def error_from_status(status: Status) -> BatonError:

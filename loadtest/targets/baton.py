@@ -11,7 +11,7 @@ from baton.v1 import inference_pb2, inference_pb2_grpc
 
 from common.errors import Unavailable
 from common.rpc.client import open_channel
-from common.rpc.status import error_from_rpc
+from common.rpc.status import error_from_call, error_from_rpc
 from loadtest.targets.base import TIMEOUT_TO_DESCRIBE_S, Account, ModelInfo, Target, TargetSpec
 
 _MAX_MESSAGE_BYTES = 64 << 20
@@ -24,7 +24,8 @@ _Generate = Callable[..., "grpc.aio.UnaryStreamCall[bytes, inference_pb2.Generat
 class BatonTarget(Target):
     """Channels to one router, used in turn. A router of several processes is reached evenly only over several."""
 
-    def __init__(self, channels: list[grpc.aio.Channel], model: str) -> None:
+    def __init__(self, address: str, channels: list[grpc.aio.Channel], model: str) -> None:
+        self._address = address
         self._model = model
         self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in channels]
         # Requests are serialised ahead of time, so this method takes bytes.
@@ -40,7 +41,7 @@ class BatonTarget(Target):
             for stub in self._stubs:
                 info = await stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=TIMEOUT_TO_DESCRIBE_S)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            raise error_from_call(error, self._address) from error
         if not info.is_serving:
             ready = f"{info.num_prefill_workers} prefill and {info.num_decode_workers} decode workers"
             raise Unavailable(f"the router has {ready} that are ready")
@@ -86,4 +87,4 @@ async def open_baton(spec: TargetSpec) -> AsyncIterator[BatonTarget]:
         channels = [open_channel(spec.address, _MAX_MESSAGE_BYTES) for _ in range(spec.num_connections)]
         for channel in channels:
             await stack.enter_async_context(channel)
-        yield BatonTarget(channels, spec.model)
+        yield BatonTarget(spec.address, channels, spec.model)

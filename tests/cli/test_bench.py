@@ -227,7 +227,7 @@ async def test_a_row_too_long_for_the_model_is_named_unless_it_is_clipped(tmp_pa
     path = write_trace(tmp_path, row(0, 100, [0]), row(10, 600, [0, 1]))
     async with fake_inference.serving(FakeInference()) as fake:
         status, _, errors = await _run("--address", fake.address, "--trace", str(path), "--warmup", "0")
-        assert status == 1
+        assert status == 2
         assert "trace.jsonl, row 1" in errors
         assert not fake.requests
         status, output, _ = await _run("--address", fake.address, "--trace", str(path), "--warmup", "0", "--clip")

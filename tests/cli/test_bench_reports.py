@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.bench_reports import HTML_FLAG, JSON_FLAG, Report, numbered, write_reports
-from common.errors import InvalidArgument
+from common.errors import FailedPrecondition
 
 
 def _write(content: str, path: Path) -> None:
@@ -39,7 +39,7 @@ def test_one_that_fails_keeps_none_of_the_others_from_being_written(
         _report(JSON_FLAG, tmp_path / "two.json", "two"),
         _report(HTML_FLAG, tmp_path / "page.html", "page"),
     ]
-    with pytest.raises(InvalidArgument) as refused:
+    with pytest.raises(FailedPrecondition) as refused:
         write_reports(reports)
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == "page"
     (kept,) = tmp_path.glob("baton-bench-*.json")

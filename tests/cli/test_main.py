@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from cli.main import main
+from cli.main import COMMANDS, main
 
 BATON = (sys.executable, "-m", "cli.main")
 
@@ -46,9 +48,9 @@ async def test_up_serves_until_it_is_told_to_stop_and_leaves_no_process(number: 
     status, text = await _run("generate", "def merge(", "--max-tokens", "5", "--temperature", "0", "--address", address)
     assert status == 0
     assert text.strip()
-    status, text = await _run("generate", "x", "--temperature", "-1", "--address", address)
+    status, text = await _run("generate", "x", "--model", "another", "--address", address)
     assert status == 1
-    assert "sampling.temperature" in text
+    assert "model 'another' is not served here" in text
     up.send_signal(number)
     await up.communicate()
     assert up.returncode == 0
@@ -57,6 +59,53 @@ async def test_up_serves_until_it_is_told_to_stop_and_leaves_no_process(number: 
     assert _names_in(tmp_path) == {"router.log", "prefill-0.log", "decode-0.log"}
 
 
-def test_unreachable_router_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "x", "--address", "127.0.0.1:9", "--timeout", "5"]) == 1
-    assert "Unavailable" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-tokens", "-3"],
+        ["--max-tokens", "99999999999"],
+        ["--top-k", "-1"],
+        ["--seed", "-1"],
+        ["--n", "-1"],
+        ["--temperature", "nan"],
+        ["--timeout", "inf"],
+        ["--logprobs", "21"],
+        ["--address", "nowhere"],
+        ["--nonsense"],
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "x", *arguments])
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert arguments[0] in errors
+    assert "--help" in errors
+
+
+def test_an_argument_that_is_no_text_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "caf\udce9"]) == 2
+    assert "argument 2 = 'caf\\udce9': not UTF-8" in capsys.readouterr().err
+
+
+def test_alone_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)
+
+
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"baton {metadata.version('baton')}\n"
+
+
+def test_an_output_that_cannot_be_written_is_one_line() -> None:
+    with Path("/dev/full").open("wb") as full:
+        process = subprocess.run(
+            [*BATON, "top", "--once", "--decode", "127.0.0.1:9"], stdout=full, stderr=subprocess.PIPE
+        )
+    assert process.returncode == 1
+    assert process.stderr == b"baton: OSError: [Errno 28] No space left on device\n"

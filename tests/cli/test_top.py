@@ -155,5 +155,5 @@ class Screen:
 
 @pytest.mark.parametrize("arguments", [[], ["--prefill", " , "], ["--decode", "a:1", "--interval", "0"]])
 def test_wrong_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["top", *arguments]) == 1
+    assert main(["top", *arguments]) == 2
     assert "InvalidArgument: --" in capsys.readouterr().err
