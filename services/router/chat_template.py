@@ -23,7 +23,6 @@ import jinja2.sandbox
 
 from common.errors import InvalidArgument, ModelError
 from services.router.checkpoint_files import read_json
-from services.router.tokenizer import read_special_tokens
 
 MAX_MESSAGES: Final = 4096
 MAX_RENDERED_CHARS: Final = 16 << 20
@@ -41,10 +40,9 @@ class ChatTemplate:
         self._templates = {name: _compile(environment, name, text) for name, text in sources.items()}
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> ChatTemplate:
+    def from_directory(cls, directory: str | Path, special_tokens: Mapping[str, str]) -> ChatTemplate:
         """Read the checkpoint's templates; none is not an error until one is asked for."""
-        directory = Path(directory)
-        return cls(_read_sources(directory), read_special_tokens(directory))
+        return cls(_read_sources(Path(directory)), special_tokens)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def load_served_model(
     """Read the configuration, the tokenizer and the chat template. Raises `ModelError`."""
     config = read_model_config(model_dir)
     tokenizer = Tokenizer.from_directory(model_dir)
-    chat_template = ChatTemplate.from_directory(model_dir)
+    chat_template = ChatTemplate.from_directory(model_dir, tokenizer.special_tokens)
     limits = ModelLimits(
         name=name,
         context_length=config.context_length,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Final
 
 import tokenizers
@@ -57,10 +56,10 @@ class BytePieces:
 class TextPieces:
     """The characters of each token of any other vocabulary, anywhere but at the start of the text."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, has_byte_fallback: bool, special_ids: AbstractSet[int]) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, has_byte_fallback: bool) -> None:
         self._backend = backend
         self._has_byte_fallback = has_byte_fallback
-        self._anchor = _anchor(backend, special_ids)
+        self._anchor = anchor(backend)
         self._anchor_text = backend.decode([self._anchor], skip_special_tokens=False)
         self._cache: dict[int, str | None] = {}
 
@@ -94,9 +93,7 @@ class TextPieces:
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
 
-def token_pieces(
-    backend: tokenizers.Tokenizer, decoder: Json | None, special_ids: AbstractSet[int]
-) -> BytePieces | TextPieces:
+def token_pieces(backend: tokenizers.Tokenizer, decoder: Json | None) -> BytePieces | TextPieces:
     """Choose the family by the `decoder` of tokenizer.json. Raises `ModelError` for one that is in neither."""
     steps = _steps(decoder)
     kinds = [str(step.get("type")) for step in steps]
@@ -109,7 +106,7 @@ def token_pieces(
     for step in steps[fuse + 1 :]:
         if step.get("type") != "Strip" or step.get("stop"):
             raise ModelError(f"tokenizer.json: decoder {step.get('type')} after Fuse cannot be streamed")
-    return TextPieces(backend, "ByteFallback" in kinds, special_ids)
+    return TextPieces(backend, "ByteFallback" in kinds)
 
 
 def _steps(decoder: Json | None) -> list[Json]:
@@ -135,9 +132,10 @@ def _is_byte_token(token: str | None) -> bool:
     return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
 
 
-def _anchor(backend: tokenizers.Tokenizer, special_ids: AbstractSet[int]) -> int:
+def anchor(backend: tokenizers.Tokenizer) -> int:
     """A token with a text of its own, to decode others behind it."""
+    added = backend.get_added_tokens_decoder().keys()
     for token, token_id in sorted(backend.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]):
-        if token_id not in special_ids and not _is_byte_token(token) and token.isalnum():
+        if token_id not in added and not _is_byte_token(token) and token.isalnum():
             return token_id
     raise ModelError("tokenizer.json: the vocabulary has no word")

@@ -11,20 +11,13 @@ from pathlib import Path
 from typing import Final
 
 import tokenizers
+import tokenizers.models
 
 from common.errors import InvalidArgument, ModelError
+from services.router.added_tokens import add_listed_tokens, read_listed_tokens, special_token_ids
 from services.router.checkpoint_files import Json, read_json
-from services.router.token_pieces import BytePieces, TextPieces, token_pieces
+from services.router.token_pieces import BytePieces, TextPieces, anchor, token_pieces
 
-_NAMED_SPECIAL: Final = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 _NO_TOKENIZER: Final = "there is no tokenizer.json"
 _CONVERT: Final = (
     "there is a sentencepiece tokenizer.model but no tokenizer.json; convert it once with transformers: "
@@ -47,7 +40,7 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         # The largest id that has a text; a model's own vocabulary may be padded beyond it.
         self.max_token_id = max(backend.get_vocab(with_added_tokens=True).values())
-        self.special_token_ids = _special_ids(backend)
+        self.special_token_ids = special_token_ids(backend, anchor(backend))
         self._readings: dict[int, tuple[str, bytes]] = {}
 
     @classmethod
@@ -59,15 +52,15 @@ class Tokenizer:
             hint = _CONVERT if (directory / "tokenizer.model").is_file() else _NO_TOKENIZER
             raise ModelError(f"{directory.name}: {hint}")
         backend = _load(path)
-        config = read_json(directory / "tokenizer_config.json")
-        special_tokens = read_special_tokens(directory)
-        _add_missing_tokens(backend, config)
-        _mark_special(backend, special_tokens, config)
-        decoder = read_json(path).get("decoder")
+        config, content = read_json(directory / "tokenizer_config.json"), read_json(path)
+        _refuse_clean_up(backend, config)
+        listed = read_listed_tokens(directory, content)
+        add_listed_tokens(backend, listed)
+        backend.encode_special_tokens = bool(config.get("split_special_tokens"))
+        decoder = content.get("decoder")
         if decoder is not None and not isinstance(decoder, dict):
             raise ModelError("tokenizer.json: the decoder is not an object")
-        pieces = token_pieces(backend, decoder, _special_ids(backend))
-        return cls(backend, pieces, special_tokens)
+        return cls(backend, token_pieces(backend, decoder), listed.roles())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids. `add_special_tokens` lets the post-processor add BOS and the like; a rendered chat has them."""
@@ -97,18 +90,6 @@ class Tokenizer:
         return self._backend.id_to_token(token_id)
 
 
-def read_special_tokens(directory: Path) -> dict[str, str]:
-    """Special tokens by role; tokenizer_config.json wins over special_tokens_map.json."""
-    found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        config = read_json(directory / name)
-        for role in _NAMED_SPECIAL:
-            content = _content(config.get(role))
-            if content is not None:
-                found[role] = content
-    return found
-
-
 def _load(path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
@@ -120,41 +101,9 @@ def _load(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _content(token: object) -> str | None:
-    """The text of a token that is written as a string or as an object with `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Json) -> None:
-    """Add the tokens that tokenizer_config.json lists and tokenizer.json lacks, at the ids it gives them."""
-    listed = config.get("added_tokens_decoder")
-    if not isinstance(listed, dict):
-        return
-    for token_id, entry in sorted((int(key), value) for key, value in listed.items()):
-        content = _content(entry)
-        if content is None or backend.token_to_id(content) is not None:
-            continue
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        options = {flag: bool(entry[flag]) for flag in flags if flag in entry}
-        backend.add_tokens([tokenizers.AddedToken(content, **options)])
-        if backend.token_to_id(content) != token_id:
-            raise ModelError(f"tokenizer_config.json: {content!r} cannot have the id {token_id}")
-
-
-def _mark_special(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], config: Json) -> None:
-    """Tokens with a special role are special, whether or not tokenizer.json says so."""
-    tokens = list(special_tokens.values())
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        more = config.get(name)
-        listed = more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
-        tokens += [content for content in map(_content, listed) if content is not None]
-    known = {added.content for added in backend.get_added_tokens_decoder().values() if added.special}
-    for token in tokens:
-        if token not in known and backend.token_to_id(token) is not None:
-            backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
-
-
-def _special_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
-    return frozenset(i for i, added in backend.get_added_tokens_decoder().items() if added.special)
+def _refuse_clean_up(backend: tokenizers.Tokenizer, config: Json) -> None:
+    """Taking spaces away before what comes next: transformers does not do it to vocabularies of BPE."""
+    for_all = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    is_bpe = isinstance(backend.model, tokenizers.models.BPE)
+    if config.get("clean_up_tokenization_spaces") and (not is_bpe or config.get(for_all)):
+        raise ModelError("tokenizer_config.json: clean_up_tokenization_spaces = true: text cannot be streamed so")

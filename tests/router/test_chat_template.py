@@ -117,7 +117,7 @@ def test_client_variables_cannot_replace_messages_or_special_tokens() -> None:
 
 
 def test_model_without_a_template_refuses_chat(tmp_path: Path) -> None:
-    template = ChatTemplate.from_directory(tmp_path)
+    template = ChatTemplate.from_directory(tmp_path, {})
     assert template.names == ()
     with pytest.raises(InvalidArgument, match="this model has no chat template"):
         template.render(CHAT)
@@ -181,20 +181,20 @@ def test_broken_template_is_an_error_of_the_model() -> None:
 
 def test_template_is_chosen_by_name_tools_and_file(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
-    config = {"chat_template": named, "bos_token": {"content": "<b>"}}
+    config = {"chat_template": named}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    template = ChatTemplate.from_directory(tmp_path)
+    template = ChatTemplate.from_directory(tmp_path, {})
     assert template.render(CHAT) == "plain"
     assert template.render(CHAT, tools=TOOL) == "tools"
     assert template.render(CHAT, tools=TOOL, name="default") == "plain"
     with pytest.raises(InvalidArgument, match="default, tool_use"):
         template.render(CHAT, name="rag")
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}file")
-    assert ChatTemplate.from_directory(tmp_path).render(CHAT) == "<b>file"
+    assert ChatTemplate.from_directory(tmp_path, {"bos_token": "<b>"}).render(CHAT) == "<b>file"
 
 
 def test_template_that_is_neither_text_nor_list_is_an_error_of_the_model(tmp_path: Path) -> None:
     for value in (7, [{"name": "default"}]):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
         with pytest.raises(ModelError, match="chat_template"):
-            ChatTemplate.from_directory(tmp_path)
+            ChatTemplate.from_directory(tmp_path, {})
