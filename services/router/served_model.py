@@ -60,6 +60,7 @@ def load_served_model(
         eos_token_ids=eos_token_ids((*read_eos_sources(model_dir), *_eos_of_tokenizer(tokenizer)), config.vocab_size),
         has_chat_template=bool(chat_template.names),
         max_message_bytes=max_message_bytes,
+        special_tokens=tokenizer.special_tokens_below(config.vocab_size),
         defaults=read_sampling_defaults(model_dir) if defaults is DefaultsSource.CHECKPOINT else NO_DEFAULTS,
     )
     return ServedModel(limits, tokenizer, chat_template, _digests(model_dir))
