@@ -1,47 +1,60 @@
-"""A grpc.aio server with health, reflection, and one interceptor that maps our error tree to status.
+"""A gRPC server with health and reflection: where it listens, how it ends, and that nobody misses its end.
 
-An unknown exception becomes INTERNAL: its traceback is logged here and nothing of it reaches the client.
-asyncio.CancelledError passes untouched. Knows no service.
+What happens to a call is `common.rpc.calls`' business. Knows no service.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
-import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.errors import FailedPrecondition, InternalError
+from common.rpc.calls import Calls
 from common.rpc.client import KEEPALIVE_OPTIONS
+from common.rpc.connections import close_connections, close_listeners
+from common.rpc.grpc_server import make_server
 from common.rpc.health import HealthServicer
-from common.rpc.status import abort_with, find_baton_error
 
-_logger = logging.getLogger(__name__)
 _Servicer = TypeVar("_Servicer")
-# gRPC hands requests and responses over untyped.
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_RpcHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-_Behavior = Callable[[Any, _Context], Any]
-_Handler = Callable[[Any, _Context], Coroutine[Any, Any, Any]]
 
 MIN_PING_INTERVAL_MS = 1_000
+END_GRACE_S = 1.0  # for calls that are cancelled, to send their status
+AGE_JITTER = 1.15  # gRPC adds up to a tenth to a connection's age
+LOOK_EVERY_S = 0.5  # whether gRPC's loop has ended, which nothing tells
 
 
 class RpcServer:
-    """A gRPC server on one address. Health says NOT_SERVING until `set_serving(True)`."""
+    """A gRPC server on one address. Health says NOT_SERVING until `set_serving(True)`.
 
-    def __init__(self, address: str, *, max_message_bytes: int, so_reuseport: bool = False) -> None:
+    Clients are asked to connect anew after `max_connection_age_s`; what runs on the old connection goes on.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_message_bytes: int,
+        so_reuseport: bool = False,
+        max_connection_age_s: float | None = None,
+    ) -> None:
         self._address = address
+        self._port = 0
         self._health = HealthServicer()
-        self._server = grpc.aio.server(
-            interceptors=[_ErrorInterceptor()],
+        self._calls = Calls()
+        self._max_connection_age_s = max_connection_age_s
+        age_ms = (
+            [] if max_connection_age_s is None else [("grpc.max_connection_age_ms", round(1e3 * max_connection_age_s))]
+        )
+        self._server = make_server(
+            interceptors=[self._calls],
             options=[
+                *age_ms,
                 ("grpc.max_send_message_length", max_message_bytes),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.so_reuseport", int(so_reuseport)),
@@ -72,89 +85,53 @@ class RpcServer:
             self._server,
         )
         try:
-            port: int = self._server.add_insecure_port(self._address)
+            self._port = self._server.add_insecure_port(self._address)
         except RuntimeError as error:
             raise FailedPrecondition(f"cannot listen on {self._address}: {error}") from error
         await self._server.start()
-        return port
+        return self._port
+
+    async def run(self) -> None:
+        """Watch over the server that has been started, until `stop`. Raises `InternalError` if it ends by itself:
+        its port is closed then, and only another process can take its place."""
+        try:
+            while await self._server.wait_for_termination(LOOK_EVERY_S):
+                pass
+        except Exception as error:
+            raise InternalError(f"the server on port {self._port} has ended: {error!r}") from error
 
     def set_serving(self, serving: bool) -> None:
         """What grpc.health.v1 answers from now on, for every service and for the server as a whole."""
         self._health.set_serving(serving)
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls at once, give those under way `grace_s` seconds, then cancel them."""
+        """Take no connection and no call any more, give those under way `grace_s` seconds, then end them.
+
+        Whoever is not served is told UNAVAILABLE, or loses his connection, which is the same to him. Where connections
+        have an age, calls on those that are in use are taken until each has been asked to go elsewhere, for half of
+        `grace_s` at most: clients that can go elsewhere lose nothing. May be cancelled, and called again.
+        """
         self._health.end()
-        await self._server.stop(grace_s)
+        if self._port:
+            close_listeners(self._port)
+            try:
+                async with asyncio.timeout(grace_s):
+                    await self._last_calls(grace_s / 2)
+            except TimeoutError:
+                self._calls.refuse()
+                await self._calls.end(END_GRACE_S)
+            # gRPC answers CANCELLED to calls that come while it shuts down: from here on it talks to nobody.
+            close_connections(self._port)
+        await self._server.stop(None)
 
-
-class _ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler once per call; costs nothing per message of a stream."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_RpcHandler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> _RpcHandler | None:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream" if handler.response_streaming else "_unary"
-        )
-        make_handler: Callable[..., _RpcHandler] = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make_handler(
-            _mapped(getattr(handler, kind), handler_call_details.method),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
-
-
-def _mapped(behavior: _Behavior, method: str) -> _Handler:
-    if inspect.isasyncgenfunction(behavior):
-        behavior = _written(behavior)
-
-    async def call(request_or_iterator: Any, context: _Context) -> Any:
-        try:
-            return await behavior(request_or_iterator, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            await _abort(context, method, error)
-
-    return call
-
-
-def _written(generator: _Behavior) -> _Handler:
-    """An async generator handler as a coroutine handler; the generator is closed when the call is over."""
-
-    async def call(request_or_iterator: Any, context: _Context) -> None:
-        async with contextlib.aclosing(generator(request_or_iterator, context)) as responses:
-            async for response in responses:
-                await context.write(response)
-
-    return call
-
-
-async def _abort(context: _Context, method: str, error: Exception) -> None:
-    if context.done():
-        raise asyncio.CancelledError from error  # there is nobody to tell
-    known = find_baton_error(error)
-    if known is None and _is_broken_call(error):
-        # A write failed because the client went away, before its cancellation has come through.
-        raise asyncio.CancelledError from error
-    if known is None or isinstance(known, InternalError):
-        _logger.error("%s: unexpected %s", method, type(error).__name__, exc_info=error)
-    try:
-        await abort_with(context, known or InternalError("internal error; see the server's log"))
-    except grpc.aio.AbortError:
-        raise
-    except grpc.aio.BaseError as broken:
-        raise asyncio.CancelledError from broken
-
-
-def _is_broken_call(error: BaseException) -> bool:
-    """Whether gRPC could not write, alone or as the one cause of an exception group."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(_is_broken_call(inner) for inner in error.exceptions)
-    return isinstance(error, grpc.aio.BaseError)
+    async def _last_calls(self, longest_s: float) -> None:
+        """Until none is under way."""
+        leaving_s = 0.0 if self._max_connection_age_s is None else self._max_connection_age_s * AGE_JITTER
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(leaving_s, longest_s)):
+                while self._calls.num_running:
+                    await self._calls.one_is_over()
+        self._calls.refuse()
+        while self._calls.num_running:
+            close_connections(self._port, except_ports=self._calls.peer_ports())
+            await self._calls.one_is_over()

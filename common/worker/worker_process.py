@@ -17,6 +17,7 @@ from baton.v1 import worker_pb2_grpc
 
 from common.config import load_config_or_exit
 from common.errors import BatonError
+from common.for_good import for_good
 from common.parent_death import PARENT_GONE, end_with_parent
 from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
@@ -82,9 +83,10 @@ async def serve_worker(
         quiet_collector()
         _log.info("%s listens on %s (port %d)", config.worker_id, config.listen, port)
         async with asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(worker.run())
-            reporting = tasks.create_task(_report(changed, worker, server, status))
-            beating = tasks.create_task(status.run())
+            tasks.create_task(server.run())
+            running = tasks.create_task(for_good(worker.run(), "the worker"))
+            reporting = tasks.create_task(for_good(_report(changed, worker, server, status), "the status"))
+            beating = tasks.create_task(for_good(status.run(), "the heartbeat"))
             await signals.stopping.wait()
             _log.info("%s drains", config.worker_id)
             worker.drain()

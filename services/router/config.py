@@ -40,6 +40,9 @@ class RouterConfig(ServiceConfig):
     max_in_flight: int = Field(512, ge=16, description="Sequences under way at once (a request with n has n).")
     max_waiting: int = Field(1024, ge=0, description="Requests that may wait for a place; more are refused.")
     max_timeout_s: float = Field(600.0, gt=0, description="Longest deadline of a request, and the default, seconds.")
+    max_connection_age_s: float = Field(
+        10.0, ge=0, description="When clients are asked to connect anew, seconds; 0 is never. See drain_timeout_s."
+    )
     max_message_bytes: int = Field(16 << 20, ge=1 << 16, description="Largest gRPC message, bytes.")
     max_worker_losses: int = Field(3, ge=0, description="How often one sequence is sent again because a worker failed.")
     placement_timeout_s: float = Field(5.0, ge=0, description="Wait of a new request for a ready pair, seconds.")
@@ -57,7 +60,12 @@ class RouterConfig(ServiceConfig):
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description=TRACE_SAMPLE_RATIO_HELP)
     processes: int = Field(1, ge=1, le=64, description="Processes that share the port (SO_REUSEPORT).")
     reuse_port: bool = Field(False, description="Share the port with other processes; implied by --processes.")
-    drain_timeout_s: float = Field(30.0, ge=0, description="Time for requests under way after SIGTERM, seconds.")
+    drain_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        description="Time for requests under way after SIGTERM, seconds. For the age of connections, and at most half "
+        "of it, new ones are taken on standing connections, so that clients can go elsewhere without losing any.",
+    )
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged.")
 
     @property

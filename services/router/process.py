@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 
 from baton.v1 import inference_pb2_grpc
 
+from common.for_good import for_good
 from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
 from common.stop_signals import StopSignals
@@ -60,7 +61,10 @@ class RouterProcess:
         self._dispatcher = Dispatcher(self.registry, rng, limits)
         # Twice the limit: what is a little too large is refused by us, naming value and limit; the rest by gRPC.
         self._server = RpcServer(
-            config.listen, max_message_bytes=2 * config.max_message_bytes, so_reuseport=config.reuse_port
+            config.listen,
+            max_message_bytes=2 * config.max_message_bytes,
+            so_reuseport=config.reuse_port,
+            max_connection_age_s=config.max_connection_age_s or None,
         )
         self.servicer = InferenceServicer(
             model,
@@ -87,11 +91,12 @@ class RouterProcess:
         """Serve while the context is open; on leaving, calls that are still there are cancelled."""
         async with asyncio.TaskGroup() as background:
             tasks = [
-                background.create_task(self.registry.run()),
-                background.create_task(self._report_health()),
+                background.create_task(for_good(self.registry.run(), "the list of workers")),
+                background.create_task(for_good(self._report_health(), "the health report")),
             ]
             try:
                 self.port = await self._server.start()
+                background.create_task(self._server.run())
                 yield
             finally:
                 await self._server.stop(0)

@@ -35,7 +35,7 @@ class _Raw:
         self, service: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]
     ) -> None:
         raw = {name: cast(Any, handler)._replace(response_serializer=_serialized) for name, handler in handlers.items()}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, raw),))
+        self._server.add_registered_method_handlers(service, raw)
 
 
 def _serialized(message: Any) -> bytes:

@@ -82,6 +82,12 @@ class Served:
         self.stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self.channel)
         return self
 
+    async def server_is_up(self) -> bool:
+        """Whether somebody who connects now is served."""
+        async with open_channel(f"127.0.0.1:{self.port}", MAX_MESSAGE_BYTES) as channel:
+            stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+            return await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=20) == worker_pb2.WorkerStatus()
+
     async def __aexit__(self, *_: object) -> None:
         await self.channel.close()
         await self.server.stop(0)
