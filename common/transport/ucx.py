@@ -17,7 +17,7 @@ import torch
 from ucxx._lib.arr import Array
 from ucxx._lib.libucxx import TagProbeResult, UCXEndpoint, UCXError, UCXListener
 
-from common.errors import FailedPrecondition, InvalidArgument, PeerLost, TransferTimeout, Unavailable
+from common.errors import BatonError, FailedPrecondition, InvalidArgument, PeerLost, TransferTimeout, Unavailable
 from common.transport.base import TransportStats
 from common.transport.counters import Counters
 from common.transport.cuda_device import attached_cuda_device
@@ -112,11 +112,12 @@ class UcxEndpoint:
         try:
             async with asyncio.timeout(ACCEPT_TIMEOUT_S):
                 self._peers.arrived(await self._greet(endpoint))
-        except (UCXError, FailedPrecondition, TimeoutError):
+        except (UCXError, BatonError, TimeoutError):
             return  # whoever it was sees its connection closed
 
     async def _greet(self, endpoint: UCXEndpoint) -> UcxConnection:
-        """Exchange hellos. The endpoint is closed if that fails, or is cancelled."""
+        """Exchange hellos. The endpoint is closed if that fails, or is cancelled. Raises `PeerLost`, `UCXError` or
+        `FailedPrecondition`."""
         own_key = secrets.randbits(64)
         ours, theirs = Hello(self._name, own_key).encode(), bytearray(HELLO_BYTES)
         try:
@@ -127,20 +128,22 @@ class UcxEndpoint:
                 if error is not None:
                     raise error
             hello = decode_hello(theirs)
-        except BaseException:
+            connection = UcxConnection(
+                self._worker,
+                endpoint,
+                hello.name,
+                own_key,
+                hello.tag_key,
+                self._device,
+                self._counters,
+                self._left,
+            )
+        except BaseException as error:
             endpoint.close_blocking()
             self._worker.kick()
+            if isinstance(error, RuntimeError):  # ucxx's, of an endpoint whose peer has left
+                raise PeerLost(str(error)) from error
             raise
-        connection = UcxConnection(
-            self._worker,
-            endpoint,
-            hello.name,
-            own_key,
-            hello.tag_key,
-            self._device,
-            self._counters,
-            self._left,
-        )
         self._connections.add(connection)
         return connection
 

@@ -77,7 +77,7 @@ class UcxConnection:
         memory = as_array(buffer)
         try:
             request = self._endpoint.tag_send(memory, UCXXTag(tag ^ self._peer_key))
-        except UCXError as error:
+        except (UCXError, RuntimeError) as error:  # RuntimeError: ucxx has seen the end, and we have not
             raise PeerLost(f"cannot send to {self._peer_name}: {error}") from error
         done: asyncio.Future[UCXError | None] = asyncio.get_running_loop().create_future()
         self._start()

@@ -22,5 +22,6 @@ def transport_stats_reply(op_id: int, stats: TransportStats) -> TransportStatsRe
 
 def described(error: Exception) -> tuple[str, str]:
     """Kind and detail of a failure; the front restores the class by its name."""
-    kind = type(error).__name__ if isinstance(error, BatonError) else "InternalError"
-    return kind, str(error)
+    if isinstance(error, BatonError):
+        return type(error).__name__, str(error)
+    return "InternalError", f"{type(error).__name__}: {error}"

@@ -23,6 +23,8 @@ NOT_ADVERTISED = "not_advertised"
 DRAINED = "drained"
 PEER_LOST = "peer_lost"
 IN_DOUBT = "in_doubt"
+ANSWER_GRACE_S = 1.0  # for a rank to say what became of what had a time limit of its own
+_HANG_TIMEOUT_S = 60.0  # a rank that has not taken a receive back by then never will: a scatter may wait for its device
 OUTCOMES = (NOT_ADVERTISED, DRAINED, PEER_LOST, IN_DOUBT)
 
 
@@ -93,12 +95,12 @@ class ChunkTransfer:
             fill_bytes[rank] += num_bytes
             operation = self._group.begin(rank, message)
             self._receives.append(_Receive(leg, message.tag, num_bytes, operation))
-        for receive in self._receives:
-            reply = await receive.operation.reply()
-            assert isinstance(reply, ReceivePosted)
-            if reply.error_kind:
-                receive.settled = True
-                raise error_of(reply.error_kind, reply.detail)
+        try:
+            async with asyncio.timeout(connect_timeout_s + ANSWER_GRACE_S):
+                for receive in self._receives:
+                    await self._await_posted(receive)
+        except TimeoutError as error:
+            raise TransferTimeout("a rank did not say whether its peer is connected") from error
 
     def leg_grants(self) -> list[kv_pb2.LegGrant]:
         """What the sender must know; after this the legs count as advertised."""
@@ -161,8 +163,7 @@ class ChunkTransfer:
         outcomes: list[str] = []
         doubtful: dict[int, list[Operation]] = {}
         for receive in unsettled:
-            while not isinstance(reply := await receive.operation.reply(), CancelDone):
-                pass  # answers that were under way when we cancelled
+            reply = await self._await_cancelled(receive)
             if reply.outcome == IN_DOUBT:
                 doubtful.setdefault(receive.leg.decode_rank, []).append(receive.operation)
             outcomes.append(reply.outcome if self.advertised or reply.outcome == IN_DOUBT else NOT_ADVERTISED)
@@ -175,6 +176,25 @@ class ChunkTransfer:
             receive.settled = True
             if receive.operation.op_id not in kept:
                 receive.operation.close()
+
+    async def _await_posted(self, receive: _Receive) -> None:
+        reply = await receive.operation.reply()
+        assert isinstance(reply, ReceivePosted)
+        if reply.error_kind:
+            receive.settled = True
+            raise error_of(reply.error_kind, reply.detail)
+
+    async def _await_cancelled(self, receive: _Receive) -> CancelDone:
+        """A rank that never answers may write to the blocks for ever: nothing but its end gives them back."""
+        try:
+            async with asyncio.timeout(self._cancel_timeout_s + _HANG_TIMEOUT_S):
+                while not isinstance(reply := await receive.operation.reply(), CancelDone):
+                    pass  # answers that were under way when we cancelled
+        except TimeoutError as error:
+            reason = f"rank {receive.leg.decode_rank} does not take back a receive"
+            self._group.lose(reason)
+            raise Unavailable(reason) from error
+        return reply
 
     async def _await_leg(self, receive: _Receive) -> ReceiveDone:
         reply = await receive.operation.reply()

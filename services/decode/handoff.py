@@ -21,6 +21,7 @@ from common.errors import (
     NotFound,
     Preempted,
     ResourceExhausted,
+    TransferTimeout,
     Unavailable,
 )
 from common.telemetry.tracing import NO_SPAN, Span
@@ -29,6 +30,7 @@ from services.decode.handoff_stream import HandoffStream, Write
 from services.decode.request import BlocksReserved, DecodeSequence, End, SequenceEnded, SequenceState
 
 MAX_EARLY: Final = 4096
+BEGIN_TIMEOUT_S: Final = 5.0  # for the first message of a stream
 
 
 class Handoffs:
@@ -52,7 +54,7 @@ class Handoffs:
     async def serve(self, requests: AsyncIterator[kv_pb2.HandoffRequest], write: Write, span: Span = NO_SPAN) -> None:
         """One stream, from Begin to Joined; `span` is the sender's. Raises one error of the tree. Cancelling it ends
         the sequence; what is under way on the ranks is taken back by tasks of `HandoffContext.run`."""
-        request = await anext(requests, None)
+        request = await _first(requests)
         if request is None or request.WhichOneof("message") != "begin":
             raise InvalidArgument("message", None, "a hand-off starts with begin")
         begin = request.begin
@@ -115,6 +117,15 @@ class Handoffs:
             stream.reserved.set()
         else:
             stream.fail(_error_of_end(event))
+
+
+async def _first(requests: AsyncIterator[kv_pb2.HandoffRequest]) -> kv_pb2.HandoffRequest | None:
+    """None at the end of the stream. Raises `TransferTimeout`."""
+    try:
+        async with asyncio.timeout(BEGIN_TIMEOUT_S):
+            return await anext(requests, None)
+    except TimeoutError as error:
+        raise TransferTimeout(f"the hand-off did not begin within {BEGIN_TIMEOUT_S:g} s") from error
 
 
 def _error_of_end(event: SequenceEnded) -> BatonError:

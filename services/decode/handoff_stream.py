@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from baton.v1 import kv_pb2
 
-from common.errors import BatonError, Cancelled, FailedPrecondition, InvalidArgument, TransferError
+from common.errors import BatonError, Cancelled, FailedPrecondition, InvalidArgument, TransferError, TransferTimeout
 from common.kvcache.grant import MAX_LEGS
 from common.kvcache.layout import Leg, plan_legs
 from common.telemetry.tracing import Span
@@ -24,6 +24,7 @@ from services.decode.handoff_coverage import HandoffCoverage
 from services.decode.request import DecodeSequence
 
 _log = logging.getLogger(__name__)
+WRITE_TIMEOUT_S = 10.0  # messages are small, and the other end only queues them
 Write = Callable[[kv_pb2.HandoffResponse], Awaitable[object]]
 
 
@@ -53,14 +54,14 @@ class HandoffStream:
             num_blocks_reused=self.seq.blocks.num_cached_blocks,
             max_layer_blocks_per_chunk=self.max_layer_blocks_per_chunk,
         )
-        await write(kv_pb2.HandoffResponse(accepted=accepted))
+        await _write(write, kv_pb2.HandoffResponse(accepted=accepted))
         reader = asyncio.create_task(self._read(requests))
         try:
             while True:
                 response = await self._outgoing.get()
                 if isinstance(response, BatonError):
                     raise response
-                await write(response)
+                await _write(write, response)
                 if response.HasField("joined"):
                     return
         finally:
@@ -164,6 +165,15 @@ class HandoffStream:
         self._joined = True
         self.send(kv_pb2.HandoffResponse(joined=kv_pb2.HandoffJoined()))
         engine.settle()
+
+
+async def _write(write: Write, response: kv_pb2.HandoffResponse) -> None:
+    """Raises `TransferTimeout` if the prefill worker does not read; gRPC ends the call with that."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await write(response)
+    except TimeoutError as error:
+        raise TransferTimeout(f"prefill took no message for {WRITE_TIMEOUT_S:g} s") from error
 
 
 def _max_layer_blocks_per_chunk(setup: HandoffSetup, legs: list[Leg]) -> int:

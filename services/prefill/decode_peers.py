@@ -14,11 +14,21 @@ from typing import NoReturn
 import grpc
 from baton.v1 import decode_pb2_grpc, kv_pb2
 
-from common.errors import BatonError, Cancelled, DeadlineExceeded, PeerLost, Preempted, TransferError, Unavailable
+from common.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    PeerLost,
+    Preempted,
+    TransferError,
+    TransferTimeout,
+    Unavailable,
+)
 from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
 from common.telemetry.tracing import Metadata
 
+SEND_TIMEOUT_S = 10.0  # messages are small, and the other end only queues them
 _FINISH_TIMEOUT_S = 1.0
 _NUM_LOOKS = 100  # for the status of a stream that has ended
 _LOOK_INTERVAL_S = 0.005
@@ -34,10 +44,14 @@ class HandoffStream:
         self._sending = asyncio.Lock()
 
     async def send(self, request: kv_pb2.HandoffRequest) -> None:
-        """Raises what the stream ended with. Cancelling it breaks the stream."""
+        """Raises what the stream ended with, or `TransferTimeout` if decode does not read. Cancelling it breaks the
+        stream, and so does running out of time."""
         async with self._sending:
             try:
-                await self._call.write(request)
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await self._call.write(request)
+            except TimeoutError as error:
+                raise TransferTimeout(f"decode took no message for {SEND_TIMEOUT_S:g} s") from error
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await self._raise_end()
 

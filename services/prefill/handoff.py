@@ -32,6 +32,8 @@ from services.prefill.sends import Sends
 
 # How long decode may take, after the grant's time, to say what became of a chunk.
 ANSWER_GRACE_S = 5.0
+# How long it may take to answer the first message, which waits for the router to open the sequence.
+ACCEPT_TIMEOUT_S = 10.0
 
 _T = TypeVar("_T")
 
@@ -93,7 +95,7 @@ class Handoff:
                 finish = kv_pb2.HandoffFinish(first_token_id=token.token_id, num_blocks=self._job.num_blocks)
                 await self._stream.send(kv_pb2.HandoffRequest(finish=finish))
                 await shipping
-                await self._joined
+                await _answered(self._joined, ANSWER_GRACE_S, "join the sequence")
                 self.stats.exposed_ns = self._now_ns() - self._job.sampled_ns
                 await self._stream.finish()
                 reading.cancel()
@@ -134,7 +136,7 @@ class Handoff:
         self.stats.transport = ",".join(sorted(set(await asyncio.gather(*connects))))
 
     async def _ship_all(self) -> None:
-        accepted = await self._accepted
+        accepted = await _answered(self._accepted, ACCEPT_TIMEOUT_S, "accept the hand-off")
         most = min(accepted.max_layer_blocks_per_chunk, self._legs.max_layer_blocks(self._setup.slot_bytes))
         if most < 1:
             raise errors.FailedPrecondition("a staging slot is smaller than one layer of a block")
@@ -268,6 +270,15 @@ def _resolve(future: asyncio.Future[_T], value: _T) -> None:
     """Unless whoever waited was cancelled, and the future with it."""
     if not future.done():
         future.set_result(value)
+
+
+async def _answered(answer: asyncio.Future[_T], timeout_s: float, what: str) -> _T:
+    """Raises `TransferTimeout`."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await answer
+    except TimeoutError as error:
+        raise errors.TransferTimeout(f"decode did not {what} within {timeout_s:g} s") from error
 
 
 def first_error(group: BaseExceptionGroup[errors.BatonError]) -> errors.BatonError:

@@ -88,10 +88,10 @@ class KVSender:
     async def _connect(self, message: ConnectPeer) -> None:
         try:
             connection = await self._connection(message.address, message.timeout_s)
-        except (BatonError, OSError) as error:
+            lane = connection.lane
+        except Exception as error:  # whatever it is, the front waits for an answer
             self._reply(ConnectDone(message.op_id, "", *described(error)))
             return
-        lane = connection.lane
         self._reply(ConnectDone(message.op_id, lane if lane == self._scheme else f"{self._scheme}:{lane}"))
 
     async def _connection(self, address: str, timeout_s: float) -> Connection:
@@ -129,7 +129,7 @@ class KVSender:
             gathered_ns = time.monotonic_ns() - start_ns
             if time.monotonic() >= deadline_s:
                 raise TransferTimeout("the time of the grant was over before the leg was gathered")
-        except (BatonError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, the front waits for an answer
             self._reply(SendDone(message.op_id, gathered_ns, 0, True, *described(error)))
             return
         failure = await _carry(connection, message.tag, slot, deadline_s - time.monotonic())

@@ -25,6 +25,7 @@ from services.prefill.chunk_shapes import ChunkShape
 from services.prefill.legs import RankLeg
 from services.prefill.metrics import PrefillMetrics
 
+ANSWER_GRACE_S = 1.0  # for a rank to say what became of what had a time limit of its own
 _MAX_WAITERS = 1 << 16  # each is a chunk in flight of an admitted prompt, which the scheduler bounds
 
 
@@ -53,7 +54,10 @@ class Sends:
         `TransferTimeout` or `Unavailable`. Cancelling it leaves a connection at most."""
         operation = self._ranks.begin(rank, ConnectPeer(self._ranks.next_op_id(), address, timeout_s))
         try:
-            done = await operation.reply()
+            async with asyncio.timeout(timeout_s + ANSWER_GRACE_S):
+                done = await operation.reply()
+        except TimeoutError as error:
+            raise errors.TransferTimeout(f"rank {rank} did not say whether it is connected to {address}") from error
         finally:
             operation.close()
         assert isinstance(done, ConnectDone)

@@ -82,6 +82,11 @@ class Tokenizer:
             reading = self._readings[token_id] = (piece.decode(errors="replace"), piece)
         return reading
 
+    def special_tokens_below(self, num_ids: int) -> dict[str, int]:
+        """Special tokens by their spelling, of the ids below this."""
+        tokens = self._backend.get_added_tokens_decoder()
+        return {tokens[token_id].content: token_id for token_id in self.special_token_ids if token_id < num_ids}
+
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from baton.v1 import inference_pb2, sampling_pb2
 
@@ -36,6 +36,7 @@ class ModelLimits:
     has_chat_template: bool
     max_message_bytes: int
     defaults: SamplingDefaults = NO_DEFAULTS
+    special_tokens: Mapping[str, int] = field(default_factory=dict)  # those that the model can draw, with their ids
 
     def with_context(self, context_length: int) -> ModelLimits:
         """The same with another context length: that of a deployment whose KV caches hold less than the model could."""
@@ -130,9 +131,20 @@ def resolve_sampling(
         ),
         logit_bias=given.logit_bias,
         logprobs=given.logprobs if given.HasField("logprobs") else None,
-        stop_token_ids=given.stop_token_ids,
+        stop_token_ids=_stop_token_ids(request, limits),
         ignore_eos=given.ignore_eos,
     )
+
+
+def _stop_token_ids(request: ValidatedRequest, limits: ModelLimits) -> list[int]:
+    """With the stop strings that are a special token: no text shows it, so that only its id can be found."""
+    ids = list(request.sampling.stop_token_ids)
+    named = [limits.special_tokens[stop] for stop in request.stop if stop in limits.special_tokens]
+    ids += [token_id for token_id in dict.fromkeys(named) if token_id not in ids]
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        limit = f"stop strings that are special tokens and stop_token_ids are at most {MAX_STOP_TOKEN_IDS} together"
+        raise InvalidArgument("stop", len(ids), limit)
+    return ids
 
 
 def within(parent: str, error: InvalidArgument) -> InvalidArgument:
@@ -143,13 +155,13 @@ def within(parent: str, error: InvalidArgument) -> InvalidArgument:
 def _check_counts(request: inference_pb2.GenerateRequest) -> None:
     """Before anything is made of each entry: a message may hold millions, and everybody waits meanwhile."""
     sampling = request.sampling
-    for field, num_entries, most in (
+    for name, num_entries, most in (
         ("stop", len(request.stop), MAX_STOP_STRINGS),
         ("sampling.logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIAS),
         ("sampling.stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS),
     ):
         if num_entries > most:
-            raise InvalidArgument(field, num_entries, f"at most {most} entries")
+            raise InvalidArgument(name, num_entries, f"at most {most} entries")
 
 
 def _check_sampling(given: sampling_pb2.SamplingParams, limits: ModelLimits, seed: int, longest_output: int) -> None:

@@ -38,6 +38,7 @@ class FakeGroup(RankGroup):
         self.refuse_posts: dict[int, tuple[str, str]] = {}  # rank -> error
         self.cancel_outcome = "drained"
         self.hold_cancels = False
+        self.holds_posts = False  # nothing is said of them
         self.hangs = False  # steps are not answered
         self.kv_hangs = False  # signs of life are not given
         self.num_pings = 0
@@ -75,7 +76,7 @@ class FakeGroup(RankGroup):
     def begin(self, rank: int, message: FrontKVMessage) -> Operation:
         operation = Operation(cast(Any, self._owner), message.op_id)
         self._owner.operations[message.op_id] = operation
-        if isinstance(message, PostReceive):
+        if isinstance(message, PostReceive) and not self.holds_posts:
             if rank in self.refuse_posts:
                 operation.deliver(ReceivePosted(message.op_id, *self.refuse_posts[rank]))
             else:

@@ -209,9 +209,10 @@ class Prefill:
         tp_size: int = 1,
         fingerprint: str = "layout",
         span: Span = NO_SPAN,
+        num_unread: int = 0,  # answers after which nobody reads; 0: all are read
     ) -> None:
         self._requests: asyncio.Queue[kv_pb2.HandoffRequest | None] = asyncio.Queue()
-        self._responses: asyncio.Queue[kv_pb2.HandoffResponse] = asyncio.Queue()
+        self._responses: asyncio.Queue[kv_pb2.HandoffResponse] = asyncio.Queue(num_unread)
         self.call = asyncio.create_task(front.worker.hand_off(self._read(), self._responses.put, span))
         self.send(
             begin=kv_pb2.HandoffBegin(

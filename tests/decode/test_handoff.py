@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 from baton.v1 import kv_pb2
@@ -17,6 +18,7 @@ from common.errors import (
     NotFound,
     Preempted,
     TransferError,
+    TransferTimeout,
     Unavailable,
 )
 from tests.decode.fake_group import scattered_as
@@ -207,6 +209,65 @@ async def test_a_chunk_of_which_a_rank_wrote_something_else_is_rejected(field: s
         assert "wrote" in rejected.detail
         await prefill.break_off()
         await front.until_free()
+        await router.leave()
+
+
+async def test_a_stream_that_does_not_begin_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.decode.handoff.BEGIN_TIMEOUT_S", 0.01)
+
+    unread: asyncio.Queue[kv_pb2.HandoffResponse] = asyncio.Queue()
+
+    async def silent() -> AsyncIterator[kv_pb2.HandoffRequest]:
+        await asyncio.get_running_loop().create_future()
+        yield kv_pb2.HandoffRequest()
+
+    async with running_front() as front:
+        with pytest.raises(TransferTimeout, match="did not begin"):
+            await asyncio.wait_for(front.worker.hand_off(silent(), unread.put), 5.0)
+
+
+async def test_a_peer_that_does_not_read_loses_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.decode.handoff_stream.WRITE_TIMEOUT_S", 0.01)
+    async with running_front() as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1), num_unread=1)
+        prefill.offer(0, 0, 3)
+        with pytest.raises(TransferTimeout, match="took no message"):
+            await prefill.over()
+        await front.until_free()
+        await router.leave()
+
+
+async def test_a_rank_that_does_not_say_whether_its_peer_came_costs_the_chunk_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.decode.chunk_transfer.ANSWER_GRACE_S", 0.0)
+    async with running_front(connect_timeout_s=0.01) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        front.group.holds_posts = True
+        prefill.offer(0, 0, 3)
+        rejected = (await prefill.receive("chunk_rejected")).chunk_rejected
+        assert rejected.reason == kv_pb2.CHUNK_REJECT_REASON_PEER_LOST
+        front.group.holds_posts = False
+        await prefill.break_off()
+        await front.until_free()
+        await router.leave()
+
+
+async def test_ranks_that_do_not_take_a_receive_back_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but their end says that they do not write to its blocks."""
+    monkeypatch.setattr("services.decode.chunk_transfer._HANG_TIMEOUT_S", 0.0)
+    async with running_front(grant_timeout_s=0.01, cancel_timeout_s=0.01) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1))
+        await prefill.receive("accepted")
+        front.group.hold_cancels = True
+        prefill.offer(0, 0, 3)
+        await front.until(lambda: front.group.lost_reason is not None)
+        assert front.group.lost_reason == "rank 0 does not take back a receive"
+        await prefill.break_off()
         await router.leave()
 
 

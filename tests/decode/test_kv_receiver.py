@@ -124,6 +124,16 @@ async def test_a_receive_waits_for_its_peer_to_connect() -> None:
         assert (await rank.reply(ReceivePosted)).error_kind == ""
 
 
+async def test_a_failure_that_nobody_foresaw_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def wait_for_peer(*_: object) -> None:
+        raise RuntimeError("the library's own")
+
+    async with running_rank() as rank:
+        monkeypatch.setattr(rank.endpoint, "wait_for_peer", wait_for_peer)
+        rank.post()
+        assert (await rank.reply(ReceivePosted)).error_kind == "InternalError"
+
+
 async def test_a_peer_that_does_not_come_is_reported_and_nothing_is_posted() -> None:
     async with running_rank() as rank:
         rank.post(connect_timeout_s=0.01)

@@ -243,6 +243,7 @@ class _Stream:
     async def _join(self) -> None:
         if self._missing is not None and self._missing <= self._verified:
             self.joined = True
+            await self._pass("joined")
             await self._write(kv_pb2.HandoffResponse(joined=kv_pb2.HandoffJoined()))
 
     async def _receive(self, chunk: kv_pb2.ChunkOffer) -> None:

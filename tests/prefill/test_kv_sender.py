@@ -277,6 +277,17 @@ async def test_leg_that_does_not_fit_is_refused_and_sends_nothing(wrong: dict[st
         assert (await rank.reply(TransportStatsReply)).messages_sent == 0
 
 
+async def test_a_failure_that_nobody_foresaw_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(*_: object) -> None:
+        raise RuntimeError("the library's own")
+
+    async with running() as rank:
+        monkeypatch.setattr(InprocEndpoint, "connect", connect)
+        rank.sender.handle(ConnectPeer(1, DECODE, 20.0))
+        done = await rank.reply(ConnectDone)
+        assert (done.error_kind, done.detail) == ("InternalError", "RuntimeError: the library's own")
+
+
 async def test_every_nth_leg_is_corrupted_after_its_digest() -> None:
     async with running(corrupt_every=2) as rank:
         await rank.connect()

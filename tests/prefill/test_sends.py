@@ -119,6 +119,15 @@ async def test_lost_ranks_end_a_send() -> None:
         assert (reads_done, [str(failure) for failure in failures]) == ([1], ["rank 1 died"])
 
 
+async def test_a_rank_that_does_not_say_whether_it_is_connected_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.prefill.sends.ANSWER_GRACE_S", 0.0)
+    async with running() as (sends, ranks):
+        ranks.holds_connects = True
+        with pytest.raises(errors.TransferTimeout, match="rank 0 did not say"):
+            await asyncio.wait_for(sends.connect(0, "decode-0", 0.01), 5.0)
+        ranks.finish_connects()
+
+
 async def test_send_after_the_end_fails_at_once() -> None:
     async with running() as (sends, _):
         handle = await sends.slots.acquire()

@@ -217,6 +217,18 @@ async def test_deadline_passes_while_no_grant_comes() -> None:
         await harness.settled()
 
 
+@pytest.mark.parametrize(("stage", "bound"), [("begin", "ACCEPT_TIMEOUT_S"), ("joined", "ANSWER_GRACE_S")])
+async def test_decode_that_goes_silent_does_not_hold_a_request_until_its_deadline(
+    stage: str, bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"services.prefill.handoff.{bound}", 0.05)
+    async with running() as harness:
+        harness.decode.stage = Stage(stage)
+        with pytest.raises(errors.TransferTimeout, match="decode did not"):
+            await asyncio.wait_for(harness.prefill(harness.request(timeout_s=60.0)), 20.0)
+        await harness.settled()
+
+
 async def test_deadline_passes_in_the_queue() -> None:
     async with running() as harness:
         harness.ranks.is_manual = True

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 EOS_TOKEN_ID = 0
+USER_TOKEN_ID = 257  # `<user>`: special, and no end of sequence
 CONTEXT_LENGTH = 512
 VOCAB_SIZE = 300
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
@@ -21,7 +22,7 @@ def write_byte_checkpoint(directory: Path, *, chat_template: str | None = CHAT_T
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<eos>", "<user>")])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "architectures": ["Qwen3ForCausalLM"],

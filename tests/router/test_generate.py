@@ -15,7 +15,7 @@ from common.rpc.status import error_from_rpc
 from services.router.attempt import RequestPlan
 from services.router.choice import Choice
 from services.router.dispatcher import Dispatcher
-from tests.router.byte_checkpoint import EOS_TOKEN_ID, byte_ids
+from tests.router.byte_checkpoint import EOS_TOKEN_ID, USER_TOKEN_ID, byte_ids
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import letters
 
@@ -149,6 +149,38 @@ async def test_stop_token_ids_end_the_output_without_text(cluster: Cluster) -> N
     outputs = await cluster.generate(request)
     assert outputs[0].token_ids == letters(0, 5)
     assert outputs[0].text == "abcd"
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "xxx"), (True, "xxx<user>")])
+@pytest.mark.parametrize("tokens_per_batch", [1, 2, 50])
+async def test_a_stop_string_that_is_a_special_token_ends_the_output_at_that_token(
+    cluster: Cluster, tokens_per_batch: int, include: bool, text: str
+) -> None:
+    cluster.script.tokens_per_batch = tokens_per_batch
+    cluster.script.token_at = lambda choice, position: USER_TOKEN_ID if position == 3 else byte_ids("x")[0]
+    request = text_request(50, stop=["zzz", "<user>"], include_stop_in_output=include)
+    request.sampling.stop_token_ids.append(7)
+    outputs = await cluster.generate(request)
+    assert outputs[0].token_ids == [*byte_ids("xxx"), USER_TOKEN_ID]
+    assert outputs[0].text == text
+    assert outputs[0].last is not None
+    assert outputs[0].last.finish_reason == sampling_pb2.FINISH_REASON_STOP
+    assert list(cluster.decodes[0].opened[0].sampling.stop_token_ids) == [7, USER_TOKEN_ID]
+
+
+async def test_a_stop_string_is_found_as_text_although_it_is_a_special_token_too(cluster: Cluster) -> None:
+    spelled = byte_ids("ab<user>cd")
+    cluster.script.token_at = lambda choice, position: spelled[position]
+    outputs = await cluster.generate(text_request(10, stop=["<user>"]))
+    assert outputs[0].text == "ab"
+
+
+async def test_stop_strings_that_are_tokens_count_as_stop_tokens(cluster: Cluster) -> None:
+    request = text_request(5, stop=["<user>"])
+    request.sampling.stop_token_ids.extend(range(1, 65))
+    with pytest.raises(grpc.aio.AioRpcError, match=r"stop = 65: .*at most 64") as caught:
+        await cluster.generate(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 3])

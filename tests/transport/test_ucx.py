@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,27 @@ async def test_a_peer_that_says_no_hello_is_shut_out(endpoint: UcxEndpoint) -> N
     assert endpoint.stats().connections == 0
     stranger.close_blocking()
     worker.close()
+
+
+class _Departed:
+    """A UCX endpoint whose peer left just now: `ucxx` knows, and nobody has been told."""
+
+    alive = False
+
+    def stream_send(self, _: Array) -> None:
+        raise RuntimeError("Endpoint is closing or has already closed.")
+
+    def close_blocking(self) -> None:
+        pass
+
+
+async def test_a_peer_that_left_before_the_hello_is_lost(
+    endpoint: UcxEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.transport.ucx.UCXEndpoint", SimpleNamespace(create=lambda *_: _Departed()))
+    with pytest.raises(PeerLost, match="closed"):
+        await endpoint.connect("ucx://127.0.0.1:1", 5.0)
+    assert endpoint.stats().connections == 0
 
 
 async def test_a_taken_port_is_unavailable(endpoint: UcxEndpoint) -> None:

@@ -145,7 +145,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The output ends before the first of these. At most 16 of at most 256 characters; none empty."""
+        """The output ends before the first of these. At most 16 of at most 256 characters; none empty. One that is a special
+        token also counts as that token in sampling.stop_token_ids.
+        """
 
     def __init__(
         self,

@@ -1,0 +1,57 @@
+"""What the router takes from a checkpoint: what it can serve it serves, and what it cannot it tells at the start."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from baton.v1 import inference_pb2
+
+from common.errors import InvalidArgument
+from services.router.served_model import ServedModel, load_served_model
+from services.router.validation import validate
+from tests.router.byte_checkpoint import USER_TOKEN_ID, byte_ids, write_byte_checkpoint
+
+
+def load(directory: Path, **config: object) -> ServedModel:
+    """The checkpoint of bytes with other values in its config.json."""
+    write_byte_checkpoint(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return load_served_model("bytes", directory, 1 << 20)
+
+
+def text_request(text: str) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(text=text)
+
+
+def chat_request(content: str) -> inference_pb2.GenerateRequest:
+    message = inference_pb2.ChatMessage(role="user", content=content)
+    return inference_pb2.GenerateRequest(chat=inference_pb2.ChatMessages(messages=[message]))
+
+
+@pytest.mark.parametrize(
+    ("request_of", "field"), [(text_request, "text"), (chat_request, "chat.messages")], ids=["text", "chat"]
+)
+def test_a_token_beyond_the_embedding_is_refused_under_the_field_that_holds_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, request_of: object, field: str
+) -> None:
+    assert callable(request_of)
+    with caplog.at_level(logging.WARNING):
+        model = load(tmp_path, vocab_size=USER_TOKEN_ID)
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 ids of the tokenizer are beyond the 257 embeddings of the model, and prompts with one are refused: '<user>'"
+    ]
+    with pytest.raises(InvalidArgument, match="'<user>': a token that the model has no embedding for") as caught:
+        model.prompt_ids(validate(request_of("a<user>b"), model.limits))
+    assert caught.value.field == field
+    assert model.prompt_ids(validate(text_request("ab"), model.limits)) == byte_ids("ab")
+
+
+def test_a_tokenizer_within_the_embedding_is_not_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = load(tmp_path)
+    assert not caplog.records
+    assert USER_TOKEN_ID in model.prompt_ids(validate(text_request("a<user>b"), model.limits))
