@@ -14,8 +14,10 @@ from rich.console import Console
 from cli.answer import Answer, stream_to_stdout
 from cli.client import connect
 from cli.deployment import Deployment, DeploymentSpec
+from cli.flag_types import whole
 from cli.lifetime_table import print_lifetime
 from cli.up import DEFAULT_MODEL
+from common.sampling.limits import MAX_TOKENS
 
 PROMPT_END = "def insort_left(a, x, lo=0, hi=None, *, key=None):"
 NUM_SHOWN_LINES = 6
@@ -30,8 +32,10 @@ def default_prompt() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `baton demo`."""
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="Hugging Face directory")
-    parser.add_argument("--decode-tp", type=int, default=2, metavar="N", help="ranks of the decode worker (2)")
-    parser.add_argument("--max-tokens", type=int, default=120, help="most tokens to generate (120)")
+    ranks = "ranks of the decode worker (2)"
+    parser.add_argument("--decode-tp", type=whole(1, 64), default=2, metavar="N", help=ranks)
+    tokens = "most tokens to generate (120)"
+    parser.add_argument("--max-tokens", type=whole(1, MAX_TOKENS), default=120, metavar="N", help=tokens)
     parser.add_argument("--prompt", default=default_prompt(), help="what to continue (the start of bisect.py)")
 
 

@@ -1,7 +1,8 @@
 """A whole deployment on this machine: router, prefill and decode workers as processes of their own.
 
-A process that dies is reported and started again with the same arguments; nothing outlives `stop`. Used by
-`baton up`, `baton demo`, the benchmarks and the integration tests. Knows command lines, not requests.
+A process that dies is reported and started again with the same arguments, but for one that dies before the whole
+deployment was ready: that is a wrong start, which `ready` tells. Nothing outlives `stop`. Used by `baton up`, `baton
+demo`, the benchmarks and the integration tests. Knows command lines, not requests.
 """
 
 from __future__ import annotations
@@ -14,42 +15,24 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO
 
 import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
+from cli import preflight
+from cli.deployment_spec import DeploymentSpec as DeploymentSpec
+from cli.process_log import ProcessLog
+from cli.worker_cells import state_of
 from common.errors import InternalError, Unavailable
 from common.parent_death import environment_of_child
 from common.rpc.client import open_channel
-from common.worker.free_port import free_ports, require_free
+from common.worker.free_port import free_ports
 
 _MAX_STATUS_BYTES = 4 << 20
 _STOP_GRACE_S = 5.0
+_STATE_TIMEOUT_S = 1.0
 _QUICK_DEATH_S = 5.0  # a process that dies sooner than this after its start is started again more slowly
 _MAX_RESTART_DELAY_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class DeploymentSpec:
-    """What to start. `*_args` are further flags of that service, as `python -m services.X --help` shows them."""
-
-    model: Path
-    num_prefill: int = 1
-    num_decode: int = 1
-    prefill_tp: int = 1
-    decode_tp: int = 1
-    router_processes: int = 1
-    metrics_port: int = 0  # of the first router process; the others follow, then the workers. 0: no metrics
-    device: str = "cpu"  # or `cuda`: every rank gets a GPU of its own, prefill workers first
-    host: str = "127.0.0.1"
-    router_port: int = 0
-    prefill_args: tuple[str, ...] = ()
-    decode_args: tuple[str, ...] = ()
-    router_args: tuple[str, ...] = ()
-    log_dir: Path | None = None
-    restart: bool = True
 
 
 @dataclass(slots=True)
@@ -62,7 +45,7 @@ class ManagedProcess:
     argv: list[str]
     process: asyncio.subprocess.Process | None = None
     num_restarts: int = 0
-    log: IO[bytes] | None = None
+    log: ProcessLog | None = None
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def restarted(self, timeout_s: float) -> None:
@@ -86,6 +69,9 @@ class Deployment:
         self._spec = spec
         self._on_event = on_event
         self._stopping = False
+        self._was_ready = False
+        self._failure = ""  # of the start: who died, and of what
+        self._failed = asyncio.Event()
         self._monitors: list[asyncio.Task[None]] = []
         ports = free_ports(1 + spec.num_prefill + spec.num_decode, spec.host)
         router_port = spec.router_port or ports[0]
@@ -117,8 +103,9 @@ class Deployment:
         return [f"http://{self._spec.host}:{port + index}/metrics" for index in range(count)] if port else []
 
     async def __aenter__(self) -> Deployment:
-        """Raises `FailedPrecondition` if somebody else has the router's port: its answers would be taken for ours."""
-        require_free(self._spec.host, self._spec.router_port)
+        """Raises what `preflight.check` finds, as that somebody else has the router's port: its answers would be taken
+        for ours."""
+        preflight.check(self._spec, os.environ)
         try:
             for process in self.processes:
                 await self._start(process)
@@ -132,25 +119,56 @@ class Deployment:
         await self.stop()
 
     async def ready(self, timeout_s: float) -> None:
-        """Wait until the router sees every worker ready. Raises `Unavailable` when the time is up."""
+        """Wait until the router sees every worker ready.
+
+        Raises `Unavailable` as soon as a process ends instead, or when the time is up; it says which process, and the
+        last line of its log.
+        """
+        seeing = asyncio.create_task(self._all_seen())
+        failing = asyncio.create_task(self._failed.wait())
+        try:
+            await asyncio.wait({seeing, failing}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure:
+                raise Unavailable(self._failure)
+            if not seeing.done():
+                raise Unavailable(f"after {timeout_s:g} s {await self._late()}")
+            seeing.result()
+            self._was_ready = True
+        finally:
+            seeing.cancel()
+            failing.cancel()
+            await asyncio.gather(seeing, failing, return_exceptions=True)
+
+    async def _all_seen(self) -> None:
         expected = (self._spec.num_prefill, self._spec.num_decode)
-        seen: tuple[int, int] = (0, 0)
-        deadline = time.monotonic() + timeout_s
         async with open_channel(self.router_address, _MAX_STATUS_BYTES) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
-            while time.monotonic() < deadline:
+            while True:
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     info = await stub.GetModelInfo(
                         inference_pb2.GetModelInfoRequest(), timeout=1.0, wait_for_ready=True
                     )
-                    seen = (info.num_prefill_workers, info.num_decode_workers)
-                if seen >= expected and seen[1] >= expected[1]:
-                    return
+                    if info.num_prefill_workers >= expected[0] and info.num_decode_workers >= expected[1]:
+                        return
                 await asyncio.sleep(0.05)  # start-up only: the model info has no stream to wait on
-        raise Unavailable(
-            f"after {timeout_s:.0f} s the router sees {seen[0]} of {expected[0]} prefill and "
-            f"{seen[1]} of {expected[1]} decode workers"
-        )
+
+    async def _late(self) -> str:
+        """Which processes are not ready, and why, as far as they say."""
+        workers = [*self.prefill, *self.decode]
+        states = await asyncio.gather(*(self._state_of(worker) for worker in workers))
+        late = [
+            f"{worker.name} {state}{_last_words(worker)}"
+            for worker, state in zip(workers, states, strict=True)
+            if state != "is ready"
+        ]
+        return "; ".join(late) or f"the router does not see all workers ready, which they are{_last_words(self.router)}"
+
+    async def _state_of(self, worker: ManagedProcess) -> str:
+        try:
+            status = await self.status(worker, _STATE_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return "does not answer"
+        return f"is {state_of(status)}"
 
     async def status(self, worker: ManagedProcess, timeout_s: float = 5.0) -> worker_pb2.WorkerStatus:
         """One status of a worker. Raises `grpc.aio.AioRpcError` if it does not answer."""
@@ -171,6 +189,7 @@ class Deployment:
         name = f"{role}-{index}"
         address = f"{self._spec.host}:{port}"
         flags = ["--worker-id", name, "--listen", address, "--model", str(self._spec.model)]
+        flags += ["--transport-url", f"ucx://{self._spec.host}:0"]
         flags += self._metrics_flags(self._spec.router_processes + self._num_workers)
         self._num_workers += 1
         flags += ["--tp-size", str(tp_size), "--device", self._spec.device, "--first-device", str(self._num_devices)]
@@ -194,14 +213,14 @@ class Deployment:
 
     async def _start(self, managed: ManagedProcess) -> None:
         if self._spec.log_dir is not None and managed.log is None:
-            self._spec.log_dir.mkdir(parents=True, exist_ok=True)
-            managed.log = (self._spec.log_dir / f"{managed.name}.log").open("ab")
+            managed.log = ProcessLog(self._spec.log_dir / f"{managed.name}.log")
+        output = None if managed.log is None else managed.log.begin_run()
         managed.process = await asyncio.create_subprocess_exec(
             sys.executable,
             *managed.argv,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=managed.log,
-            stderr=managed.log,
+            stdout=output,
+            stderr=output,
             env=environment_of_child() | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C in the terminal reaches only us, and we stop things in order
         )
@@ -215,6 +234,12 @@ class Deployment:
             if self._stopping:
                 return
             self._on_event(f"{managed.name} (process {managed.pid}) ended with {_describe(status)}")
+            if not self._was_ready:
+                self._failure = self._failure or (
+                    f"{managed.name} ended with {_describe(status)} before all was ready{_last_words(managed)}"
+                )
+                self._failed.set()
+                return
             if not self._spec.restart:
                 return
             delay_s = 0.1 if time.monotonic() - started > _QUICK_DEATH_S else min(delay_s * 2, _MAX_RESTART_DELAY_S)
@@ -228,6 +253,13 @@ class Deployment:
 
 def _describe(status: int) -> str:
     return f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+
+
+def _last_words(managed: ManagedProcess) -> str:
+    """What its log ends with, and where that is."""
+    if managed.log is None or not (line := managed.log.last_line()):
+        return ""
+    return f": {line} [{managed.log.path}]"
 
 
 async def _terminate(managed: ManagedProcess) -> None:

@@ -6,14 +6,26 @@ import time
 from collections import deque
 
 from baton.v1 import worker_pb2
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from cli.deployment import ManagedProcess
 from cli.worker_cells import blocks_of, slots_of, state_of
 from cli.worker_watch import follow_status
 
 _NUM_EVENTS = 5
+_LEGEND = "blocks: free/cached/held   slots: free/used/quarantined"
+_COLUMNS: tuple[tuple[str, JustifyMethod], ...] = (
+    ("worker", "left"),
+    ("state", "left"),
+    ("TP", "right"),
+    ("waiting", "right"),
+    ("running", "right"),
+    ("blocks", "right"),
+    ("slots", "right"),
+    ("restarts", "right"),
+)
 
 
 class StatusView:
@@ -28,25 +40,29 @@ class StatusView:
         """Show a line of text with the time of day."""
         self._events.append(f"{time.strftime('%H:%M:%S')} {text}")
 
+    def set_status(self, name: str, status: worker_pb2.WorkerStatus | None, num_restarts: int) -> None:
+        """A worker said how it is, or cannot be reached."""
+        self._statuses[name] = status
+        self._restarts[name] = num_restarts
+
     async def watch(self, worker: ManagedProcess) -> None:
         """Follow one worker's status, also across its restarts, until cancelled."""
 
         def on_status(status: worker_pb2.WorkerStatus | None) -> None:
-            self._statuses[worker.name] = status
-            self._restarts[worker.name] = worker.num_restarts
+            self.set_status(worker.name, status, worker.num_restarts)
 
         await follow_status(worker.address, on_status)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._table()
-        yield from self._events
+        yield Text(_LEGEND, style="dim")
+        yield from map(Text, self._events)
 
     def _table(self) -> Table:
-        table = Table()
-        for heading in ("worker", "state", "TP", "waiting", "running"):
-            table.add_column(heading)
-        for heading in ("blocks free/cached/held", "slots free/used/quarantined", "restarts"):
-            table.add_column(heading, justify="right")
+        """Fits into 80 columns; where there are fewer, cells are folded: nothing is cut."""
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        for heading, justify in _COLUMNS:
+            table.add_column(heading, justify=justify, overflow="fold")
         for name, status in sorted(self._statuses.items()):
             restarts = str(self._restarts.get(name, 0))
             if status is None:

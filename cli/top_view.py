@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from baton.v1 import worker_pb2
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from cli.link_speed import LinkSpeed, lane_of
 from cli.scrape import Scrape, quantile
@@ -64,17 +65,18 @@ class TopView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._statuses:
             yield self._workers(options.max_width)
+            yield Text(_LEGEND, style="dim")
         if self._router_error:
-            yield f"router: {self._router_error}"
+            yield Text(f"router: {self._router_error}")
         elif self._router is not None:
             yield self._latencies(*self._router)
 
     def _workers(self, width: int) -> Table:
-        """Fits into 80 columns; where there are more, blocks are drawn as bars too."""
+        """Fits into 80 columns; blocks are drawn as bars too where there are more, cells fold where there are fewer."""
         bar_cells = min(_MAX_BAR_CELLS, width - _TEXT_WIDTH)
-        table = Table(box=None, padding=(0, 1, 0, 0), caption=_LEGEND, caption_justify="left")
+        table = Table(box=None, padding=(0, 1, 0, 0))
         for heading, justify in _COLUMNS:
-            table.add_column(heading, justify=justify, no_wrap=True)
+            table.add_column(heading, justify=justify, overflow="fold")
         now_s = self._clock()
         for address, status in self._statuses.items():
             if status is None:

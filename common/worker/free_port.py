@@ -9,13 +9,17 @@ from common.errors import FailedPrecondition
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Held open together while they are chosen, so that they differ."""
+    """Held open together while they are chosen, so that they differ. Raises `FailedPrecondition` for a host that is not
+    this machine."""
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
-        for _ in range(count):
-            probe = stack.enter_context(socket.socket())
-            probe.bind((host, 0))
-            ports.append(probe.getsockname()[1])
+        try:
+            for _ in range(count):
+                probe = stack.enter_context(socket.socket())
+                probe.bind((host, 0))
+                ports.append(probe.getsockname()[1])
+        except OSError as error:
+            raise FailedPrecondition(f"cannot listen on {host}: {error.strerror}") from error
     return ports
 
 

@@ -1,14 +1,15 @@
-"""What a deployment on this machine checks before it starts anything."""
+"""A deployment on this machine: what is checked before anything starts, and how a start that goes wrong is told."""
 
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from cli.deployment import Deployment, DeploymentSpec
-from common.errors import FailedPrecondition
+from common.errors import FailedPrecondition, Unavailable
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -24,3 +25,47 @@ async def test_a_routers_port_that_somebody_has_is_named_and_nothing_is_started(
         with pytest.raises(FailedPrecondition, match=f"127.0.0.1:{port}"):
             await deployment.__aenter__()
         assert all(process.process is None for process in deployment.processes)
+
+
+@pytest.fixture
+def _fake_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that do nothing; one with the flag `--die` says why and ends."""
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\necho beginning\ncase \"$*\" in *--die*) echo 'no room [here]' >&2; exit 3;; esac\nexec sleep 600\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+@pytest.mark.usefixtures("_fake_services")
+async def test_the_first_process_that_ends_ends_the_start_and_is_quoted(tmp_path: Path, shipped_model: Path) -> None:
+    events: list[str] = []
+    logs = tmp_path / "logs"
+    spec = DeploymentSpec(model=shipped_model, num_decode=2, router_args=("--die",), log_dir=logs)
+    async with Deployment(spec, on_event=events.append) as deployment:
+        with pytest.raises(Unavailable) as failure:
+            await deployment.ready(timeout_s=30.0)
+        assert deployment.router.num_restarts == 0
+    expected = f"router ended with status 3 before all was ready: no room [here] [{logs}/router.log]"
+    assert str(failure.value) == expected
+    assert len(events) == 1
+
+
+@pytest.mark.usefixtures("_fake_services")
+async def test_a_start_that_takes_too_long_says_who_is_late(tmp_path: Path, shipped_model: Path) -> None:
+    async with Deployment(DeploymentSpec(model=shipped_model, log_dir=tmp_path / "logs")) as deployment:
+        with pytest.raises(Unavailable) as failure:
+            await deployment.ready(timeout_s=0.1)
+    said = str(failure.value)
+    assert said.startswith("after 0.1 s prefill-0 does not answer: beginning [")
+    assert "; decode-0 does not answer: beginning [" in said
+
+
+def test_everything_listens_on_the_host_that_is_asked_for(shipped_model: Path) -> None:
+    deployment = Deployment(DeploymentSpec(model=shipped_model, host="127.0.0.1", metrics_port=20000))
+    for process in deployment.processes:
+        hosts = [argument for argument in process.argv if "0.0.0.0" in argument]
+        assert not hosts
+    for worker in (*deployment.prefill, *deployment.decode):
+        assert worker.argv[worker.argv.index("--transport-url") + 1] == "ucx://127.0.0.1:0"

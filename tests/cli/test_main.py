@@ -56,7 +56,9 @@ async def test_up_serves_until_it_is_told_to_stop_and_leaves_no_process(number: 
     assert up.returncode == 0
     _, alive = psutil.wait_procs(family, timeout=20.0)
     assert not alive
-    assert _names_in(tmp_path) == {"router.log", "prefill-0.log", "decode-0.log"}
+    assert _names_in(tmp_path) == {address.replace(":", "-")}, "a directory that no other deployment writes to"
+    logs = tmp_path / address.replace(":", "-")
+    assert _names_in(logs) == {"router.log", "prefill-0.log", "decode-0.log"}
 
 
 @pytest.mark.parametrize(

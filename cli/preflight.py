@@ -1,0 +1,100 @@
+"""What can be said against a deployment before anything of it is started, naming the flag to change.
+
+Looks at ports, at the checkpoint as fronts look at it, and for GPUs. Starts nothing, and reaches no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from cli.deployment_spec import DeploymentSpec
+from common.errors import FailedPrecondition, InvalidArgument, ModelError
+from common.worker.free_port import require_free
+from common.worker.worker_model import read_worker_model
+
+_MAX_PORT = 65535
+_BLOCK_SIZE = 64  # of no matter here: what depends on it is checked by the workers
+# WSL and Jetson have GPUs without `nvidia0`; how many, nobody says there.
+_UNCOUNTED_GPUS = ("dxg", "nvgpu", "nvhost-gpu")
+
+
+def check(spec: DeploymentSpec, environ: Mapping[str, str], devices: Path = Path("/dev")) -> None:
+    """Raises `InvalidArgument`, `ModelError` or `FailedPrecondition` for the first thing that cannot work."""
+    _check_ports(spec)
+    _check_model(spec)
+    if spec.device == "cuda":
+        _check_gpus(spec, num_visible_gpus(environ, devices))
+
+
+def num_visible_gpus(environ: Mapping[str, str], devices: Path) -> int | None:
+    """GPUs that CUDA would find; None if there are some and nobody says how many."""
+    try:
+        names = [entry.name for entry in devices.iterdir()]
+    except OSError:
+        return None
+    num_gpus = sum(1 for name in names if re.fullmatch(r"nvidia[0-9]+", name))
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        wanted = [part for part in listed.split(",") if part.strip()]
+        if not wanted or wanted[0].strip() == "-1":
+            return 0
+        num_gpus = min(num_gpus, len(wanted))
+    if not num_gpus and any(name.startswith(_UNCOUNTED_GPUS) for name in names):
+        return None
+    return num_gpus
+
+
+def _check_ports(spec: DeploymentSpec) -> None:
+    _require_free(spec.host, spec.router_port, "the router's port", "--port")
+    if not spec.metrics_port:
+        return
+    num_ports = spec.router_processes + spec.num_prefill + spec.num_decode
+    last = spec.metrics_port + num_ports - 1
+    if last > _MAX_PORT:
+        limit = f"at most {_MAX_PORT - num_ports + 1}: {num_ports} processes take a port each from there on"
+        raise InvalidArgument("--metrics-port", spec.metrics_port, limit)
+    if spec.metrics_port <= spec.router_port <= last:
+        limit = f"{num_ports} processes take ports up to {last}, and {spec.router_port} is the router's (--port)"
+        raise InvalidArgument("--metrics-port", spec.metrics_port, limit)
+    for port in range(spec.metrics_port, last + 1):
+        _require_free(spec.host, port, "a metrics port", "--metrics-port")
+
+
+def _require_free(host: str, port: int, whose: str, flag: str) -> None:
+    try:
+        require_free(host, port)
+    except FailedPrecondition as error:
+        raise FailedPrecondition(f"{whose}: {error}; {flag} names another") from error
+
+
+def _check_model(spec: DeploymentSpec) -> None:
+    roles = (
+        ("prefill", spec.num_prefill, spec.prefill_tp, spec.prefill_args),
+        ("decode", spec.num_decode, spec.decode_tp, spec.decode_args),
+    )
+    for role, num_workers, tp_size, flags in roles:
+        if not num_workers:
+            continue
+        try:
+            read_worker_model(spec.model, spec.device, "auto", _BLOCK_SIZE, tp_size, "--random-weights" in flags)
+        except ModelError as error:
+            raise ModelError(f"--model: {error}") from error
+        except InvalidArgument as error:
+            if error.field != "tp_size":
+                raise
+            raise InvalidArgument(f"--{role}-tp", tp_size, error.limit) from error
+
+
+def _check_gpus(spec: DeploymentSpec, num_gpus: int | None) -> None:
+    if num_gpus is None or any(flag.startswith("--first-device") for flag in (*spec.prefill_args, *spec.decode_args)):
+        return  # nobody knows, or the caller deals them out himself
+    num_ranks = spec.num_prefill * spec.prefill_tp + spec.num_decode * spec.decode_tp
+    if num_gpus == 0:
+        raise FailedPrecondition(
+            "--device cuda: there is no NVIDIA GPU here that CUDA may use; --device cpu needs none"
+        )
+    if num_ranks > num_gpus:
+        have = f"CUDA may use {num_gpus} here"
+        raise FailedPrecondition(f"--device cuda: {num_ranks} ranks need a GPU each, and {have}; ask for fewer workers")
