@@ -7,6 +7,9 @@
     ├── DeadlineExceeded       the request's own deadline passed
     ├── Cancelled              the client, or the leg beside this one, went away
     ├── Unavailable            a worker died, drains, or cannot be reached; another may serve the request
+    │   ├── WorkerDraining     it takes nothing new, or stops
+    │   ├── RanksLost          its ranks died, and what they held with them
+    │   └── ConnectionLost     nobody answered, or the connection broke: the process may have died
     ├── Preempted              decode gave the sequence's blocks to others; it is to be sent again
     ├── FailedPrecondition     two workers that do not fit together (layout fingerprint, protocol version)
     ├── ModelError             a checkpoint that cannot be served; says which tensor, shape or architecture
@@ -60,6 +63,18 @@ class Cancelled(BatonError):
 
 class Unavailable(BatonError):
     """A worker died, drains or cannot be reached. The request may be served by another."""
+
+
+class WorkerDraining(Unavailable):
+    """The worker takes nothing new, or stops. Nobody is to blame."""
+
+
+class RanksLost(Unavailable):
+    """The ranks of the worker died, and with them what they held of the request."""
+
+
+class ConnectionLost(Unavailable):
+    """There was no connection, or it broke. The process at the other end may have died, or cannot be reached."""
 
 
 class Preempted(BatonError):

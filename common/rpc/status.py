@@ -19,6 +19,7 @@ from google.rpc.status_pb2 import Status
 from common.errors import (
     BatonError,
     Cancelled,
+    ConnectionLost,
     DeadlineExceeded,
     DigestMismatch,
     FailedPrecondition,
@@ -28,11 +29,13 @@ from common.errors import (
     NotFound,
     PeerLost,
     Preempted,
+    RanksLost,
     ResourceExhausted,
     TransferError,
     TransferTimeout,
     Truncated,
     Unavailable,
+    WorkerDraining,
 )
 
 ERROR_DOMAIN = "baton"
@@ -46,6 +49,9 @@ CODE_BY_CLASS: dict[type[BatonError], grpc.StatusCode] = {
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Cancelled: grpc.StatusCode.CANCELLED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
+    WorkerDraining: grpc.StatusCode.UNAVAILABLE,
+    RanksLost: grpc.StatusCode.UNAVAILABLE,
+    ConnectionLost: grpc.StatusCode.UNAVAILABLE,
     Preempted: grpc.StatusCode.ABORTED,
     FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
     ModelError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -62,7 +68,7 @@ _NOT_CONNECTED = "failed to connect"
 _CLASS_BY_NAME = {cls.__name__: cls for cls in CODE_BY_CLASS}
 # For a status that gRPC itself made, or a server that is not ours.
 _CLASS_BY_CODE: dict[grpc.StatusCode, type[BatonError]] = {
-    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.UNAVAILABLE: ConnectionLost,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.NOT_FOUND: NotFound,
@@ -70,7 +76,7 @@ _CLASS_BY_CODE: dict[grpc.StatusCode, type[BatonError]] = {
     grpc.StatusCode.UNIMPLEMENTED: FailedPrecondition,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
     # Our servers send details with INTERNAL. gRPC says it of a connection that dies in the middle of a message.
-    grpc.StatusCode.INTERNAL: Unavailable,
+    grpc.StatusCode.INTERNAL: ConnectionLost,
 }
 
 
@@ -107,7 +113,7 @@ async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: BatonEr
 
 
 def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> BatonError:
-    """The error that the server raised, in its class; `Unavailable` if there was no server to raise one."""
+    """The error that the server raised, in its class; `ConnectionLost` if there was no server to raise one."""
     message = rpc_error.details() or rpc_error.code().name
     for key, value in rpc_error.trailing_metadata() or ():
         if key == DETAILS_METADATA_KEY:

@@ -60,7 +60,7 @@ class Operation:
         """The next reply. Raises `Unavailable` if the rank is lost. Cancelling it loses nothing."""
         while not self._replies:
             if self._lost is not None:
-                raise errors.Unavailable(self._lost)
+                raise errors.RanksLost(self._lost)
             self._arrived.clear()
             await self._arrived.wait()
         return self._replies.popleft()
@@ -154,7 +154,7 @@ class RankGroup:
         result = await self._results.get()
         if result is None:
             self._results.put_nowait(None)  # for every later call
-            raise errors.Unavailable(self._lost.result())
+            raise errors.RanksLost(self._lost.result())
         return result
 
     def next_op_id(self) -> int:
@@ -164,7 +164,7 @@ class RankGroup:
     def begin(self, rank: int, message: FrontKVMessage) -> Operation:
         """Send a KV message to one rank; its replies arrive at the operation. Raises `Unavailable` if lost."""
         if self._lost.done():
-            raise errors.Unavailable(self._lost.result())
+            raise errors.RanksLost(self._lost.result())
         target = self._ranks[rank]
         operation = Operation(target, message.op_id)
         target.operations[message.op_id] = operation

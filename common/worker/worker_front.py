@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from baton.v1 import worker_pb2
 
-from common.errors import Unavailable
+from common.errors import Unavailable, WorkerDraining
 from common.telemetry.tracing import Tracing
 from common.worker.free_port import free_ports
 from common.worker.rank_group import RankGroup
@@ -96,7 +96,7 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
     def require_ready(self) -> None:
         """Raises `Unavailable` while nothing new is taken."""
         if self.draining:
-            raise Unavailable(f"{self.config.worker_id} is draining")
+            raise WorkerDraining(f"{self.config.worker_id} is draining")
         if not self.has_ranks:
             raise Unavailable(f"{self.config.worker_id} is starting its ranks")
 

@@ -18,7 +18,7 @@ from common.errors import (
     FailedPrecondition,
     InvalidArgument,
     ResourceExhausted,
-    Unavailable,
+    WorkerDraining,
 )
 from services.decode.request import End, PromptComputed, RouterEvent, SequenceEnded, StepsBegin, TokenSampled
 
@@ -192,7 +192,7 @@ class Sessions:
     def end_all(self) -> None:
         """The worker stops: end every stream."""
         for session in self._sessions.values():
-            session.end(Unavailable("the worker is stopping"))
+            session.end(WorkerDraining("the worker is stopping"))
 
     def require(self, session_id: str) -> None:
         """Raises `FailedPrecondition` unless the session's stream stands."""

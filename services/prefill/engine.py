@@ -211,7 +211,7 @@ class PrefillEngine:
             raise
         finally:
             self._watchdog.stop()
-            self.fail_all(errors.Unavailable("the worker is stopping"))
+            self.fail_all(errors.WorkerDraining("the worker is stopping"))
 
     def fail_all(self, error: errors.BatonError) -> None:
         """Every job, and every later one, fails with this. The first error stays."""

@@ -94,7 +94,7 @@ class PrefillWorker(WorkerFront[PrefillConfig, PrefillMetrics]):
                 self._tasks = tasks
                 await supervisor.run()
         finally:
-            self._end_session("the worker is stopping")
+            self._end_session(errors.WorkerDraining("the worker is stopping"))
 
     def status(self) -> worker_pb2.WorkerStatus:
         status = self.base_status()
@@ -144,15 +144,15 @@ class PrefillWorker(WorkerFront[PrefillConfig, PrefillMetrics]):
         _log.info("%s is ready: %d ranks, layout %s", config.worker_id, config.tp_size, self.model.fingerprint)
         self.on_change()
 
-    def _end_session(self, reason: str) -> None:
+    def _end_session(self, error: errors.Unavailable) -> None:
         session, self._session = self._session, None
         if session is not None:
-            session.engine.fail_all(errors.Unavailable(reason))
+            session.engine.fail_all(error)
         self.on_change()
 
     def _lose_session(self, reason: str) -> None:
         self.counters.inc("ranks_lost")
-        self._end_session(reason)
+        self._end_session(errors.RanksLost(reason))
 
 
 async def _run_session(session: Session) -> None:

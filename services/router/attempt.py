@@ -20,13 +20,16 @@ from baton.v1 import decode_pb2, kv_pb2, prefill_pb2, sampling_pb2
 from common.errors import (
     BatonError,
     Cancelled,
+    ConnectionLost,
     DeadlineExceeded,
     FailedPrecondition,
     InternalError,
     InvalidArgument,
     Preempted,
+    RanksLost,
     TransferError,
     Unavailable,
+    WorkerDraining,
 )
 from common.rpc.client import decoded
 from common.rpc.status import error_from_rpc
@@ -112,13 +115,12 @@ class Pair:
 
 
 class Moved(Exception):
-    """One attempt is over and the sequence is not."""
+    """One attempt is over and the sequence is not. `blamed` are those with whom it failed."""
 
-    def __init__(self, cause: BatonError, blamed: tuple[Worker, ...], *, preempted: bool = False) -> None:
+    def __init__(self, cause: BatonError, blamed: tuple[Worker, ...]) -> None:
         super().__init__(str(cause))
         self.cause = cause
         self.blamed = blamed
-        self.preempted = preempted
 
 
 class Attempts:
@@ -251,26 +253,20 @@ def _leg_failure(error: BatonError, *blamed: Worker) -> Exception:
     """What a failed leg means: a move, unless the request itself is at fault or out of time."""
     if isinstance(error, InvalidArgument | DeadlineExceeded):
         return error
-    if isinstance(error, Preempted):
-        return _preempted(error)
     if isinstance(error, Cancelled):
         # We did not cancel it: the worker is shutting down.
-        error = Unavailable(str(error))
+        error = WorkerDraining(str(error))
     return Moved(error, blamed)
-
-
-def _preempted(error: Preempted) -> Moved:
-    """Decode gave its blocks to others, in whichever state it was: nobody is blamed, and it is no loss."""
-    return Moved(error, (), preempted=True)
 
 
 def _raise_unless_finished(ending: Ending, decode: Worker) -> None:
     if ending.end == decode_pb2.SEQUENCE_END_FINISHED:
         return
     if ending.end == decode_pb2.SEQUENCE_END_PREEMPTED:
-        raise _preempted(Preempted(f"preempted by {decode.name}"))
+        raise Moved(Preempted(f"preempted by {decode.name}"), ())
     if ending.end == decode_pb2.SEQUENCE_END_LOST:
-        raise Moved(Unavailable(f"lost by {decode.name}: {ending.error}"), (decode,))
+        kind = ConnectionLost if ending.is_disconnect else RanksLost
+        raise Moved(kind(f"lost by {decode.name}: {ending.error}"), (decode,))
     if ending.end == decode_pb2.SEQUENCE_END_DEADLINE:
         raise DeadlineExceeded("the request's deadline has passed")
     raise InternalError(f"{decode.name}: {ending.error or 'the sequence failed'}")

@@ -44,9 +44,16 @@ class RouterConfig(ServiceConfig):
         10.0, ge=0, description="When clients are asked to connect anew, seconds; 0 is never. See drain_timeout_s."
     )
     max_message_bytes: int = Field(16 << 20, ge=1 << 16, description="Largest gRPC message, bytes.")
-    max_worker_losses: int = Field(3, ge=0, description="How often one sequence is sent again because a worker failed.")
-    placement_timeout_s: float = Field(5.0, ge=0, description="Wait of a new request for a ready pair, seconds.")
-    migration_timeout_s: float = Field(60.0, ge=0, description="Wait of a moving sequence for a ready pair, seconds.")
+    max_worker_losses: int = Field(3, ge=0, description="Deaths and failures of workers that one sequence survives.")
+    placement_timeout_s: float = Field(
+        5.0, ge=0, description="Wait of a new request for a ready pair while no worker starts, seconds."
+    )
+    migration_timeout_s: float = Field(
+        60.0, ge=0, description="Wait of a moving sequence for a ready pair while no worker starts, seconds."
+    )
+    restart_timeout_s: float = Field(
+        60.0, ge=0, description="Time for which a worker that was ready and is gone counts as starting, seconds."
+    )
     local_prefill: LocalPrefill = Field(
         LocalPrefill.NEVER,
         description="When decode workers compute prompts themselves: never, when-empty (no prefill worker), always.",

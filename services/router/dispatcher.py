@@ -4,41 +4,42 @@ The choice's token log is all the state that a move needs. What one attempt does
 
     place ──► Open ──► Prefill + tokens ──► FINISHED ──► the choice is complete
       ▲                     │
-      └── prompt + log ◄────┴─ PREEMPTED (not counted), LOST, or a worker that failed
+      └── prompt + log ◄────┴─ PREEMPTED, LOST, or a worker that drains or failed: see `moves`
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import ResourceExhausted, Unavailable
+from common.errors import Unavailable
 from services.router import lifetime
 from services.router.attempt import Attempts, Moved, Pair, RequestPlan
 from services.router.cancellation import is_being_cancelled
 from services.router.choice import Choice
-from services.router.placement import LocalPrefill, capacities, place
+from services.router.moves import Failure, MoveLimits, Moves, Patience, Reason, reason_of
+from services.router.placement import LocalPrefill, Penalties, capacities, place
 from services.router.sequence_receiver import FirstToken
 from services.router.worker_list import Role
-from services.router.workers import WorkerRegistry
+from services.router.workers import Worker, WorkerRegistry
 
 _logger = logging.getLogger(__name__)
 
-FIRST_BACKOFF_S = 0.05
-LAST_BACKOFF_S = 1.0
+_SUSPICIOUS = (Reason.DIED, Reason.UNREACHABLE)
+_PENALIZED = (Reason.FULL, Reason.UNREACHABLE, Reason.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchLimits:
     """How patient the dispatcher is, and its policies."""
 
-    max_worker_losses: int
-    placement_timeout_s: float
-    migration_timeout_s: float
+    moves: MoveLimits
     local_prefill: LocalPrefill = LocalPrefill.NEVER
     first_token: FirstToken = FirstToken.EAGER
 
@@ -49,6 +50,7 @@ class Dispatcher:
     def __init__(self, registry: WorkerRegistry, rng: random.Random, limits: DispatchLimits) -> None:
         self._registry = registry
         self._rng = rng
+        self._penalties = Penalties()
         self.limits = limits
         self.attempts = Attempts(limits.first_token)
 
@@ -79,17 +81,34 @@ class Dispatcher:
 
     async def wait_for_place(self) -> None:
         """Return when a new request would find workers. Raises `Unavailable` if none become ready in time."""
-        give_up_s = time.monotonic() + self.limits.placement_timeout_s
+        patience = self._patience(has_output=False)
         while not self.has_place:
-            await self._wait_changed(give_up_s, _missing(self.limits.local_prefill))
+            prefills, decodes = (self._registry.candidates(role) for role in Role)
+            starts_until_s = self._starts_until_s(0, 0, bool(prefills), bool(decodes))
+            await self._wait_changed(patience, starts_until_s, _missing(self.limits.local_prefill))
+
+    def moves(self) -> Moves:
+        """For an output that begins."""
+        return Moves(self.limits.moves, self._registry.life_of, self._rng)
+
+    def failed(self, reason: Reason, blamed: Sequence[Worker]) -> None:
+        """An attempt failed with these workers: others are asked before them for a while."""
+        for worker in blamed:
+            if reason in _PENALIZED:
+                self._penalties.blame(worker.address, time.monotonic())
+            if reason in _SUSPICIOUS:
+                worker.suspect()
+
+    def succeeded(self, pair: Pair) -> None:
+        """An attempt ended well."""
+        for worker in (pair.first, pair.decode):
+            self._penalties.forgive(worker.address)
 
     async def place(self, plan: RequestPlan, choice: Choice, avoid: set[str], pinned: str | None) -> Pair:
         """The next pair, waiting for one to become ready if there is none that the sequence fits. Raises
         `Unavailable`."""
-        limits = self.limits
-        patience_s = limits.migration_timeout_s if choice.tokens else limits.placement_timeout_s
-        give_up_s = time.monotonic() + patience_s
-        registry = self._registry
+        registry, local = self._registry, self.limits.local_prefill
+        patience = self._patience(bool(choice.tokens))
         fingerprint = pinned if choice.tokens else None
         num_known, num_tokens = len(plan.prompt_ids) + len(choice.tokens), plan.max_sequence_tokens
         while True:
@@ -97,7 +116,8 @@ class Dispatcher:
             # Prefill holds what there is, and is asked for one token more.
             prefills = [c for c in known_prefills if c.holds(num_known + 1)]
             decodes = [c for c in known_decodes if c.holds(num_tokens)]
-            placed = place(prefills, decodes, self._rng, avoid, fingerprint, limits.local_prefill)
+            avoided = avoid | self._penalties.active(time.monotonic())
+            placed = place(prefills, decodes, self._rng, avoided, fingerprint, local)
             if placed is not None:
                 prefill, decode = placed
                 return Pair(
@@ -105,18 +125,35 @@ class Dispatcher:
                     registry.worker(Role.DECODE, decode.address),
                     decode.layout_fingerprint,
                 )
-            missing = _missing(limits.local_prefill)
+            missing = _missing(local)
             if len(prefills) < len(known_prefills) or len(decodes) < len(known_decodes):
                 missing += f": some are too small for a sequence of up to {num_tokens} tokens"
-            await self._wait_changed(give_up_s, missing)
+            starts_until_s = self._starts_until_s(num_known + 1, num_tokens, bool(prefills), bool(decodes))
+            await self._wait_changed(patience, starts_until_s, missing)
 
-    async def _wait_changed(self, give_up_s: float, missing: str) -> None:
-        """Until something changed, or `Unavailable` for want of what is missing."""
-        try:
-            async with asyncio.timeout(max(0.0, give_up_s - time.monotonic())):
+    def _starts_until_s(self, num_known: int, num_tokens: int, has_prefill: bool, has_decode: bool) -> float:
+        """Until when whoever is missing counts as on its way."""
+        starts_until_s = self._registry.starts_until_s
+        of_prefill, of_decode = starts_until_s(Role.PREFILL, num_known), starts_until_s(Role.DECODE, num_tokens)
+        if self.limits.local_prefill is not LocalPrefill.NEVER:
+            return of_decode
+        if has_prefill and has_decode:  # that do not fit together
+            return max(of_prefill, of_decode)
+        return min(math.inf if has_prefill else of_prefill, math.inf if has_decode else of_decode)
+
+    def _patience(self, has_output: bool) -> Patience:
+        moves = self.limits.moves
+        patience_s = moves.migration_timeout_s if has_output else moves.placement_timeout_s
+        return Patience(patience_s, time.monotonic())
+
+    async def _wait_changed(self, patience: Patience, starts_until_s: float, missing: str) -> None:
+        """Until something changed that may bring a place, or `Unavailable` for want of what is missing."""
+        until_s = patience.until_s(time.monotonic(), starts_until_s)
+        if until_s is None:
+            raise Unavailable(missing)
+        with contextlib.suppress(TimeoutError):  # the caller looks again
+            async with asyncio.timeout(None if until_s == math.inf else max(0.0, until_s - time.monotonic())):
                 await self._registry.wait_changed()
-        except TimeoutError as error:
-            raise Unavailable(missing) from error
 
 
 class _ChoiceRun:
@@ -128,9 +165,7 @@ class _ChoiceRun:
         self.prefilled = asyncio.Event()  # the prompt's blocks are cached where `pair` says, or never will be
         self._dispatcher = dispatcher
         self._plan = plan
-        self._num_losses = 0
-        self._num_stalls = 0  # attempts in a row that brought no token, or found every place taken
-        self._full_since_s: float | None = None  # of time.monotonic(): the first such attempt of those in a row
+        self._moves = dispatcher.moves()
 
     async def run(self, preferred: Pair | None = None) -> None:
         """Until the choice is complete. Raises what the client is to be told."""
@@ -146,52 +181,40 @@ class _ChoiceRun:
                     pair = await self._dispatcher.place(self._plan, choice, avoid, pinned)
                     self._plan.record.placed(choice.index, start_ns, pair.first.name, pair.decode.name)
                 self.pair = pair
-                num_tokens = len(choice.tokens)
+                num_tokens, lives = len(choice.tokens), {w: w.life for w in (pair.first, pair.decode)}
                 try:
                     ending = await self._dispatcher.attempts.attempt(self._plan, choice, pair, self.prefilled.set)
                     lifetime.add_decode(choice.lifetime, ending)
+                    self._dispatcher.succeeded(pair)
                     break
                 except Moved as moved:
                     if is_being_cancelled():
                         # A TaskGroup that is cancelled while a leg of it fails reports the failure alone.
                         raise asyncio.CancelledError from moved
-                    avoid |= {worker.address for worker in moved.blamed}
                     if choice.has_ended:
                         break
-                    await self._prepare_move(moved, len(choice.tokens) - num_tokens)
+                    reason = reason_of(moved.cause, any(worker.seen.is_draining for worker in moved.blamed))
+                    if reason is not Reason.PREEMPTED:
+                        avoid |= {worker.address for worker in moved.blamed}
+                    self._dispatcher.failed(reason, moved.blamed)
+                    blamed_lives = tuple(life for worker in moved.blamed if (life := lives[worker]) is not None)
+                    num_new_tokens = len(choice.tokens) - num_tokens
+                    failure = Failure(moved.cause, reason, blamed_lives, bool(choice.tokens), num_new_tokens)
+                    await self._prepare_move(failure)
             choice.lifetime.prefill_worker = pair.first.name
             choice.lifetime.decode_worker = pair.decode.name
             choice.complete()
         finally:
             self.prefilled.set()
 
-    async def _prepare_move(self, moved: Moved, num_new_tokens: int) -> None:
-        # The place that output had was given to others: nothing is lost, and a place comes free when theirs ends.
-        is_full = isinstance(moved.cause, ResourceExhausted) and bool(self.choice.tokens)
-        if is_full:
-            self._wait_for_room(moved)
-        else:
-            self._full_since_s = None
-        if not moved.preempted and not is_full:
-            self._num_losses += 1
-            for worker in moved.blamed:
-                if isinstance(moved.cause, Unavailable):
-                    worker.suspect()
-            if self._num_losses > self._dispatcher.limits.max_worker_losses:
-                raise moved.cause
+    async def _prepare_move(self, failure: Failure) -> None:
+        pause_s = self._moves.pause_s(failure)
+        if pause_s is None:
+            raise failure.cause
         self.choice.lifetime.num_migrations += 1
-        _logger.info("%s: choice %d moves: %s", self._plan.request_id, self.choice.index, moved.cause)
-        self._num_stalls = 0 if num_new_tokens and not is_full else self._num_stalls + 1
-        if self._num_stalls > 1:
-            await asyncio.sleep(min(FIRST_BACKOFF_S * 2 ** min(self._num_stalls, 10), LAST_BACKOFF_S))
-
-    def _wait_for_room(self, moved: Moved) -> None:
-        """Raises the refusal once they have gone on for as long as a moving sequence waits."""
-        now_s = time.monotonic()
-        if self._full_since_s is None:
-            self._full_since_s = now_s
-        if now_s - self._full_since_s >= self._dispatcher.limits.migration_timeout_s:
-            raise moved.cause
+        _logger.info("%s: choice %d moves: %s", self._plan.request_id, self.choice.index, failure.cause)
+        if pause_s:
+            await asyncio.sleep(min(pause_s, self._plan.remaining_s()))
 
 
 def _is_ready(pair: Pair) -> bool:

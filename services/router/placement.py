@@ -15,6 +15,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 UNLIMITED = sys.maxsize  # tokens
+FIRST_PENALTY_S = 1.0
+LAST_PENALTY_S = 16.0
 
 
 class LocalPrefill(enum.Enum):
@@ -37,6 +39,35 @@ class Candidate:
     def holds(self, num_tokens: int) -> bool:
         """Whether a sequence that may become so long fits."""
         return self.max_sequence_tokens == 0 or num_tokens <= self.max_sequence_tokens
+
+
+class Penalties:
+    """Workers that failed lately are asked after all others for a while, which doubles each time until one sequence
+    went well there: one that refuses hand-offs is idle, and would attract nearly every request."""
+
+    def __init__(self) -> None:
+        self._penalties: dict[str, tuple[int, float]] = {}  # address -> failures since it last went well, until when
+
+    def blame(self, address: str, now_s: float) -> None:
+        """It failed. What fails while the penalty lasts was sent there before, or for want of others."""
+        num_failures, until_s = self._penalties.get(address, (0, now_s))
+        if now_s >= until_s:
+            self._forget_old(now_s)
+            penalty_s = min(FIRST_PENALTY_S * 2.0 ** min(num_failures, 10), LAST_PENALTY_S)
+            self._penalties[address] = (num_failures + 1, now_s + penalty_s)
+
+    def _forget_old(self, now_s: float) -> None:
+        for address, (_, until_s) in list(self._penalties.items()):
+            if now_s - until_s > LAST_PENALTY_S:
+                del self._penalties[address]
+
+    def forgive(self, address: str) -> None:
+        """It went well."""
+        self._penalties.pop(address, None)
+
+    def active(self, now_s: float) -> set[str]:
+        """Who is to be avoided now."""
+        return {address for address, (_, until_s) in self._penalties.items() if now_s < until_s}
 
 
 def capacities(

@@ -23,6 +23,7 @@ from services.router.admission import Admission, AdmissionQueue
 from services.router.config import RouterConfig
 from services.router.dispatcher import Dispatcher, DispatchLimits
 from services.router.metrics import RouterMetrics
+from services.router.moves import MoveLimits
 from services.router.served_model import ServedModel, load_served_model
 from services.router.server import InferenceServicer
 from services.router.worker_list import Role
@@ -50,11 +51,10 @@ class RouterProcess:
             workers_file=config.workers_file,
             file_interval_s=config.workers_file_interval_s,
             model_digests=model.digests,
+            restart_timeout_s=config.restart_timeout_s,
         )
         limits = DispatchLimits(
-            max_worker_losses=config.max_worker_losses,
-            placement_timeout_s=config.placement_timeout_s,
-            migration_timeout_s=config.migration_timeout_s,
+            moves=MoveLimits(config.max_worker_losses, config.placement_timeout_s, config.migration_timeout_s),
             local_prefill=config.local_prefill,
             first_token=config.first_token,
         )

@@ -35,6 +35,7 @@ class Ending:
     error: str = ""
     decode_queue_ns: int = 0
     decode_ns: int = 0
+    is_disconnect: bool = False  # LOST because the stream broke: the worker itself may live on
 
 
 class SequenceReceiver:
@@ -123,7 +124,8 @@ class SequenceReceiver:
 
     def on_lost(self) -> None:
         """Decode, and all that it held, is gone."""
-        self._resolve(Ending(decode_pb2.SEQUENCE_END_LOST, by_worker=True, error="token stream broke"))
+        error = "token stream broke"
+        self._resolve(Ending(decode_pb2.SEQUENCE_END_LOST, by_worker=True, error=error, is_disconnect=True))
 
     def on_failed(self, error: BatonError) -> None:
         """`ended` raises it."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from common.rpc.client import decoded, open_channel
 from common.rpc.status import error_from_rpc
 from services.router.cancellation import is_being_cancelled
 from services.router.decode_session import FIRST_RETRY_S, LAST_RETRY_S, DecodeSession
+from services.router.last_seen import LastSeen
+from services.router.moves import WorkerLife
 from services.router.placement import Candidate
 from services.router.worker_list import Role, WorkersFile
 
@@ -36,7 +40,7 @@ class Worker:
     def __init__(self, address: str, role: Role, registry: WorkerRegistry) -> None:
         self.address = address
         self.role = role
-        self.status: worker_pb2.WorkerStatus | None = None
+        self.seen = LastSeen()
         self._registry = registry
         self.listed = True  # False: takes nothing new, and goes when the last sequence has left it
         self._num_users = 0
@@ -53,6 +57,20 @@ class Worker:
         # A name of its own: a worker that is listed twice, by different addresses, has two sessions.
         session_id = secrets.token_hex(16)
         self.session = DecodeSession(address, decode_stub, session_id, registry.max_message_bytes, registry.notify)
+
+    @property
+    def status(self) -> worker_pb2.WorkerStatus | None:
+        """What it said last; None while it is not heard."""
+        return self.seen.status
+
+    @status.setter
+    def status(self, status: worker_pb2.WorkerStatus | None) -> None:
+        self.seen.note(status, time.monotonic())
+
+    @property
+    def life(self) -> WorkerLife | None:
+        """See `LastSeen.life`."""
+        return self.seen.life(f"{self.role.name} {self.address}")
 
     @property
     def name(self) -> str:
@@ -198,14 +216,17 @@ class WorkerRegistry:
         workers_file: Path | None = None,
         file_interval_s: float = 1.0,
         model_digests: frozenset[bytes] = frozenset(),
+        restart_timeout_s: float = 0.0,
     ) -> None:
-        """`model_digests`: of workers that serve the router's model; empty if it cannot say."""
+        """`model_digests`: of workers that serve the router's model; empty if it cannot say. `restart_timeout_s`: how
+        long a worker that was ready counts as coming back."""
         self.model_digests = model_digests
         self.max_message_bytes = max_message_bytes
         self._static = {(address, Role.PREFILL) for address in prefill}
         self._static |= {(address, Role.DECODE) for address in decode}
         self._workers_file = WorkersFile(workers_file) if workers_file is not None else None
         self._file_interval_s = file_interval_s
+        self._restart_timeout_s = restart_timeout_s
         self._workers: dict[tuple[str, Role], Worker] = {}
         self._runs: dict[tuple[str, Role], asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -228,6 +249,18 @@ class WorkerRegistry:
     def worker(self, role: Role, address: str) -> Worker:
         """The worker of a candidate that was taken from `candidates` without an await in between."""
         return self._workers[address, role]
+
+    def life_of(self, worker: str) -> WorkerLife | None:
+        """The life that the worker of another life lives now, as far as that is known."""
+        lives = (known.life for known in self._workers.values())
+        return next((life for life in lives if life is not None and life.worker == worker), None)
+
+    def starts_until_s(self, role: Role, num_tokens: int) -> float:
+        """Until when some worker of the role counts as on its way to take so long a sequence; see `LastSeen`."""
+        listed = (worker for worker in self._workers.values() if worker.role is role and worker.listed)
+        return max(
+            (worker.seen.starts_until_s(num_tokens, self._restart_timeout_s) for worker in listed), default=-math.inf
+        )
 
     @property
     def block_size(self) -> int:

@@ -57,7 +57,13 @@ async def test_request_fails_over_when_its_prefill_worker_is_killed_during_a_tra
 async def test_request_ends_unavailable_when_the_only_prefill_worker_is_killed(
     shipped_model: Path, shipped_reference: Reference
 ) -> None:
-    spec = DeploymentSpec(model=shipped_model, prefill_args=SLOW_PREFILL, decode_args=SMALL_BLOCKS, restart=False)
+    spec = DeploymentSpec(
+        model=shipped_model,
+        prefill_args=SLOW_PREFILL,
+        decode_args=SMALL_BLOCKS,
+        router_args=("--restart-timeout-s", "1"),  # nobody starts it again
+        restart=False,
+    )
     (short, long) = shipped_reference.prompts((80, 1900), seed=32)
     async with deployed(spec) as (deployment, client), watching(deployment.decode[0]) as decode:
         beside = asyncio.create_task(ask(client, greedy_request(short, 200)))

@@ -20,11 +20,12 @@ from common.errors import (
     InternalError,
     PeerLost,
     Preempted,
+    RanksLost,
     ResourceExhausted,
     Unavailable,
 )
 from common.rpc.status import error_from_rpc
-from services.router import attempt, dispatcher
+from services.router import attempt, moves
 from services.router.worker_list import Role
 from tests.router.byte_checkpoint import byte_ids
 from tests.router.cluster import Cluster, running_cluster
@@ -137,7 +138,7 @@ async def test_preemptions_end_with_the_deadline(cluster: Cluster, monkeypatch: 
 
 
 async def test_losses_are_bounded(cluster: Cluster) -> None:
-    cluster.script.prefill_errors_before_token += [Unavailable(f"loss {index}") for index in range(10)]
+    cluster.script.prefill_errors_before_token += [RanksLost(f"loss {index}") for index in range(10)]
     error = await generate_error(cluster)
     assert isinstance(error, Unavailable)
     assert cluster.num_prefills == 4
@@ -178,7 +179,7 @@ async def test_decode_workers_that_take_no_hand_off_are_avoided_though_idle(tmp_
 
 
 async def test_a_moving_sequence_waits_for_room(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "LAST_BACKOFF_S", 0.001)
+    monkeypatch.setattr(moves, "LAST_BACKOFF_S", 0.001)
     num_refusals = 12  # more than the losses that are allowed
 
     async def fill_up(decode: FakeDecode) -> None:
@@ -324,8 +325,66 @@ async def test_each_of_several_choices_survives_a_death(cluster: Cluster, choice
 
 
 async def test_without_workers_a_request_is_unavailable_soon(tmp_path: Path) -> None:
-    async with running_cluster(tmp_path, placement_timeout_s=0.05) as cluster:
+    async with running_cluster(tmp_path, placement_timeout_s=0.05, restart_timeout_s=0.05) as cluster:
         await cluster.decodes[0].die()
         await cluster.wait_until_serving(False)
         assert isinstance(await generate_error(cluster), Unavailable)
         assert cluster.num_prefills == 0
+
+
+async def test_a_long_output_outlives_more_drains_than_losses_are_allowed(cluster: Cluster) -> None:
+    num_drains = 6
+    registry = cluster.router.registry
+
+    async def drain_and_stop(decode: FakeDecode) -> None:
+        decode.set_state(worker_pb2.WORKER_STATE_DRAINING)
+        await cluster.wait_until(lambda: len(registry.candidates(Role.DECODE)) < 2)
+        decode.break_streams()  # its time to drain is up
+        decode.set_state(worker_pb2.WORKER_STATE_READY)
+        await asyncio.Event().wait()
+
+    for position in range(1, num_drains + 1):
+        cluster.script.at_position[2 * position] = drain_and_stop
+    num_tokens = 2 * num_drains + 3
+    outputs = await cluster.generate(request(num_tokens))
+    assert outputs[0].token_ids == letters(0, num_tokens)
+    last = outputs[0].last
+    assert last is not None
+    assert last.lifetime.num_migrations == num_drains
+
+
+@pytest.mark.parametrize("says_it_starts", [True, False])
+async def test_a_new_request_waits_for_a_start_that_is_under_way(tmp_path: Path, says_it_starts: bool) -> None:
+    async with running_cluster(tmp_path, placement_timeout_s=0.0) as cluster:
+        prefill = cluster.prefills[0]
+        if says_it_starts:
+            prefill.set_state(worker_pb2.WORKER_STATE_STARTING)
+        else:
+            await prefill.die()
+        await cluster.wait_until_serving(False)
+        running = asyncio.ensure_future(assert_exact(cluster, num_migrations=0))
+        for _ in range(1000):  # until it is there, and has found nobody
+            await asyncio.sleep(0)
+        if says_it_starts:
+            prefill.set_state(worker_pb2.WORKER_STATE_READY)
+        else:
+            await prefill.start()
+        await running
+
+
+async def test_a_decode_worker_that_refuses_hand_offs_is_asked_seldom(tmp_path: Path) -> None:
+    async with running_cluster(tmp_path, num_decodes=2) as cluster:
+        good, bad = cluster.decodes
+        good.status.num_open = 100
+        good.set_state(worker_pb2.WORKER_STATE_READY)
+        registry = cluster.router.registry
+        await cluster.wait_until(lambda: 100 in [c.load for c in registry.candidates(Role.DECODE)])
+        cluster.script.handoff_errors[bad.address] = PeerLost("unreachable")
+        num_moves = 0
+        for _ in range(20):
+            outputs = await cluster.generate(request())
+            assert outputs[0].token_ids == letters(0, NUM_TOKENS)
+            last = outputs[0].last
+            assert last is not None
+            num_moves += last.lifetime.num_migrations
+        assert 1 <= num_moves <= 3, "each one is tried there first"

@@ -302,7 +302,9 @@ async def test_a_small_worker_refuses_nothing_that_another_holds(tmp_path: Path,
 
 @pytest.mark.parametrize("large_comes_back", [True, False])
 async def test_a_sequence_moves_only_to_workers_that_hold_it(tmp_path: Path, large_comes_back: bool) -> None:
-    async with running_cluster(tmp_path, num_decodes=2, migration_timeout_s=20 if large_comes_back else 0) as cluster:
+    async with running_cluster(
+        tmp_path, num_decodes=2, migration_timeout_s=20 if large_comes_back else 0, restart_timeout_s=0
+    ) as cluster:
         registry = cluster.router.registry
 
         async def shrink_the_other(decode: FakeDecode) -> None:

@@ -41,12 +41,12 @@ def test_a_class_made_elsewhere_travels_as_its_base() -> None:
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        (grpc.StatusCode.UNAVAILABLE, Unavailable),
+        (grpc.StatusCode.UNAVAILABLE, errors.ConnectionLost),
         (grpc.StatusCode.CANCELLED, Cancelled),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhausted),
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidArgument),
-        (grpc.StatusCode.INTERNAL, Unavailable),  # a connection that broke in the middle of a message
+        (grpc.StatusCode.INTERNAL, errors.ConnectionLost),  # a connection that broke in the middle of a message
         (grpc.StatusCode.UNKNOWN, BatonError),
     ],
 )
@@ -59,7 +59,7 @@ def test_details_that_are_no_message_are_left_out() -> None:
     trailing = grpc.aio.Metadata((DETAILS_METADATA_KEY, GARBAGE))
     error = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), trailing, "draining")
     restored = error_from_rpc(error)
-    assert (type(restored), str(restored)) == (Unavailable, "draining")
+    assert (type(restored), str(restored)) == (errors.ConnectionLost, "draining")
     status = to_status(Unavailable("draining"))
     status.details[0].value = GARBAGE
     assert type(error_from_status(status)) is BatonError
