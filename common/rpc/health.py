@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.errors import NotFound
+from common.errors import NotFound, ResourceExhausted
+
+MAX_WATCHES = 128  # those who probe ask, those who balance watch: few of both
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -25,6 +27,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._is_serving = False
         self._is_over = False
         self._changed = asyncio.Event()
+        self._num_watches = 0
 
     def set_serving(self, serving: bool) -> None:
         """What is answered from now on, unless `end` was called."""
@@ -45,6 +48,15 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: _Context) -> None:  # noqa: N802
+        if self._num_watches >= MAX_WATCHES:
+            raise ResourceExhausted(f"{MAX_WATCHES} streams watch this server's health, which is all it serves")
+        self._num_watches += 1
+        try:
+            await self._watch(request, context)
+        finally:
+            self._num_watches -= 1
+
+    async def _watch(self, request: health_pb2.HealthCheckRequest, context: _Context) -> None:
         told: int | None = None
         while True:
             changed, status = self._changed, self._status(request.service)

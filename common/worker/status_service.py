@@ -6,18 +6,30 @@ It asks a callable for the status and is told when that may have changed; it kno
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import grpc
 from baton.v1 import worker_pb2, worker_pb2_grpc
 
+from common.errors import ResourceExhausted
+
 DEFAULT_MIN_INTERVAL_MS = 100
 BEAT_INTERVAL_S = 1.0  # watchers hear something at least so often
+MAX_WATCHERS = 128  # each is written to ten times a second by the loop that serves requests; router processes are few
 SERVICE_NAME = "baton.v1.Worker"
 
 
 async def _nothing() -> None:
     return None
+
+
+class _Snapshot:
+    """A status as it was once, and its bytes, made once for all who watch."""
+
+    def __init__(self, status: worker_pb2.WorkerStatus) -> None:
+        self.status = status
+        self.encoded: bytes = status.SerializeToString()
 
 
 class _Watcher:
@@ -52,9 +64,12 @@ class StatusService(worker_pb2_grpc.WorkerServicer):
         self._watchers: set[_Watcher] = set()
         self._closed = False
         self._max_interval_ms = 0  # no promise
+        self._latest: _Snapshot | None = None
+        self._may_differ = True  # from the latest
 
     def notify(self) -> None:
         """The status may have changed. Cheap: call it whenever something happened."""
+        self._may_differ = True
         for watcher in self._watchers:
             watcher.called.set()
 
@@ -64,7 +79,7 @@ class StatusService(worker_pb2_grpc.WorkerServicer):
         while True:
             for watcher in self._watchers:
                 watcher.is_due = True
-                watcher.called.set()
+            self.notify()
             await self._sleep(BEAT_INTERVAL_S)
 
     def close(self) -> None:
@@ -80,15 +95,16 @@ class StatusService(worker_pb2_grpc.WorkerServicer):
         await self._refresh()
         return self._build()
 
-    async def WatchStatus(  # noqa: N802
+    async def WatchStatus(  # type: ignore[override] # noqa: N802 - serialized already: see common.rpc.calls
         self,
         request: worker_pb2.WatchStatusRequest,
         context: grpc.aio.ServicerContext[worker_pb2.WatchStatusRequest, worker_pb2.WorkerStatus],
-    ) -> AsyncIterator[worker_pb2.WorkerStatus]:
+    ) -> AsyncIterator[bytes]:
         has_interval = request.HasField("min_interval_ms")
         interval_ms = request.min_interval_ms if has_interval else DEFAULT_MIN_INTERVAL_MS
-        async for status in self.watch(interval_ms / 1000):
-            yield status
+        async with contextlib.aclosing(self._snapshots(interval_ms / 1000)) as snapshots:
+            async for snapshot in snapshots:
+                yield snapshot.encoded
 
     async def Drain(  # noqa: N802
         self,
@@ -100,18 +116,35 @@ class StatusService(worker_pb2_grpc.WorkerServicer):
 
     async def watch(self, min_interval_s: float) -> AsyncIterator[worker_pb2.WorkerStatus]:
         """A status now, then one whenever it differs from the last or is due, at least `min_interval_s` apart."""
+        async with contextlib.aclosing(self._snapshots(min_interval_s)) as snapshots:
+            async for snapshot in snapshots:
+                yield snapshot.status
+
+    async def _snapshots(self, min_interval_s: float) -> AsyncGenerator[_Snapshot, None]:
+        if len(self._watchers) >= MAX_WATCHERS:
+            raise ResourceExhausted(f"{MAX_WATCHERS} streams watch this worker's status, which is all it serves")
         watcher = _Watcher()
         self._watchers.add(watcher)
-        last: worker_pb2.WorkerStatus | None = None
+        self._may_differ = True  # what has just come is told the state of now
+        last: _Snapshot | None = None
         try:
             while not self._closed:
                 await watcher.called.wait()
                 watcher.called.clear()
-                status = self._build()
-                status.max_interval_ms = self._max_interval_ms
-                if status != last or watcher.is_due:
-                    last, watcher.is_due = status, False
-                    yield status
+                latest = self._look()
+                if latest is not last or watcher.is_due:
+                    last, watcher.is_due = latest, False
+                    yield latest
                     await self._sleep(min_interval_s)
         finally:
             self._watchers.discard(watcher)
+
+    def _look(self) -> _Snapshot:
+        """The latest, or another if the status differs from it: built once, however many watch."""
+        if self._latest is None or self._may_differ:
+            self._may_differ = False
+            status = self._build()
+            status.max_interval_ms = self._max_interval_ms
+            if self._latest is None or status != self._latest.status:
+                self._latest = _Snapshot(status)
+        return self._latest

@@ -239,6 +239,22 @@ async def test_a_watch_ends_with_the_server_and_does_not_hold_it_up() -> None:
         served.server.set_serving(True)  # too late to be heard
 
 
+async def test_watches_of_health_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.rpc.health.MAX_WATCHES", 3)
+    async with Served() as served:
+        health: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(served.channel)
+        watches = [health.Watch(health_request()) for _ in range(3)]
+        for watch in watches:
+            await watch.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health.Watch(health_request()).read()
+        assert isinstance(error_from_rpc(caught.value), ResourceExhausted)
+        answer = await health.Check(health_request())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        for watch in watches:
+            watch.cancel()
+
+
 async def test_health_of_a_service_that_is_not_there() -> None:
     async with Served() as served:
         health: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(served.channel)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 import pytest
 from baton.v1 import worker_pb2, worker_pb2_grpc
 
+from common.errors import ResourceExhausted
 from common.rpc.client import open_channel
 from common.rpc.server import RpcServer
-from common.worker.status_service import BEAT_INTERVAL_S, SERVICE_NAME, StatusService
+from common.worker.status_service import BEAT_INTERVAL_S, MAX_WATCHERS, SERVICE_NAME, StatusService
 
 
 class _Worker:
@@ -21,6 +22,7 @@ class _Worker:
         self.status = worker_pb2.WorkerStatus(worker_id="worker", num_running=1)
         self.drained = False
         self.num_refreshes = 0
+        self.num_builds = 0
         self.sleeps: list[float] = []
         self.time_passes = asyncio.Event()
         self.service = StatusService(self._build, self._drain, self._refresh, self._sleep)
@@ -30,6 +32,7 @@ class _Worker:
         self.service.notify()
 
     def _build(self) -> worker_pb2.WorkerStatus:
+        self.num_builds += 1
         status = worker_pb2.WorkerStatus()
         status.CopyFrom(self.status)
         return status
@@ -118,6 +121,40 @@ async def test_the_workers_end_ends_the_watch() -> None:
     worker.service.close()
     with pytest.raises(StopAsyncIteration):
         await _next(watch)
+
+
+async def test_a_change_is_built_once_however_many_watch() -> None:
+    worker = _Worker()
+    watches = [worker.service.watch(0.0) for _ in range(MAX_WATCHERS)]
+    worker.time_passes.set()
+    for watch in watches:
+        assert await _next(watch) == 1
+    num_builds = worker.num_builds
+    waiting = [asyncio.ensure_future(anext(watch)) for watch in watches]
+    worker.change(2)
+    told: list[worker_pb2.WorkerStatus] = []
+    async with asyncio.timeout(5.0):
+        for task in waiting:
+            while not task.done():
+                worker.time_passes.set()
+                await asyncio.sleep(0)
+            told.append(task.result())
+    assert {id(status) for status in told} == {id(told[0])}
+    assert told[0].num_running == 2
+    assert worker.num_builds == num_builds + 1
+
+
+async def test_watchers_are_bounded_and_make_room_when_they_leave() -> None:
+    worker = _Worker()
+    watches = [worker.service.watch(0.0) for _ in range(MAX_WATCHERS)]
+    for watch in watches:
+        await _next(watch)
+    with pytest.raises(ResourceExhausted, match=str(MAX_WATCHERS)):
+        await _next(worker.service.watch(0.0))
+    leaving = watches.pop()
+    assert isinstance(leaving, AsyncGenerator)
+    await leaving.aclose()
+    assert await _next(worker.service.watch(0.0)) == 1
 
 
 async def test_it_serves_over_grpc() -> None:
