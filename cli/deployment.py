@@ -28,6 +28,8 @@ from common.parent_death import environment_of_child
 from common.rpc.client import open_channel
 from common.worker.free_port import free_ports
 
+_EVERY_INTERFACE = "0.0.0.0"
+_LOOPBACK = "127.0.0.1"
 _MAX_STATUS_BYTES = 4 << 20
 _STOP_GRACE_S = 5.0
 _STATE_TIMEOUT_S = 1.0
@@ -190,6 +192,8 @@ class Deployment:
         address = f"{self._spec.host}:{port}"
         flags = ["--worker-id", name, "--listen", address, "--model", str(self._spec.model)]
         flags += ["--transport-url", f"ucx://{self._spec.host}:0"]
+        if role == "decode" and self._spec.host == _EVERY_INTERFACE:
+            flags += ["--advertise", f"{_LOOPBACK}:{port}"]  # all prefill workers are on this machine
         flags += self._metrics_flags(self._spec.router_processes + self._num_workers)
         self._num_workers += 1
         flags += ["--tp-size", str(tp_size), "--device", self._spec.device, "--first-device", str(self._num_devices)]

@@ -110,7 +110,7 @@ class Endpoint(Protocol):
 
     @property
     def address(self) -> str:
-        """URL that a peer's `connect` takes."""
+        """URL that a peer's `connect` takes; empty if this end only connects."""
         ...
 
     async def connect(self, address: str, timeout_s: float) -> Connection:

@@ -30,11 +30,13 @@ class InprocNetwork:
         self._num_messages = 0
         self._num_anonymous = 0
 
-    def open(self, url: str, name: str) -> InprocEndpoint:
+    def open(self, url: str, name: str, listens: bool = True) -> InprocEndpoint:
         """Listen at `inproc://host`; an empty host picks one. Raises `InvalidArgument` if it is taken."""
         check_peer_name(name)
         if not url.startswith(_SCHEME):
             raise InvalidArgument("url", url, f"starts with {_SCHEME}")
+        if not listens:
+            return InprocEndpoint(self, "", name)
         address = url
         if url == _SCHEME:
             self._num_anonymous += 1

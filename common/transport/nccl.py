@@ -46,14 +46,21 @@ class NcclEndpoint:
 
     @classmethod
     async def open(
-        cls, url: str, name: str, device: torch.device, opener: CommunicatorOpener | None = None
+        cls,
+        url: str,
+        name: str,
+        device: torch.device,
+        opener: CommunicatorOpener | None = None,
+        listens: bool = True,
     ) -> NcclEndpoint:
-        """Listen at `url` for transfers from and to `device`.
+        """For transfers from and to `device`; listens at `url`, or is only ready to connect.
 
         Raises `InvalidArgument`, `Unavailable` (the port is taken) or `FailedPrecondition` (no NCCL, no GPU).
         """
         host, port = parse_nccl_url(url)
         made = cls(name, device, NcclOpener(device) if opener is None else opener)
+        if not listens:
+            return made
         try:
             made._server = await asyncio.start_server(made._on_connect, host, port)
         except OSError as error:

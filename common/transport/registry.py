@@ -13,8 +13,11 @@ from common.transport.ucx_worker import Progress
 _PROCESS_NETWORK = InprocNetwork()
 
 
-async def open_endpoint(url: str, name: str, *, progress: Progress = Progress.EVENT, memory: str = "host") -> Endpoint:
-    """Listen at `inproc://host`, `ucx://host:port` or `nccl://host:port` (port 0: any) as the peer `name`.
+async def open_endpoint(
+    url: str, name: str, *, progress: Progress = Progress.EVENT, memory: str = "host", listens: bool = True
+) -> Endpoint:
+    """Listen at `inproc://host`, `ucx://host:port` or `nccl://host:port` (port 0: any) as the peer `name`, or only be
+    ready to connect.
 
     The endpoint belongs to the running loop. `memory` is where this end's buffers live: `host`, `cuda` (the thread's
     current device) or `cuda:1`. `progress` matters to UCX only. Raises `InvalidArgument`, `Unavailable`, or
@@ -22,9 +25,9 @@ async def open_endpoint(url: str, name: str, *, progress: Progress = Progress.EV
     """
     scheme = url.partition("://")[0]
     if scheme == "inproc":
-        return _PROCESS_NETWORK.open(url, name)
+        return _PROCESS_NETWORK.open(url, name, listens)
     if scheme == "ucx":
-        return UcxEndpoint(url, name, progress, memory)
+        return UcxEndpoint(url, name, progress, memory, listens)
     if scheme == "nccl":
-        return await NcclEndpoint.open(url, name, attached_cuda_device(memory))
+        return await NcclEndpoint.open(url, name, attached_cuda_device(memory), listens=listens)
     raise InvalidArgument("url", url, "the scheme is inproc://, ucx:// or nccl://")

@@ -9,54 +9,67 @@ posted UCX receive is not; and a large message costs no extra round trip, as its
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import socket
 from urllib.parse import urlsplit
 
 import torch
 from ucxx._lib.arr import Array
-from ucxx._lib.libucxx import TagProbeResult, UCXEndpoint, UCXError, UCXListener
+from ucxx._lib.libucxx import TagProbeResult, UCXEndpoint, UCXError, UCXListener, UCXUnreachableError
 
 from common.errors import BatonError, FailedPrecondition, InvalidArgument, PeerLost, TransferTimeout, Unavailable
 from common.transport.base import TransportStats
 from common.transport.counters import Counters
 from common.transport.cuda_device import attached_cuda_device
 from common.transport.hello import HELLO_BYTES, Hello, decode_hello
+from common.transport.listening_address import confine_listener
 from common.transport.peers import PeerBook, check_peer_name
 from common.transport.ucx_connection import UcxConnection
+from common.transport.ucx_devices import device_options
 from common.transport.ucx_worker import LoopWorker, Progress
 
+_log = logging.getLogger(__name__)
+ANY_ADDRESS = "0.0.0.0"
 ACCEPT_TIMEOUT_S = 5.0  # for the hello of a peer that connects to us
 
 
 class UcxEndpoint:
-    """A UCX context, worker and listener of its own. UCX listens on every IPv4 interface; `host` is what we advertise.
+    """A UCX context and worker of its own, and a listener on `host` unless it only connects (`listens` is false).
+
+    0.0.0.0 is every IPv4 address of this machine. With a loopback host nothing of UCX touches the network; else its
+    data connections may take every device of UCX_NET_DEVICES, on which UCX listens for them too.
 
     `memory` is where this rank's buffers live, `host`, `cuda` or `cuda:N`: the lane of a connection is that of this
     memory. On a GPU use `Progress.POLLING`: what ends a copy there raises no event. Raises `FailedPrecondition` without
     a GPU.
     """
 
-    def __init__(self, url: str, name: str, progress: Progress = Progress.EVENT, memory: str = "host") -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        progress: Progress = Progress.EVENT,
+        memory: str = "host",
+        listens: bool = True,
+    ) -> None:
         check_peer_name(name)
         host, port = parse_ucx_url(url)
+        own_address = _own_address(url, host)
         self._name = name
         # Before UCX opens: it looks for the GPU that is current in this thread.
         self._device = torch.device("cpu") if memory == "host" else attached_cuda_device(memory)
-        self._worker = LoopWorker(progress, self._on_message)
+        self._worker = LoopWorker(progress, self._on_message, device_options(own_address))
         self._connections: set[UcxConnection] = set()
         self._peers: PeerBook[UcxConnection] = PeerBook()
         self._accepting: set[asyncio.Task[None]] = set()
         self._counters = Counters()
         self._closed = False
-        try:
-            self._listener: UCXListener | None = UCXListener.create(
-                self._worker.ucx, port, self._on_connect, deliver_endpoint=True
-            )
-        except UCXError as error:
-            self._worker.close()
-            raise Unavailable(f"cannot listen on {url}: {error}") from error
-        self._address = f"ucx://{host}:{self._listener.port}"
+        self._listener: UCXListener | None = None
+        self._address = ""
+        if listens:
+            self._listener = self._listen(url, own_address, port)
+            self._address = f"ucx://{host}:{self._listener.port}"
 
     @property
     def address(self) -> str:
@@ -72,6 +85,9 @@ class UcxEndpoint:
                 return await self._greet(endpoint)
         except TimeoutError as error:
             raise TransferTimeout(f"{address} did not answer within {timeout_s} s") from error
+        except UCXUnreachableError as error:
+            devices = ", ".join(self._worker.devices)
+            raise PeerLost(f"cannot connect to {address}: {error} over {devices}, which UCX uses here") from error
         except (UCXError, FailedPrecondition, OSError) as error:
             raise PeerLost(f"cannot connect to {address}: {error}") from error
 
@@ -93,6 +109,17 @@ class UcxEndpoint:
         for connection in list(self._connections):
             await connection.close()
         self._worker.close()
+
+    def _listen(self, url: str, own_address: str, port: int) -> UCXListener:
+        """`ucxx` listens on every address: what comes to others is kept out. Raises `Unavailable`."""
+        try:
+            listener = UCXListener.create(self._worker.ucx, port, self._on_connect, deliver_endpoint=True)
+        except UCXError as error:
+            self._worker.close()
+            raise Unavailable(f"cannot listen on {url}: {error}") from error
+        if own_address != ANY_ADDRESS and not confine_listener(listener.port, own_address):
+            _log.warning("%s listens on all addresses: this kernel takes no socket filter", url)
+        return listener
 
     def _on_message(self, message: TagProbeResult) -> None:
         if any(connection.offer(message) for connection in self._connections):
@@ -162,6 +189,14 @@ def parse_ucx_url(url: str) -> tuple[str, int]:
     if parts.scheme != "ucx" or not parts.hostname or port is None or parts.path:
         raise InvalidArgument("url", url, "ucx://host:port, port 0 for any")
     return parts.hostname, port
+
+
+def _own_address(url: str, host: str) -> str:
+    """The IPv4 address of this machine that `host` names. Raises `InvalidArgument`."""
+    try:
+        return str(socket.getaddrinfo(host, None, family=socket.AF_INET)[0][4][0])
+    except OSError as error:
+        raise InvalidArgument("url", url, f"{host} has no IPv4 address: {error.strerror}") from error
 
 
 async def _resolve(host: str) -> str:

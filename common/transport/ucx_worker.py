@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from ucxx._lib.arr import Array
@@ -28,6 +29,7 @@ from ucxx._lib.libucxx import (
 )
 
 from common.short_sleep import Look, LoopWatch, loop_watch
+from common.transport.ucx_devices import network_devices
 
 TURN_BUDGET_S = 0.0002  # how long one turn may keep the event loop
 HEARTBEAT_S = 0.5  # a turn is never later than this, should UCX raise no event
@@ -56,10 +58,19 @@ class _Operation:
 
 
 class LoopWorker:
-    """Drives a UCX worker on the running loop. `on_message` takes every message that has arrived, in order."""
+    """Drives a UCX worker on the running loop. `on_message` takes every message that has arrived, in order.
 
-    def __init__(self, progress: Progress, on_message: Callable[[TagProbeResult], None]) -> None:
-        self.context = UCXContext(_OPTIONS, (Feature.TAG, Feature.STREAM, Feature.WAKEUP))
+    Raises `FailedPrecondition` if UCX finds no network device.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        on_message: Callable[[TagProbeResult], None],
+        device_options: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.context = UCXContext({**_OPTIONS, **device_options}, (Feature.TAG, Feature.STREAM, Feature.WAKEUP))
+        self.devices = network_devices(self.context)
         self.ucx = UCXWorker(self.context)
         self._on_message = on_message
         self._watch: LoopWatch | None = loop_watch() if progress is Progress.POLLING else None

@@ -14,11 +14,12 @@ class StartRank(StepMessage, frozen=True, array_like=True, tag=True):
 
     `dtype`: `auto`, `float32`, `bfloat16` or `float16`. `group_address`: rendezvous of the worker's ranks
     (`host:port`). `num_blocks`: KV blocks of `block_size` tokens. `num_slots` staging slots of `slot_bytes` each.
-    `transport_url`: where to listen, or to connect from. `peer_name`: how this rank names itself to peers.
-    `corrupt_every`: fault injection for tests, flips a bit in every n-th leg that is sent (0: never). `first_device`:
-    rank i takes the device `first_device` + i. `random_weights`: draw them instead of reading them. `captures_steps`:
-    most steps have one token a row, so a GPU captures those. `captured_chunk_tokens`: it captures steps with up to so
-    many tokens of prompts too (0: none), beside such rows if it captures these.
+    `transport_url`: where to listen, or only to connect from unless `listens`. `peer_name`: how this rank names
+    itself to peers. `corrupt_every`: fault injection for tests, flips a bit in every n-th leg that is sent (0:
+    never). `first_device`: rank i takes the device `first_device` + i. `random_weights`: draw them instead of
+    reading them. `captures_steps`: most steps have one token a row, so a GPU captures those.
+    `captured_chunk_tokens`: it captures steps with up to so many tokens of prompts too (0: none), beside such rows
+    if it captures these.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class StartRank(StepMessage, frozen=True, array_like=True, tag=True):
     random_weights: bool = False
     captures_steps: bool = False
     captured_chunk_tokens: int = 0
+    listens: bool = True
 
 
 class RankReady(StepMessage, frozen=True, array_like=True, tag=True):

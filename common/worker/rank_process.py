@@ -205,6 +205,7 @@ class _KVThread:
             self._start.peer_name,
             progress=Progress(self._start.transport_progress),
             memory=str(self._runtime.device) if self._runtime.device.type == "cuda" else "host",
+            listens=self._start.listens,
         )
         slots = torch.empty(
             (self._start.num_slots, self._start.slot_bytes), dtype=torch.uint8, device=self._runtime.device

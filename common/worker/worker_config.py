@@ -11,6 +11,7 @@ from common.config import Address, ServiceConfig
 from common.errors import InvalidArgument
 from common.kvcache.layout import heads_of_rank
 from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
+from common.worker.kv_address import default_transport_url, rank_urls
 from common.worker.worker_model import WorkerModel, read_worker_model
 
 _SLOT_ALIGNMENT_BYTES = 64  # legs start at multiples of the element size
@@ -39,9 +40,11 @@ class WorkerConfig(ServiceConfig):
     max_rows: int = Field(64, ge=1, description="Sequences that are computed at once.")
 
     transport_url: str = Field(
-        "ucx://0.0.0.0:0",
-        pattern="^(ucx|nccl|inproc)://",
-        description="Where the ranks open their transport endpoints: ucx://host:port or nccl://host:port.",
+        "",
+        pattern="^$|^(ucx|nccl|inproc)://",
+        description="Where the ranks of a decode worker listen for KV bytes, and what a prefill worker's connect from: "
+        "ucx://host:port or nccl://host:port. Rank r takes port + r, or any if it is 0. "
+        "Empty: ucx on the host of listen, any port.",
     )
     transport_progress: Literal["auto", "event", "polling"] = Field(
         "auto", description="How the transport is driven; auto is polling on GPUs, whose copies raise no event."
@@ -75,6 +78,19 @@ class WorkerConfig(ServiceConfig):
         if self.slot_bytes % _SLOT_ALIGNMENT_BYTES:
             raise ValueError(f"slot_bytes must be a multiple of {_SLOT_ALIGNMENT_BYTES}")
         return self
+
+    @model_validator(mode="after")
+    def _check_transport_url(self) -> Self:
+        try:
+            rank_urls(self.kv_url, self.tp_size)
+        except InvalidArgument as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def kv_url(self) -> str:
+        """`transport_url`, or what it is by default."""
+        return self.transport_url or default_transport_url(self.listen)
 
     @property
     def progress(self) -> str:

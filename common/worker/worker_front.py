@@ -14,7 +14,8 @@ from baton.v1 import worker_pb2
 
 from common.errors import Unavailable, WorkerDraining
 from common.telemetry.tracing import Tracing
-from common.worker.free_port import free_ports
+from common.worker.free_port import free_ports, require_free
+from common.worker.kv_address import fixed_ports, rank_urls
 from common.worker.rank_group import RankGroup
 from common.worker.rank_messages import StartRank
 from common.worker.worker_config import WorkerConfig
@@ -34,6 +35,7 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
     rank_module: str
     captures_steps = False  # see StartRank
     captured_chunk_tokens = 0  # see StartRank
+    ranks_listen = False  # for connections of other workers' ranks
     corrupt_every = 0  # fault injection for tests; see StartRank
 
     def __init__(
@@ -106,7 +108,12 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
         self.on_change()
 
     async def start_group(self) -> RankGroup:
-        """Start the ranks once more. Raises what `RankGroup.start` raises."""
+        """Start the ranks once more. Raises what `RankGroup.start` raises, and `FailedPrecondition` if a port that they
+        are to listen on is taken at the first start."""
+        if self.ranks_listen and self._num_starts == 0:
+            host, ports = fixed_ports(self.config.kv_url, self.config.tp_size)
+            for port in ports:
+                require_free(host, port)
         self._num_starts += 1
         return await self._start_ranks(self.rank_module, self._start_messages(), self.config.start_timeout_s)
 
@@ -137,6 +144,7 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
 
     def _start_messages(self) -> list[StartRank]:
         config = self.config
+        urls = rank_urls(config.kv_url, config.tp_size)
         (port,) = free_ports(1)  # where rank 0 waits for the others
         return [
             StartRank(
@@ -152,7 +160,7 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
                 max_step_tokens=self.max_step_tokens,
                 num_slots=config.num_slots,
                 slot_bytes=config.slot_bytes,
-                transport_url=config.transport_url,
+                transport_url=urls[rank],
                 transport_progress=config.progress,
                 peer_name=self.peer_name(rank),
                 corrupt_every=self.corrupt_every,
@@ -160,6 +168,7 @@ class WorkerFront(ABC, Generic[ConfigT, MetricsT]):
                 random_weights=config.random_weights,
                 captures_steps=self.captures_steps,
                 captured_chunk_tokens=self.captured_chunk_tokens,
+                listens=self.ranks_listen,
             )
             for rank in range(config.tp_size)
         ]

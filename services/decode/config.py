@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.config import Address, AddressOrNone
+from common.worker.kv_address import check_reachable
 from common.worker.worker_config import WorkerConfig
 from services.decode.handoff_context import HandoffLimits
 
@@ -17,9 +18,9 @@ class DecodeConfig(WorkerConfig):
     service: ClassVar[str] = "decode"
 
     worker_id: str = Field("decode-0", pattern=r"^[\x21-\x7e]{1,64}$", description="Name, unique in the deployment.")
-    listen: Address = Field("0.0.0.0:50071", description="host:port for routers and prefill workers.")
+    listen: Address = Field("127.0.0.1:50071", description="host:port for routers and prefill workers.")
     advertise: AddressOrNone = Field(
-        "", description="host:port in tickets, for prefill workers; the listen address if empty."
+        "", description="host:port in tickets, at which prefill workers reach this one; listen if empty."
     )
 
     chunk_tokens: int = Field(
@@ -33,6 +34,11 @@ class DecodeConfig(WorkerConfig):
     grant_timeout_s: float = Field(5.0, gt=0, description="Time for the bytes of one chunk, seconds.")
     cancel_timeout_s: float = Field(0.5, gt=0, description="After this a receive under way is in doubt, seconds.")
     max_waiting_chunks: int = Field(4096, ge=1, description="Chunks that may wait for a staging slot.")
+
+    @model_validator(mode="after")
+    def _check_reachable(self) -> Self:
+        check_reachable(self.listen, self.advertise)
+        return self
 
     @property
     def handoff_limits(self) -> HandoffLimits:

@@ -13,6 +13,7 @@ from baton.v1 import kv_pb2, worker_pb2
 from common.errors import Unavailable
 from common.kvcache.kv_cache_manager import KVCacheManager
 from common.telemetry.tracing import NO_SPAN, Span
+from common.worker.kv_address import reachable_url
 from common.worker.rank_group import RankGroup
 from common.worker.rank_messages import GetTransportStats, TransportStatsReply
 from common.worker.sequence import SequenceLimits, SequenceRequest
@@ -39,6 +40,7 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
     role = worker_pb2.WORKER_ROLE_DECODE
     rank_module = "services.decode.rank"
     captures_steps = True
+    ranks_listen = True
 
     def __init__(
         self,
@@ -200,7 +202,7 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
                 decode_worker_id=self.config.worker_id,
                 decode_incarnation=self.incarnation,
                 handoff_address=self.advertise,
-                rank_addresses=[info.transport_address for info in group.infos],
+                rank_addresses=[reachable_url(info.transport_address, self.advertise) for info in group.infos],
                 layout_fingerprint=self.model.fingerprint,
             )
         )

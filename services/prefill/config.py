@@ -17,7 +17,7 @@ class PrefillConfig(WorkerConfig):
     service: ClassVar[str] = "prefill"
 
     worker_id: str = Field("prefill-0", pattern=r"^[\x21-\x7e]{1,64}$", description="Name, unique in the deployment.")
-    listen: Address = Field("0.0.0.0:50061", description="host:port for routers.")
+    listen: Address = Field("127.0.0.1:50061", description="host:port for routers.")
 
     max_step_tokens: int = Field(2048, ge=2, description="Tokens of one step; at least two blocks.")
     capture_tokens: int = Field(

@@ -69,3 +69,10 @@ def test_everything_listens_on_the_host_that_is_asked_for(shipped_model: Path) -
         assert not hosts
     for worker in (*deployment.prefill, *deployment.decode):
         assert worker.argv[worker.argv.index("--transport-url") + 1] == "ucx://127.0.0.1:0"
+
+
+def test_decode_workers_on_every_interface_say_where_they_are(shipped_model: Path) -> None:
+    deployment = Deployment(DeploymentSpec(model=shipped_model, host="0.0.0.0"))
+    for worker in deployment.decode:
+        port = worker.address.rpartition(":")[2]
+        assert worker.argv[worker.argv.index("--advertise") + 1] == f"127.0.0.1:{port}"

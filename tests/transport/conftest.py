@@ -21,6 +21,7 @@ from tests.transport.memory import CPU, HOST, TWO_GPUS, Memory
 OpenPeer = Callable[[str], Awaitable[Endpoint]]
 torch.set_num_threads(1)
 
+ONLY_CONNECTS = "only connects"
 ACCEPTING = ("receiver", "r", "there")  # what the tests call the end that others connect to
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -51,20 +52,23 @@ async def open_peer(backend: str, memory: Memory) -> AsyncIterator[OpenPeer]:
 
     async def open_one(name: str) -> Endpoint:
         device = str(memory.accepting if name in ACCEPTING else memory.connecting)
+        listens = name != ONLY_CONNECTS
         match backend:
             case "inproc":
-                endpoint: Endpoint = network.open("inproc://", name)
+                endpoint: Endpoint = network.open("inproc://", name, listens)
             case "ucx":
-                endpoint = await open_endpoint("ucx://127.0.0.1:0", name)
+                endpoint = await open_endpoint("ucx://127.0.0.1:0", name, listens=listens)
             case "ucx-polling":
-                endpoint = await open_endpoint("ucx://127.0.0.1:0", name, progress=Progress.POLLING)
+                endpoint = await open_endpoint("ucx://127.0.0.1:0", name, progress=Progress.POLLING, listens=listens)
             case "ucx-cuda":
                 polling = Progress.POLLING
-                endpoint = await open_endpoint("ucx://127.0.0.1:0", name, progress=polling, memory=device)
+                endpoint = await open_endpoint(
+                    "ucx://127.0.0.1:0", name, progress=polling, memory=device, listens=listens
+                )
             case "nccl":
-                endpoint = await open_endpoint("nccl://127.0.0.1:0", name, memory=device)
+                endpoint = await open_endpoint("nccl://127.0.0.1:0", name, memory=device, listens=listens)
             case _:
-                endpoint = await NcclEndpoint.open("nccl://127.0.0.1:0", name, CPU, nccl)
+                endpoint = await NcclEndpoint.open("nccl://127.0.0.1:0", name, CPU, nccl, listens)
         opened.append(endpoint)
         return endpoint
 

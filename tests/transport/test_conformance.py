@@ -269,6 +269,14 @@ async def test_connecting_to_nobody_fails_in_time(open_peer: OpenPeer) -> None:
     assert here.stats().connections == 0
 
 
+async def test_an_end_that_only_connects_has_no_address(open_peer: OpenPeer, memory: Memory) -> None:
+    here, there = await open_peer("only connects"), await open_peer("receiver")
+    assert here.address == ""
+    sender, receiver = await join(here, there, "only connects")
+    receive = receiver.post_receive(1, memory.canary(10))
+    await asyncio.gather(sender.send(1, memory.pattern(10, 0)), receive.wait())
+
+
 async def test_waiting_for_a_peer_that_does_not_come_times_out(open_peer: OpenPeer) -> None:
     here = await open_peer("here")
     with pytest.raises(TransferTimeout, match="nobody"):
