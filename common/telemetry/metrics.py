@@ -1,21 +1,18 @@
 """Everything that one service measures, as Prometheus scrapes it: counters, histograms, and gauges that are read then.
 
-All series exist from the start, at zero: a rate over a counter that appears with its first event misses that event. The
-scraping thread only reads. Knows no service.
+All series exist from the start, at zero: a rate over a counter that appears with its first event misses that event. A
+scrape only reads. Knows no service.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from common.errors import FailedPrecondition
 from common.telemetry.counters import Counters, CounterSpec
 from common.telemetry.histogram import Histogram
 
@@ -44,7 +41,7 @@ class Metrics(Counters, Collector):
         self.registry.register(self)
 
     def set_gauges(self, specs: Mapping[str, GaugeSpec], read: Callable[[], Mapping[str, Level]]) -> None:
-        """Export what `read` returns for each of `specs`. It is called on the scraping thread: it must only look."""
+        """Export what `read` returns for each of `specs`. It is called by each scrape: it must only look."""
         self._gauges = specs
         self._read_gauges = read
 
@@ -69,29 +66,6 @@ class Metrics(Counters, Collector):
                 )
             family.add_metric([label_value for _, label_value in spec.labels], value * spec.scale)
         return list(families.values())
-
-
-class MetricsServer:
-    """Serves `/metrics` over HTTP on a thread of its own until `stop`. Raises `FailedPrecondition` if it cannot."""
-
-    def __init__(self, metrics: Metrics, port: int, host: str = "0.0.0.0") -> None:
-        self._server: WSGIServer
-        self._thread: Thread
-        try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
-        except OSError as error:
-            raise FailedPrecondition(f"cannot serve metrics on {host}:{port}: {error}") from error
-
-    @property
-    def port(self) -> int:
-        """The port in use (the kernel's choice if 0 was asked for)."""
-        return self._server.server_port
-
-    def stop(self) -> None:
-        """Close the port and join the thread."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 def _gauge_family(name: str, spec: GaugeSpec, level: Level) -> GaugeMetricFamily:

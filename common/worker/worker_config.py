@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.config import Address, ServiceConfig
+from common.config import Address, ServiceConfig, split_address
 from common.errors import InvalidArgument
 from common.kvcache.layout import heads_of_rank
 from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
@@ -61,6 +61,7 @@ class WorkerConfig(ServiceConfig):
     )
     drain_timeout_s: float = Field(30.0, ge=0, description="Time for what is under way after SIGTERM, seconds.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; 0 is off.")
+    metrics_host: str = Field("", description="Where it is served; the host of listen if empty.")
     otlp_endpoint: str = Field("", description=OTLP_ENDPOINT_HELP)
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description=TRACE_SAMPLE_RATIO_HELP)
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged.")
@@ -91,6 +92,11 @@ class WorkerConfig(ServiceConfig):
     def kv_url(self) -> str:
         """`transport_url`, or what it is by default."""
         return self.transport_url or default_transport_url(self.listen)
+
+    @property
+    def metrics_address(self) -> str:
+        """`metrics_host`, or what it is by default."""
+        return self.metrics_host or split_address(self.listen)[0]
 
     @property
     def progress(self) -> str:

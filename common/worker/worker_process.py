@@ -22,7 +22,7 @@ from common.parent_death import PARENT_GONE, end_with_parent
 from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
 from common.stop_signals import StopSignals
-from common.telemetry.metrics import MetricsServer
+from common.telemetry.metrics_server import MetricsServer
 from common.telemetry.request_log import configure_logging
 from common.telemetry.tracing import open_tracing
 from common.worker import status_service
@@ -75,9 +75,11 @@ async def serve_worker(
     server = RpcServer(config.listen, max_message_bytes=max(config.max_message_bytes, longest_bytes))
     server.add(add_service, servicer, service_name)
     server.add(worker_pb2_grpc.add_WorkerServicer_to_server, status, status_service.SERVICE_NAME)
-    metrics = MetricsServer(worker.counters, config.metrics_port) if config.metrics_port else None
+    metrics = MetricsServer(worker.counters, config.metrics_port, config.metrics_address)
     worker.tracing = open_tracing(config.otlp_endpoint, config.trace_sample_ratio, config.service, config.worker_id)
     try:
+        if config.metrics_port:
+            await metrics.start()
         port = await server.start()
         worker.listens_on(port)
         quiet_collector()
@@ -98,8 +100,7 @@ async def serve_worker(
                 task.cancel()
     finally:
         await server.stop(0.0)
-        if metrics is not None:
-            metrics.stop()
+        await metrics.stop()
         worker.tracing.close(_TRACING_GRACE_S)
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from common.config import Address, ServiceConfig
+from common.config import Address, ServiceConfig, split_address
 from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
 from services.router.generation_config import DefaultsSource
 from services.router.placement import LocalPrefill
@@ -19,7 +19,7 @@ class RouterConfig(ServiceConfig):
 
     service: ClassVar[str] = "router"
 
-    listen: Address = Field("0.0.0.0:50051", description="host:port for clients.")
+    listen: Address = Field("127.0.0.1:50051", description="host:port for clients.")
     model: Path = Field(
         description="Checkpoint directory: tokenizer and config.json; weights only tell its workers from others."
     )
@@ -63,6 +63,7 @@ class RouterConfig(ServiceConfig):
         description="Release of the first token: eager (at once), steady (when the first decode step is under way).",
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; the i-th process adds i. 0 is off.")
+    metrics_host: str = Field("", description="Where it is served; the host of listen if empty.")
     otlp_endpoint: str = Field("", description=OTLP_ENDPOINT_HELP)
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description=TRACE_SAMPLE_RATIO_HELP)
     processes: int = Field(1, ge=1, le=64, description="Processes that share the port (SO_REUSEPORT).")
@@ -79,6 +80,11 @@ class RouterConfig(ServiceConfig):
     def served_model_name(self) -> str:
         """The name that GetModelInfo reports."""
         return self.model_name or self.model.resolve().name
+
+    @property
+    def metrics_address(self) -> str:
+        """`metrics_host`, or what it is by default."""
+        return self.metrics_host or split_address(self.listen)[0]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

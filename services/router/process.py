@@ -17,7 +17,8 @@ from common.for_good import for_good
 from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
 from common.stop_signals import StopSignals
-from common.telemetry.metrics import Level, MetricsServer
+from common.telemetry.metrics import Level
+from common.telemetry.metrics_server import MetricsServer
 from common.telemetry.tracing import Tracing, open_tracing
 from services.router.admission import Admission, AdmissionQueue
 from services.router.config import RouterConfig
@@ -131,15 +132,16 @@ async def run_router(config: RouterConfig) -> None:
     signals = StopSignals()
     tracing = open_tracing(config.otlp_endpoint, config.trace_sample_ratio, config.service, _instance())
     router = RouterProcess(config, model, random.Random(secrets.randbits(64)), tracing)
-    metrics = MetricsServer(router.metrics, config.metrics_port) if config.metrics_port else None
+    metrics = MetricsServer(router.metrics, config.metrics_port, config.metrics_address)
     quiet_collector()
     try:
+        if config.metrics_port:
+            await metrics.start()
         async with router.running():
             _logger.info("%s on port %d", model.limits.name, router.port)
             await signals.stopping.wait()
             _logger.info("draining for at most %g s", config.drain_timeout_s)
             await signals.unless_hurried(router.drain(config.drain_timeout_s))
     finally:
-        if metrics is not None:
-            metrics.stop()
+        await metrics.stop()
         tracing.close(TRACING_GRACE_S)

@@ -40,7 +40,7 @@ async def supervise(command: Sequence[str], argv: Sequence[str], config: RouterC
     """
     require_free(*split_address(config.listen))
     for index in range(config.processes if config.metrics_port else 0):
-        require_free("0.0.0.0", config.metrics_port + index)
+        require_free(config.metrics_address, config.metrics_port + index)
     signals = StopSignals()
     async with asyncio.TaskGroup() as children:
         for index in range(config.processes):

@@ -11,7 +11,8 @@ from prometheus_client import generate_latest
 from cli.scrape import Scrape, quantile, scrape
 from common.errors import Unavailable
 from common.telemetry.histogram import Histogram
-from common.telemetry.metrics import Metrics, MetricsServer
+from common.telemetry.metrics import Metrics
+from common.telemetry.metrics_server import MetricsServer
 from services.router.metrics import RouterMetrics
 
 
@@ -52,11 +53,12 @@ async def test_a_scrape_has_every_sample_by_name_and_labels() -> None:
     metrics = RouterMetrics()
     metrics.inc("requests_ok", 3)
     metrics.inc("requests_Unavailable")
-    server = MetricsServer(metrics, 0, "127.0.0.1")
+    server = MetricsServer(metrics, 0)
+    await server.start()
     try:
         scraped = await scrape(f"http://127.0.0.1:{server.port}/metrics", timeout_s=5.0)
     finally:
-        server.stop()
+        await server.stop()
     assert scraped.value("baton_router_requests_total", outcome="ok") == 3
     assert scraped.total("baton_router_requests_total") == 4
     with pytest.raises(KeyError):

@@ -14,7 +14,7 @@ from baton.v1 import worker_pb2, worker_pb2_grpc
 
 from cli.main import main
 from common.rpc.server import RpcServer
-from common.telemetry.metrics import MetricsServer
+from common.telemetry.metrics_server import MetricsServer
 from common.worker.status_service import SERVICE_NAME, StatusService
 from services.router.metrics import RouterMetrics
 
@@ -74,7 +74,8 @@ async def test_once_shows_workers_and_the_routers_latencies() -> None:
     metrics.inc("requests_ok", 4)
     metrics.inc("output_tokens", 40)
     metrics.first_token.observe(0.045, n=4)
-    router = MetricsServer(metrics, 0, "127.0.0.1")
+    router = MetricsServer(metrics, 0)
+    await router.start()
     lanes = {"chunks_by_lane:ucx:tcp": 7}
     prefill = Worker("prefill-a", worker_pb2.WORKER_ROLE_PREFILL, num_blocks_free=10, counters=lanes, num_waiting=6)
     decode = Worker("decode-a", worker_pb2.WORKER_ROLE_DECODE, num_running=13, num_blocks_held=30, num_blocks_cached=10)
@@ -84,7 +85,7 @@ async def test_once_shows_workers_and_the_routers_latencies() -> None:
             where = ("--prefill", prefill.address, "--decode", decode.address, "--router-metrics", url)
             status, text = await top("--once", *where)
     finally:
-        router.stop()
+        await router.stop()
     assert status == 0, text
     assert all(word in line_of(text, "prefill-a") for word in ("prefill", "ready", "10/0/0", "ucx:tcp", " 6 "))
     assert all(word in line_of(text, "decode-a") for word in ("decode", "13", "0/10/30", "███████████████▒▒▒▒▒"))
