@@ -76,6 +76,7 @@ class RouterProcess:
             config.max_timeout_s,
             tracing or Tracing(),
         )
+        self.chats = model.chats
         self._server.add(inference_pb2_grpc.add_InferenceServicer_to_server, self.servicer, SERVICE_NAME)
         self.metrics.watch(self._levels)
 
@@ -90,7 +91,7 @@ class RouterProcess:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serve while the context is open; on leaving, calls that are still there are cancelled."""
-        async with asyncio.TaskGroup() as background:
+        async with contextlib.aclosing(self.chats), asyncio.TaskGroup() as background:
             tasks = [
                 background.create_task(for_good(self.registry.run(), "the list of workers")),
                 background.create_task(for_good(self._report_health(), "the health report")),
@@ -137,7 +138,8 @@ async def run_router(config: RouterConfig) -> None:
     try:
         if config.metrics_port:
             await metrics.start()
-        async with router.running():
+        async with router.running(), asyncio.TaskGroup() as starting:
+            starting.create_task(model.chats.start())
             _logger.info("%s on port %d", model.limits.name, router.port)
             await signals.stopping.wait()
             _logger.info("draining for at most %g s", config.drain_timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from common.errors import InvalidArgument, ModelError
 from common.models.checkpoint import drawn_model_digest, model_digest
 from common.models.config import read_model_config
-from services.router.chat_template import ChatTemplate
+from services.router.chat_template import ChatTemplate, read_template_sources
 from services.router.generation_config import (
     NO_DEFAULTS,
     DefaultsSource,
@@ -19,34 +20,42 @@ from services.router.generation_config import (
     read_eos_sources,
     read_sampling_defaults,
 )
+from services.router.template_host import TemplateHost
 from services.router.tokenizer import Tokenizer
 from services.router.validation import ModelLimits, ValidatedRequest, within
 
 _logger = logging.getLogger(__name__)
 
 
+LONG_TEXT_CHARS = 4096  # above this, tokenising takes long enough to be worth a thread
+
+
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The one model that a router serves. Safe to share between threads."""
+    """The one model that a router serves."""
 
     limits: ModelLimits
     tokenizer: Tokenizer
-    chat_template: ChatTemplate
+    chats: TemplateHost
     digests: frozenset[bytes]  # of workers that serve this very model; empty: nobody can say
 
-    def prompt_ids(self, request: ValidatedRequest) -> Sequence[int]:
-        """The prompt as token ids. Takes a while for long text. Raises `InvalidArgument`."""
+    async def prompt_ids(self, request: ValidatedRequest) -> Sequence[int]:
+        """The prompt as token ids. Raises `InvalidArgument`."""
         if request.token_ids is not None:
             return request.token_ids
         if request.text is not None:
-            return self._embedded("text", self.tokenizer.encode(request.text))
-        messages = [{"role": role, "content": content} for role, content in request.chat or ()]
+            return self._embedded("text", await self._encode(request.text, add_special_tokens=True))
         try:
-            text = self.chat_template.render(messages, add_generation_prompt=request.add_generation_prompt)
+            text = await self.chats.render(request.chat or (), add_generation_prompt=request.add_generation_prompt)
         except InvalidArgument as error:
             raise within("chat", error) from error
         # The template writes the special tokens itself.
-        return self._embedded("chat.messages", self.tokenizer.encode(text, add_special_tokens=False))
+        return self._embedded("chat.messages", await self._encode(text, add_special_tokens=False))
+
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens)
 
     def _embedded(self, field: str, ids: list[int]) -> list[int]:
         """The same ids, all of which the model knows."""
@@ -67,18 +76,20 @@ def load_served_model(
     config = read_model_config(model_dir)
     tokenizer = Tokenizer.from_directory(model_dir)
     _tell_tokens_without_embedding(tokenizer, config.vocab_size)
-    chat_template = ChatTemplate.from_directory(model_dir, tokenizer.special_tokens)
+    sources, chat_fault = _read_templates(model_dir, tokenizer)
     limits = ModelLimits(
         name=name,
         context_length=config.context_length,
         vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids((*read_eos_sources(model_dir), *_eos_of_tokenizer(tokenizer)), config.vocab_size),
-        has_chat_template=bool(chat_template.names),
+        has_chat_template=bool(sources) and not chat_fault,
+        chat_template_fault=chat_fault,
         max_message_bytes=max_message_bytes,
         special_tokens=tokenizer.special_tokens_below(config.vocab_size),
         defaults=read_sampling_defaults(model_dir) if defaults is DefaultsSource.CHECKPOINT else NO_DEFAULTS,
     )
-    return ServedModel(limits, tokenizer, chat_template, _digests(model_dir))
+    chats = TemplateHost(sources, tokenizer.special_tokens)
+    return ServedModel(limits, tokenizer, chats, _digests(model_dir))
 
 
 def _eos_of_tokenizer(tokenizer: Tokenizer) -> list[EosSource]:
@@ -86,6 +97,20 @@ def _eos_of_tokenizer(tokenizer: Tokenizer) -> list[EosSource]:
     token = tokenizer.special_tokens.get("eos_token")
     token_id = None if token is None else tokenizer.token_id(token)
     return [] if token_id is None else [EosSource("tokenizer_config.json: eos_token", token, (token_id,))]
+
+
+def _read_templates(model_dir: Path, tokenizer: Tokenizer) -> tuple[dict[str, str], str]:
+    """By name, and what is wrong with them: a reason to refuse chats, and none to refuse texts."""
+    try:
+        sources = read_template_sources(model_dir)
+        template = ChatTemplate(sources, tokenizer.special_tokens)
+    except ModelError as error:
+        sources, faults, fault = {}, [str(error)], str(error)
+    else:
+        faults, fault = list(template.broken.values()), template.fault
+    for message in faults:
+        _logger.error("chats are refused: %s" if fault else "%s", message)
+    return sources, fault
 
 
 def _tell_tokens_without_embedding(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import grpc
@@ -32,8 +32,6 @@ from services.router.workers import WorkerRegistry
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-LONG_TEXT_CHARS = 4096  # above this, tokenising takes long enough to be worth a thread
-MESSAGE_CHARS = 16  # of a chat, besides role and content
 WRITE_GRACE_S = 0.5  # for a message under way when the request fails; a client that does not read gets no status
 
 
@@ -109,7 +107,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         admitted_ns = time.monotonic_ns()
         record.admitted(admitted_ns)
-        prompt_ids = await self._prompt_ids(request)
+        prompt_ids = await self._model.prompt_ids(request)
         record.tokenized(admitted_ns, time.monotonic_ns(), len(prompt_ids))
         sampling = await self._resolved(request, len(prompt_ids))
         plan = RequestPlan(
@@ -153,14 +151,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             rooms = [capacity - num_prompt_tokens for capacity in self._dispatcher.capacities if capacity >= needed]
             sampling.max_tokens = min([sampling.max_tokens, *rooms])
         return sampling
-
-    async def _prompt_ids(self, request: ValidatedRequest) -> Sequence[int]:
-        # A message costs the template some characters, however short it is.
-        chat = sum(len(role) + len(content) + MESSAGE_CHARS for role, content in request.chat or ())
-        num_chars = len(request.text or "") + chat
-        if num_chars > LONG_TEXT_CHARS:
-            return await asyncio.to_thread(self._model.prompt_ids, request)
-        return self._model.prompt_ids(request)
 
     def _choices(
         self, request: ValidatedRequest, sampling: sampling_pb2.SamplingParams, output: OutputStream

@@ -1,7 +1,8 @@
 """Checks of a request at the edge: what passes here is good for everybody behind. Pure.
 
 `validate` sees the request alone; `resolve_sampling` runs when the prompt's tokens are counted. Both raise
-`InvalidArgument` naming field, value and limit, or `NotFound` for another model. Nothing has reached a worker by then.
+`InvalidArgument` naming field, value and limit, `NotFound` for another model, or `ModelError` for chats that its
+broken template cannot render. Nothing has reached a worker by then.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from baton.v1 import inference_pb2, sampling_pb2
 
-from common.errors import InvalidArgument, NotFound
+from common.errors import InvalidArgument, ModelError, NotFound
 from common.sampling import params
 from common.sampling.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from services.router.generation_config import NO_DEFAULTS, SamplingDefaults
@@ -35,6 +36,7 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
     max_message_bytes: int
+    chat_template_fault: str = ""  # why the chat template that there is cannot be used
     defaults: SamplingDefaults = NO_DEFAULTS
     special_tokens: Mapping[str, int] = field(default_factory=dict)  # those that the model can draw, with their ids
 
@@ -149,7 +151,7 @@ def _stop_token_ids(request: ValidatedRequest, limits: ModelLimits) -> list[int]
 
 def within(parent: str, error: InvalidArgument) -> InvalidArgument:
     """The same error for a field that is part of another."""
-    return InvalidArgument(f"{parent}.{error.field}", _Shown(error.value), error.limit)
+    return InvalidArgument(f"{parent}.{error.field}", Shown(error.value), error.limit)
 
 
 def _check_counts(request: inference_pb2.GenerateRequest) -> None:
@@ -212,6 +214,8 @@ def _check_token_ids(ids: Sequence[int], limits: ModelLimits) -> None:
 
 
 def _check_chat(chat: inference_pb2.ChatMessages, limits: ModelLimits, max_chars: int) -> None:
+    if limits.chat_template_fault:
+        raise ModelError(f"the checkpoint's chat template is broken: {limits.chat_template_fault}")
     if not limits.has_chat_template:
         raise InvalidArgument("chat", f"{len(chat.messages)} messages", "the checkpoint has no chat template")
     if not 1 <= len(chat.messages) <= limits.context_length:
@@ -245,7 +249,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 64 else f"{text[:61]}..."
 
 
-class _Shown:
+class Shown:
     """A value that is a repr already."""
 
     def __init__(self, text: str) -> None:

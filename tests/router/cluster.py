@@ -18,7 +18,7 @@ from services.router.config import RouterConfig
 from services.router.process import RouterProcess
 from services.router.served_model import load_served_model
 from services.router.worker_list import Role
-from tests.router.byte_checkpoint import write_byte_checkpoint
+from tests.router.byte_checkpoint import CHAT_TEMPLATE, write_byte_checkpoint
 from tests.router.fake_workers import MAX_MESSAGE_BYTES, FakeDecode, FakePrefill, Script, Tickets
 
 
@@ -100,7 +100,13 @@ def collect(outputs: dict[int, Output], response: inference_pb2.GenerateResponse
 
 @contextlib.asynccontextmanager
 async def running_cluster(
-    directory: Path, *, num_prefills: int = 1, num_decodes: int = 1, tracing: Tracing | None = None, **settings: object
+    directory: Path,
+    *,
+    num_prefills: int = 1,
+    num_decodes: int = 1,
+    tracing: Tracing | None = None,
+    chat_template: str = CHAT_TEMPLATE,
+    **settings: object,
 ) -> AsyncIterator[Cluster]:
     """Fakes, a router that knows them, and a client; all of it is gone afterwards."""
     script = Script()
@@ -111,7 +117,7 @@ async def running_cluster(
         await worker.start()
     values: dict[str, object] = {
         "listen": "127.0.0.1:0",
-        "model": write_byte_checkpoint(directory),
+        "model": write_byte_checkpoint(directory, chat_template=chat_template),
         "model_name": "bytes",
         "prefill": tuple(worker.address for worker in prefills),
         "decode": tuple(worker.address for worker in decodes),

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import InvalidArgument, ModelError
 from services.router import chat_template
-from services.router.chat_template import MAX_MESSAGES, ChatTemplate
+from services.router.chat_template import MAX_MESSAGES, ChatTemplate, read_template_sources
 
 CHATML = """
 {%- for message in messages %}
@@ -89,6 +89,10 @@ def reference(
     return rendered
 
 
+def from_directory(directory: Path) -> ChatTemplate:
+    return ChatTemplate(read_template_sources(directory), SPECIAL)
+
+
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize(
     ("template", "messages"),
@@ -117,7 +121,7 @@ def test_client_variables_cannot_replace_messages_or_special_tokens() -> None:
 
 
 def test_model_without_a_template_refuses_chat(tmp_path: Path) -> None:
-    template = ChatTemplate.from_directory(tmp_path, {})
+    template = from_directory(tmp_path)
     assert template.names == ()
     with pytest.raises(InvalidArgument, match="this model has no chat template"):
         template.render(CHAT)
@@ -174,27 +178,66 @@ def test_time_of_rendering_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         ChatTemplate({"default": CHATML}, SPECIAL).render(CHAT)
 
 
-def test_broken_template_is_an_error_of_the_model() -> None:
-    with pytest.raises(ModelError, match="'default'"):
-        ChatTemplate({"default": "{% for x in %}"}, SPECIAL)
+def test_broken_template_is_an_error_of_the_model_that_leaves_others_alone() -> None:
+    template = ChatTemplate({"default": "{% for x in %}", "tool_use": "tools"}, SPECIAL)
+    assert template.names == ("tool_use", "default")
+    assert template.fault == template.broken["default"]
+    with pytest.raises(ModelError, match="'default' does not compile"):
+        template.render(CHAT)
+    assert template.render(CHAT, tools=TOOL) == "tools"
+    assert not ChatTemplate({"default": "plain", "tool_use": "{{"}, SPECIAL).fault
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set x = 'out' %}{% generation %}{% set x = 'in' %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% for m in messages %}{% generation %}{{ m.role }}{{ loop.index }}{% endgeneration %}{% endfor %}",
+        "{% macro say(m) %}{% generation %}{{ m.role }}{% endgeneration %}{% endmacro %}{{ say(messages[0]) }}",
+    ],
+)
+def test_a_generation_block_is_a_scope(source: str) -> None:
+    assert ChatTemplate({"default": source}, SPECIAL).render(CHAT) == reference(source, CHAT)
+
+
+def test_fields_that_are_null_are_not_there() -> None:
+    messages: list[dict[str, object]] = [{"role": "user", "content": None, "tool_calls": None, "name": "n"}]
+    source = (
+        "{% for m in messages %}{{ m.content }}|{{ m.name }}|{{ m.tool_calls is defined }}|{{ m | tojson }}{% endfor %}"
+    )
+    assert (
+        ChatTemplate({"default": source}, SPECIAL).render(messages)
+        == reference(source, messages)
+        == '|n|False|{"role": "user", "name": "n"}'
+    )
+
+
+def test_dictionaries_are_made_as_in_transformers() -> None:
+    source = "{% set d = dict(a=1) %}{{ d.a }}{{ dict.fromkeys(['x'], 2) }}{{ dict.__mro__ is defined }}"
+    assert ChatTemplate({"default": source}, SPECIAL).render(CHAT) == reference(source, CHAT)
+
+
+@pytest.mark.parametrize("source", ["{{ 10 ** 10 ** 9 }}", "{{ 'a' | center(10 ** 12) }}", "{{ 'a' * 10 ** 12 }}"])
+def test_compiling_computes_nothing(source: str) -> None:
+    assert not ChatTemplate({"default": source}, SPECIAL).broken
 
 
 def test_template_is_chosen_by_name_tools_and_file(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     config = {"chat_template": named}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    template = ChatTemplate.from_directory(tmp_path, {})
+    template = from_directory(tmp_path)
     assert template.render(CHAT) == "plain"
     assert template.render(CHAT, tools=TOOL) == "tools"
     assert template.render(CHAT, tools=TOOL, name="default") == "plain"
     with pytest.raises(InvalidArgument, match="default, tool_use"):
         template.render(CHAT, name="rag")
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}file")
-    assert ChatTemplate.from_directory(tmp_path, {"bos_token": "<b>"}).render(CHAT) == "<b>file"
+    assert from_directory(tmp_path).render(CHAT) == "<s>file"
 
 
 def test_template_that_is_neither_text_nor_list_is_an_error_of_the_model(tmp_path: Path) -> None:
     for value in (7, [{"name": "default"}]):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
         with pytest.raises(ModelError, match="chat_template"):
-            ChatTemplate.from_directory(tmp_path, {})
+            from_directory(tmp_path)

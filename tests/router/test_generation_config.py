@@ -188,7 +188,7 @@ def test_greedy_is_the_default_only_where_the_checkpoint_says_so(config: dict[st
 def test_lengths_of_the_checkpoint_hold_where_the_request_has_none(
     config: dict[str, object], num_prompt: int, given: dict[str, int], bounds: tuple[int, int]
 ) -> None:
-    limits = ModelLimits("m", 512, 300, (0,), True, 1 << 20, parse_sampling_defaults("f", config))
+    limits = ModelLimits("m", 512, 300, (0,), True, 1 << 20, defaults=parse_sampling_defaults("f", config))
     request = inference_pb2.GenerateRequest(text="a")
     for name, value in given.items():
         setattr(request.sampling, name, value)

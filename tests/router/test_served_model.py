@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from baton.v1 import inference_pb2
 
-from common.errors import InvalidArgument
+from common.errors import InvalidArgument, ModelError
 from services.router.served_model import ServedModel, load_served_model
 from services.router.validation import validate
 from tests.router.byte_checkpoint import USER_TOKEN_ID, byte_ids, write_byte_checkpoint
@@ -35,7 +35,7 @@ def chat_request(content: str) -> inference_pb2.GenerateRequest:
 @pytest.mark.parametrize(
     ("request_of", "field"), [(text_request, "text"), (chat_request, "chat.messages")], ids=["text", "chat"]
 )
-def test_a_token_beyond_the_embedding_is_refused_under_the_field_that_holds_it(
+async def test_a_token_beyond_the_embedding_is_refused_under_the_field_that_holds_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, request_of: object, field: str
 ) -> None:
     assert callable(request_of)
@@ -45,13 +45,41 @@ def test_a_token_beyond_the_embedding_is_refused_under_the_field_that_holds_it(
         "1 ids of the tokenizer are beyond the 257 embeddings of the model, and prompts with one are refused: '<user>'"
     ]
     with pytest.raises(InvalidArgument, match="'<user>': a token that the model has no embedding for") as caught:
-        model.prompt_ids(validate(request_of("a<user>b"), model.limits))
+        await model.prompt_ids(validate(request_of("a<user>b"), model.limits))
     assert caught.value.field == field
-    assert model.prompt_ids(validate(text_request("ab"), model.limits)) == byte_ids("ab")
+    await model.chats.aclose()
+    assert await model.prompt_ids(validate(text_request("ab"), model.limits)) == byte_ids("ab")
 
 
-def test_a_tokenizer_within_the_embedding_is_not_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_tokenizer_within_the_embedding_is_not_spoken_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         model = load(tmp_path)
     assert not caplog.records
-    assert USER_TOKEN_ID in model.prompt_ids(validate(text_request("a<user>b"), model.limits))
+    assert USER_TOKEN_ID in await model.prompt_ids(validate(text_request("a<user>b"), model.limits))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for message in %}", "chat template 'default' does not compile: Expected an expression"),
+        ("{{ messages | nothing }}", "chat template 'default' does not compile: No filter named 'nothing'"),
+        (7, "tokenizer_config.json: chat_template is neither a string nor a list"),
+    ],
+)
+async def test_a_broken_chat_template_refuses_chats_and_serves_texts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: object, reason: str
+) -> None:
+    load(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with caplog.at_level(logging.ERROR):
+        model = load_served_model("bytes", tmp_path, 1 << 20)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert told[0].startswith(f"chats are refused: {reason}")
+    assert not model.limits.has_chat_template
+    with pytest.raises(ModelError, match=f"the checkpoint's chat template is broken: {reason}"):
+        validate(chat_request("hello"), model.limits)
+    assert await model.prompt_ids(validate(text_request("ab"), model.limits)) == byte_ids("ab")
