@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import TypeAlias
@@ -18,6 +19,8 @@ from services.decode.worker import DecodeWorker
 
 _log = logging.getLogger(__name__)
 _Requests: TypeAlias = AsyncIterator[decode_pb2.SessionRequest]
+_SessionContext: TypeAlias = "grpc.aio.ServicerContext[decode_pb2.SessionRequest, decode_pb2.SessionResponse]"
+WRITE_GRACE_S = 0.5  # for a message under way when a session ends; a router that does not read is not told why
 SERVICE_NAME = "baton.v1.Decode"
 
 
@@ -27,22 +30,24 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
     def __init__(self, worker: DecodeWorker) -> None:
         self._worker = worker
 
-    async def Session(  # noqa: N802 - the name in the proto
+    async def Session(  # type: ignore[override] # noqa: N802 - the name in the proto; writes, is no generator
         self,
         request_iterator: _Requests,
-        context: grpc.aio.ServicerContext[decode_pb2.SessionRequest, decode_pb2.SessionResponse],
-    ) -> AsyncIterator[decode_pb2.SessionResponse]:
+        context: _SessionContext,
+    ) -> None:
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("message") != "begin":
             raise InvalidArgument("message", None, "a session starts with begin")
-        with self._worker.session(first.begin.session_id) as session:
-            reading = asyncio.create_task(self._read(session, request_iterator))
-            try:
-                async for response in session.responses():
-                    yield response
-            finally:
-                reading.cancel()
-                await asyncio.wait({reading})
+        async with asyncio.TaskGroup() as tasks:
+            with self._worker.session(first.begin.session_id, first.begin.beats) as session:
+                reading = tasks.create_task(self._read(session, request_iterator))
+                writing = tasks.create_task(_write(session, context))
+                error = await session.wait_over()
+            # It holds nothing any more. A write that is abandoned leaves gRPC unable to say why.
+            await asyncio.wait((writing,), timeout=WRITE_GRACE_S)
+            for task in (reading, writing):
+                task.cancel()
+        raise error
 
     async def Handoff(  # type: ignore[override] # noqa: N802 - a coroutine that writes, not a generator
         self,
@@ -57,13 +62,16 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             async for request in requests:
                 if session.is_over:
                     return
+                session.heard()
                 kind = request.WhichOneof("message")
                 if kind == "open":
                     session.answer(self._open(session, request.open))
                 elif kind == "close":
                     self._worker.close(session.session_id, request.close.sequence_id)
-                else:
-                    raise InvalidArgument("message", kind, "expected open or close")
+                elif kind == "beat":
+                    session.answer_beat(request.beat.number)
+                elif kind is not None:  # what a later version says is no fault
+                    raise InvalidArgument("message", kind, "expected open, close or beat")
             session.end(Cancelled("the router ended its session"))
         except BatonError as error:
             session.end(error)
@@ -86,3 +94,16 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             _log.exception("a sequence could not be opened")
             response.error.CopyFrom(to_status(InternalError("internal error; see the worker's log")))
         return response
+
+
+async def _write(session: sessions.Session, context: _SessionContext) -> None:
+    """Send what there is until the session is over, which it also is when gRPC cannot write."""
+    try:
+        async with contextlib.aclosing(session.responses()) as responses:
+            async for response in responses:
+                await context.write(response)
+    except BatonError:
+        _log.debug("session %s is over", session.session_id)
+    except Exception as error:  # of gRPC, when the call breaks
+        _log.debug("a session's stream broke", exc_info=True)
+        session.end(Cancelled(f"the session's stream broke: {error!r}"))

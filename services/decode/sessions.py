@@ -1,5 +1,5 @@
 """The sessions of the router processes: what is pending is merged per sequence, into messages of bounded size. A slow
-router gets few messages for many steps, and is given up when too many of them wait.
+router gets few messages for many steps, and is given up when too many of them wait, or when it is silent.
 
 Knows neither blocks nor ranks.
 """
@@ -7,17 +7,20 @@ Knows neither blocks nor ranks.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from baton.v1 import decode_pb2, kv_pb2, sampling_pb2
 
+from common.awake_clock import TICK_S, AwakeClock
 from common.errors import (
     BatonError,
     Cancelled,
     FailedPrecondition,
     InvalidArgument,
     ResourceExhausted,
+    Unavailable,
     WorkerDraining,
 )
 from services.decode.request import End, PromptComputed, RouterEvent, SequenceEnded, StepsBegin, TokenSampled
@@ -27,6 +30,7 @@ MAX_MESSAGE_TOKEN_BYTES = 32 << 10
 MAX_FULL_MESSAGES = 2048  # that wait for a router that does not read; more, and its session ends
 MAX_MESSAGE_ANSWERS = 64  # of Opens, in one message
 MAX_ANSWERS = 1 << 15  # that wait, refusals included; more, and the session ends
+SILENT_AFTER_S = 4.0  # without a word of a router that beats; its clock is `AwakeClock`
 _TOKEN_BYTES = 5  # of a token id in a message, at most
 _LOGPROB_BYTES = 15  # of each log-probability beside it, the messages that hold it included, at most
 
@@ -40,10 +44,16 @@ _PROTO_END = {
 
 
 class Session:
-    """One router process while its stream stands."""
+    """One router process while its stream stands. `beats`: it promised signs of life."""
 
-    def __init__(self, session_id: str, max_pending: int, tickets: kv_pb2.Ticket | None) -> None:
+    def __init__(
+        self, session_id: str, max_pending: int, tickets: kv_pb2.Ticket | None, clock: AwakeClock, beats: bool
+    ) -> None:
         self.session_id = session_id
+        self._beats = beats
+        self._beat: int | None = 0 if beats else None  # to be answered
+        self._clock = clock
+        self._heard_s = clock.now_s
         self._tickets = tickets  # to be told
         self._max_pending = max_pending
         self._full: deque[dict[int, decode_pb2.SequenceTokens]] = deque()  # messages to which nothing is added
@@ -52,6 +62,7 @@ class Session:
         self._answers: deque[decode_pb2.OpenResponse] = deque()
         self._num_opened = 0  # answers that are no refusals, since all were read
         self._flushed = asyncio.Event()
+        self._over = asyncio.Event()
         self._error: BatonError | None = None
 
     @property
@@ -59,10 +70,17 @@ class Session:
         """Whether it was ended, by its router, by another stream, or by the worker."""
         return self._error is not None
 
-    async def responses(self) -> AsyncIterator[decode_pb2.SessionResponse]:
+    async def wait_over(self) -> BatonError:
+        """Wait until it was ended; returns what ended it."""
+        await self._over.wait()
+        assert self._error is not None
+        return self._error
+
+    async def responses(self) -> AsyncGenerator[decode_pb2.SessionResponse, None]:
         """One that says that the session stands, then what is new. Raises what ended the session."""
         tickets, self._tickets = self._tickets, None
-        yield decode_pb2.SessionResponse(tickets=tickets)
+        beat, self._beat = self._beat, None
+        yield decode_pb2.SessionResponse(tickets=tickets, beat=beat)
         while True:
             await self._flushed.wait()
             self._flushed.clear()
@@ -75,7 +93,22 @@ class Session:
                 if not self._answers:
                     self._num_opened = 0
                 tickets, self._tickets = self._tickets, None
-                yield decode_pb2.SessionResponse(sequences=pending.values(), opened=answers, tickets=tickets)
+                beat, self._beat = self._beat, None
+                yield decode_pb2.SessionResponse(sequences=pending.values(), opened=answers, tickets=tickets, beat=beat)
+
+    def heard(self) -> None:
+        """The router said something."""
+        self._heard_s = self._clock.now_s
+
+    def answer_beat(self, number: int) -> None:
+        """Say that the router's sign of life was heard, and give one."""
+        self._beat = number
+        self._flushed.set()
+
+    def end_if_silent(self) -> None:
+        """Give a router up that promised signs of life and gives none."""
+        if self._beats and self._clock.now_s - self._heard_s > SILENT_AFTER_S:
+            self.end(Unavailable(f"nothing was heard of the router for {SILENT_AFTER_S:g} s"))
 
     def tell_tickets(self, tickets: kv_pb2.Ticket) -> None:
         """Say what tickets say from now on."""
@@ -136,6 +169,7 @@ class Session:
     def end(self, error: BatonError) -> None:
         """The stream raises this next, unless it was ended before."""
         self._error = self._error or error
+        self._over.set()
         self._flushed.set()
 
     def _begin_message(self) -> None:
@@ -163,8 +197,21 @@ class Sessions:
         self._max_sessions = max_sessions
         self._sessions: dict[str, Session] = {}
         self._tickets: kv_pb2.Ticket | None = None
+        self._clock = AwakeClock(time.monotonic())
 
-    def begin(self, session_id: str) -> Session:
+    async def run(self) -> None:
+        """End the sessions of routers that are silent, until cancelled."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.look(time.monotonic())
+
+    def look(self, monotonic_s: float) -> None:
+        """One tick: which routers are silent?"""
+        self._clock.tick(monotonic_s)
+        for session in self._sessions.values():
+            session.end_if_silent()
+
+    def begin(self, session_id: str, beats: bool = False) -> Session:
         """Open a session; one of the same name ends with `Cancelled`."""
         if not session_id:
             raise InvalidArgument("begin.session_id", session_id, "must not be empty")
@@ -173,7 +220,7 @@ class Sessions:
             previous.end(Cancelled("another stream of this session replaced this one"))
         if len(self._sessions) >= self._max_sessions:
             raise ResourceExhausted(f"{self._max_sessions} routers are subscribed")
-        session = self._sessions[session_id] = Session(session_id, self._max_pending, self._tickets)
+        session = self._sessions[session_id] = Session(session_id, self._max_pending, self._tickets, self._clock, beats)
         return session
 
     def tell_tickets(self, tickets: kv_pb2.Ticket) -> None:

@@ -85,6 +85,7 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.handoff_context.run())
                 tasks.create_task(self.engine.run())
+                tasks.create_task(self.sessions.run())
                 tasks.create_task(supervisor.run())
         finally:
             self._group = None
@@ -101,9 +102,10 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
         self.sessions.end_all()
 
     @contextlib.contextmanager
-    def session(self, session_id: str) -> Iterator[Session]:
-        """A router's stream. Whichever way this ends, the sequences that were opened under it are closed."""
-        session = self.sessions.begin(session_id)
+    def session(self, session_id: str, beats: bool = False) -> Iterator[Session]:
+        """A router's stream. Whichever way this ends, the sequences that were opened under it are closed. `beats`: the
+        router promised signs of life."""
+        session = self.sessions.begin(session_id, beats)
         # Of a stream that this one replaces: nobody knows which of their tokens were read.
         self.scheduler.close_session(session_id, End.LOST)
         self.engine.settle()

@@ -34,14 +34,14 @@ from common.errors import (
 from common.rpc.client import decoded
 from common.rpc.status import error_from_rpc
 from services.router import lifetime
+from services.router.cancellation import is_being_cancelled
 from services.router.choice import Choice
 from services.router.request_record import RequestRecord
 from services.router.sequence_receiver import Ending, FirstToken, SequenceReceiver
-from services.router.workers import Worker
+from services.router.worker import Worker
 
 _logger = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_S = 5.0  # registering is book-keeping: a worker that takes longer hangs
 COMPLETION_TIMEOUT_S = 1.0  # for PrefillCompleted, once the output has ended
 
 
@@ -201,13 +201,10 @@ class Attempts:
         remaining_s = plan.remaining_s()
         start_ns = time.monotonic_ns()
         try:
-            async with asyncio.timeout(min(remaining_s, OPEN_TIMEOUT_S)):
+            async with asyncio.timeout(remaining_s):
                 await decode.session.open(request)
         except TimeoutError as error:
-            if remaining_s <= OPEN_TIMEOUT_S:
-                raise DeadlineExceeded("the request's deadline has passed") from error
-            late = Unavailable(f"{decode.name} did not answer Open within {OPEN_TIMEOUT_S} s")
-            raise _leg_failure(late, decode) from error
+            raise DeadlineExceeded("the request's deadline has passed") from error
         except BatonError as error:
             raise _leg_failure(error, decode) from error
         plan.record.opened(sequence.choice.index, start_ns, decode.name)
@@ -224,7 +221,7 @@ class Attempts:
     ) -> None:
         request = prefill_pb2.PrefillRequest(ticket=ticket)
         sequence.write_to(request.sequence)
-        call = prefill.prefill_stub.Prefill(request, timeout=plan.remaining_s(), metadata=plan.record.metadata)
+        call = prefill.prefill(request, plan.remaining_s(), plan.record.metadata)
         try:
             async for message in call:
                 response = decoded(message, prefill.name)
@@ -234,8 +231,13 @@ class Attempts:
                     lifetime.add_prefill(receiver.choice.lifetime, response.completed)
                     on_prefilled()
                     break
-        except (grpc.aio.AioRpcError, Unavailable) as ended:
-            error = ended if isinstance(ended, Unavailable) else error_from_rpc(ended)
+        except (grpc.aio.AioRpcError, Unavailable, asyncio.CancelledError) as ended:
+            if isinstance(ended, asyncio.CancelledError):
+                if is_being_cancelled():
+                    raise
+                error: BatonError = ConnectionLost(f"{prefill.name} is silent")
+            else:
+                error = ended if isinstance(ended, Unavailable) else error_from_rpc(ended)
             if receiver.num_decode_entries and receiver.has_first_token:
                 # Decode has taken over: all that is missing are measurements.
                 _logger.warning("%s: %s after the hand-off: %s", plan.request_id, prefill.name, error)

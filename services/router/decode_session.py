@@ -1,8 +1,9 @@
 """This router's session with one decode worker: sequences are opened and closed on it, and their tokens come back.
 
 Entries go to receivers by sequence id in plain calls, without a task or an await per token. When the stream breaks,
-every receiver is told that its sequence is lost; the worker closes them by itself. Knows nothing of what receivers do
-with tokens.
+every receiver is told that its sequence is lost; the worker closes them by itself. A stream that stands and brings
+nothing is given up: beats ask for a sign of life all the way through it (`session_beats`). Knows nothing of what
+receivers do with tokens.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import grpc
 from baton.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
+from common.awake_clock import AwakeClock
 from common.errors import BatonError, InternalError, InvalidArgument, Unavailable
 from common.rpc.client import decoded
 from common.rpc.status import error_from_rpc, error_from_status
 from services.router.cancellation import is_being_cancelled
+from services.router.session_beats import SessionBeats
 
 _logger = logging.getLogger(__name__)
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse]"
 
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
+OPEN_TIMEOUT_S = 5.0  # registering is book-keeping: a worker that takes longer hangs
 MAX_OUTGOING = 8192  # messages that wait for a worker that does not read; more, and it counts as lost
 _MAX_TOKEN_BYTES = 5  # of a token id in a message
 _MAX_OTHER_BYTES = 4096  # of an Open besides token ids and sampling, all of which validation bounds
@@ -48,6 +53,14 @@ class TokenReceiver(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """An Open that is on its way."""
+
+    answer: asyncio.Future[decode_pb2.OpenResponse]
+    sent_s: float  # of the session's clock
+
+
 class DecodeSession:
     """Keeps the stream up and routes what it brings."""
 
@@ -57,6 +70,7 @@ class DecodeSession:
         stub: decode_pb2_grpc.DecodeAsyncStub,
         session_id: str,
         max_message_bytes: int,
+        clock: AwakeClock,
         on_change: Callable[[], None],
     ) -> None:
         self._address = address
@@ -65,11 +79,13 @@ class DecodeSession:
         self._max_message_bytes = max_message_bytes
         self._on_change = on_change
         self._receivers: dict[int, TokenReceiver] = {}
-        self._opening: dict[int, asyncio.Future[decode_pb2.OpenResponse]] = {}
+        self._opening: dict[int, _Opening] = {}  # what was not answered, whether or not somebody waits for it still
         self._outgoing: deque[decode_pb2.SessionRequest] = deque()
         self._has_outgoing = asyncio.Event()
-        self._has_overflowed = False  # the call was cancelled because the worker does not read
         self._call: _Call | None = None
+        self._given_up = ""  # why the call was cancelled
+        self._clock = clock
+        self._beats = SessionBeats(clock.now_s)
         self._tickets: kv_pb2.Ticket | None = None  # without an id
         self.stands = False
 
@@ -107,12 +123,9 @@ class DecodeSession:
             raise InvalidArgument("prompt", f"{num_bytes} bytes as a message", f"at most {self._max_message_bytes}")
         sequence_id = sequence.sequence_id
         answer: asyncio.Future[decode_pb2.OpenResponse] = asyncio.get_running_loop().create_future()
-        self._opening[sequence_id] = answer
+        self._opening[sequence_id] = _Opening(answer, self._clock.now_s)
         self._send(request)
-        try:
-            response = await answer
-        finally:
-            self._opening.pop(sequence_id, None)
+        response = await answer
         if response.HasField("error"):
             raise error_from_status(response.error)
         return response
@@ -121,6 +134,25 @@ class DecodeSession:
         """Release a sequence. If the stream is down, or breaks, the worker does it unasked."""
         if self.stands:
             self._send(decode_pb2.SessionRequest(close=decode_pb2.CloseRequest(sequence_id=sequence_id)))
+
+    def look(self) -> None:
+        """Ask for a sign of life when it is time, and give the stream up if there was none; call it at every tick of
+        the clock."""
+        if self._call is None:
+            return
+        now_s = self._clock.now_s
+        self._send_due_beat()
+        oldest = next(iter(self._opening.values()), None)
+        if oldest is not None and now_s - oldest.sent_s > OPEN_TIMEOUT_S:
+            self.give_up(f"an Open was not answered within {OPEN_TIMEOUT_S:g} s")
+        elif self._beats.is_silent(now_s):
+            self.give_up("it is silent")
+
+    def give_up(self, reason: str) -> None:
+        """Break the stream: its sequences are lost, and another one is begun."""
+        if self._call is not None:
+            self._given_up = self._given_up or reason
+            self._call.cancel()
 
     async def run(self) -> None:
         """Keep a stream up, again and again, until cancelled. Whatever it ends with ends this stream alone."""
@@ -146,25 +178,29 @@ class DecodeSession:
 
     async def _run_one_stream(self) -> None:
         self._outgoing.clear()
-        self._has_overflowed = False
-        self._send(decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id=self._session_id)))
+        self._given_up = ""
+        self._beats = SessionBeats(self._clock.now_s)
+        self._send(decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id=self._session_id, beats=True)))
         call: _Call = self._stub.Session(wait_for_ready=True)
         writing = asyncio.create_task(self._write_to(call))
         self._call = call
         try:
             async for message in call:
                 response = decoded(message, self._address)
+                self._beats.take(response, self._clock.now_s)
                 if not self.stands:
-                    self.stands = True
+                    self._send_due_beat()  # the first one does not wait for a tick
+                    self.stands = self._beats.are_answered
                     self._on_change()
                 if response.HasField("tickets"):
                     self._tickets = response.tickets if response.tickets.rank_addresses else None
                     self._on_change()
                 self._route(response)
         except asyncio.CancelledError:
-            # Either the call was cancelled, by `_send`, or this task.
-            if not self._has_overflowed or is_being_cancelled():
+            # Either the call was cancelled, by `give_up`, or this task.
+            if not self._given_up or is_being_cancelled():
                 raise
+            raise Unavailable(self._given_up) from None
         finally:
             self._call = None
             call.cancel()
@@ -185,9 +221,13 @@ class DecodeSession:
     def _send(self, request: decode_pb2.SessionRequest) -> None:
         self._outgoing.append(request)
         self._has_outgoing.set()
-        if len(self._outgoing) > MAX_OUTGOING and self._call is not None:
-            self._has_overflowed = True
-            self._call.cancel()
+        if len(self._outgoing) > MAX_OUTGOING:
+            self.give_up("it does not read")
+
+    def _send_due_beat(self) -> None:
+        number = self._beats.next_number(self._clock.now_s)
+        if number:
+            self._send(decode_pb2.SessionRequest(beat=decode_pb2.SessionBeat(number=number)))
 
     def _require_standing(self) -> None:
         if not self.stands:
@@ -195,9 +235,9 @@ class DecodeSession:
 
     def _route(self, response: decode_pb2.SessionResponse) -> None:
         for opened in response.opened:
-            answer = self._opening.get(opened.sequence_id)
-            if answer is not None and not answer.done():
-                answer.set_result(opened)
+            opening = self._opening.pop(opened.sequence_id, None)
+            if opening is not None and not opening.answer.done():
+                opening.answer.set_result(opened)
         receivers = self._receivers
         for entry in response.sequences:
             receiver = receivers.get(entry.sequence_id)
@@ -214,7 +254,8 @@ class DecodeSession:
         receivers, self._receivers = self._receivers, {}
         for receiver in receivers.values():
             receiver.on_lost()
-        for answer in self._opening.values():
-            if not answer.done():
-                answer.set_exception(Unavailable(f"the session with {self._address} broke"))
+        opening, self._opening = self._opening, {}
+        for unanswered in opening.values():
+            if not unanswered.answer.done():
+                unanswered.answer.set_exception(Unavailable(f"the session with {self._address} broke"))
         self._on_change()

@@ -26,8 +26,9 @@ from services.router.choice import Choice
 from services.router.moves import Failure, MoveLimits, Moves, Patience, Reason, reason_of
 from services.router.placement import LocalPrefill, Penalties, capacities, place
 from services.router.sequence_receiver import FirstToken
+from services.router.worker import Worker
 from services.router.worker_list import Role
-from services.router.workers import Worker, WorkerRegistry
+from services.router.workers import WorkerRegistry
 
 _logger = logging.getLogger(__name__)
 

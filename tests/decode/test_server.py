@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import grpc
 import pytest
 from baton.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, sampling_pb2
 
-from common.errors import InvalidArgument, NotFound, Unavailable
+from common.awake_clock import TICK_S
+from common.errors import Cancelled, InvalidArgument, NotFound, Unavailable
 from common.rpc.client import open_channel
 from common.rpc.server import RpcServer
 from common.rpc.status import error_from_rpc, error_from_status
@@ -198,6 +201,75 @@ async def test_a_prompt_that_is_computed_here_has_no_ticket_and_all_its_tokens_c
         assert tokens == [token_of(1, index) for index in range(4)]
         session.call.cancel()
         await service.front.until_free()
+
+
+def beat(number: int) -> decode_pb2.SessionRequest:
+    return decode_pb2.SessionRequest(beat=decode_pb2.SessionBeat(number=number))
+
+
+async def test_a_router_that_falls_silent_loses_its_sequences_and_their_hand_offs_end() -> None:
+    """Which is how a prefill worker gets back what it computes for a router that is stopped."""
+    async with serving() as service:
+        call = service.stub.Session()
+        begins = decode_pb2.SessionBegin(session_id="router", beats=True)
+        await call.write(decode_pb2.SessionRequest(begin=begins))
+        session = RouterSession(call)
+        assert (await session.read()).HasField("beat")
+        await call.write(beat(1))
+        assert (await session.read()).beat == 1
+        await session.open(open_request())
+        handing_off = service.stub.Handoff()
+        await handing_off.write(begin())
+        await handing_off.read()
+        for tick in range(20):
+            service.front.worker.sessions.look(1e9 + tick * TICK_S)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await handing_off.read()
+        assert isinstance(error_from_rpc(caught.value), Cancelled)
+        await service.front.until_free()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_to_end(call)
+        assert isinstance(error_from_rpc(caught.value), Unavailable)
+
+
+async def test_what_a_later_router_may_say_is_no_fault() -> None:
+    async with serving() as service:
+        session = await service.session()
+        await session.call.write(decode_pb2.SessionRequest())
+        assert await session.open(open_request())
+        session.call.cancel()
+        await service.front.until_free()
+
+
+class Deaf:
+    """The context of a call whose other end reads nothing: a write never ends."""
+
+    def __init__(self) -> None:
+        self.is_writing = asyncio.Event()
+
+    async def write(self, response: decode_pb2.SessionResponse) -> None:
+        self.is_writing.set()
+        await asyncio.Event().wait()
+
+
+async def test_a_session_that_is_over_holds_nothing_although_its_router_reads_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def requests() -> AsyncIterator[decode_pb2.SessionRequest]:
+        yield decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id="router"))
+        yield decode_pb2.SessionRequest(open=open_request())
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("services.decode.server.WRITE_GRACE_S", 0.01)
+    async with running_front() as front:
+        context = Deaf()
+        session = asyncio.ensure_future(DecodeService(front.worker).Session(requests(), cast(Any, context)))
+        await asyncio.wait_for(context.is_writing.wait(), 20)
+        await front.until(lambda: front.worker.scheduler.num_open == 1)
+        front.worker.end_streams()
+        await front.until_free()
+        with pytest.raises(Unavailable, match="stopping"):
+            await asyncio.wait_for(session, 20)
 
 
 async def read_to_end(

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from baton.v1 import decode_pb2, kv_pb2
 
+from common.awake_clock import TICK_S
 from common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from common.rpc.status import to_status
 from services.decode.request import End, SequenceEnded, TokenSampled
@@ -184,6 +185,50 @@ async def test_a_router_that_stands_still_for_too_long_loses_its_stream(monkeypa
     sessions.flush()
     with pytest.raises(ResourceExhausted):
         await anext(responses)
+
+
+def pass_by(sessions: Sessions, start_s: float, seconds: float) -> float:
+    """Tick by tick; returns what time it is then."""
+    for index in range(1, round(seconds / TICK_S) + 1):
+        sessions.look(start_s + index * TICK_S)
+    return start_s + seconds
+
+
+async def test_a_router_that_promised_signs_of_life_and_gives_none_loses_its_stream() -> None:
+    sessions, now_s = Sessions(max_pending=8), 1e9
+    sessions.look(now_s)
+    silent, beating, old = (sessions.begin(name, beats) for name, beats in (("a", True), ("b", True), ("c", False)))
+    for _ in range(3):
+        now_s = pass_by(sessions, now_s, 1.5)
+        beating.heard()
+    assert [session.is_over for session in (silent, beating, old)] == [True, False, False]
+    with pytest.raises(Unavailable, match="nothing was heard"):
+        raise await silent.wait_over()
+
+
+async def test_a_worker_that_was_stopped_itself_gives_no_router_up() -> None:
+    sessions = Sessions(max_pending=8)
+    session = sessions.begin("router", beats=True)
+    for hour in range(5):
+        sessions.look(1e9 + 3600.0 * hour)
+    assert not session.is_over
+
+
+async def test_a_sign_of_life_is_answered_with_the_next_message() -> None:
+    sessions = Sessions(max_pending=8)
+    session = sessions.begin("router", beats=True)
+    responses = session.responses()
+    assert await anext(responses) == decode_pb2.SessionResponse(beat=0)
+    session.answer_beat(7)
+    assert await anext(responses) == decode_pb2.SessionResponse(beat=7)
+    session.answer_beat(8)
+    sessions.publish(token(1, 1, 5))
+    sessions.flush()
+    response = await anext(responses)
+    assert (response.beat, len(response.sequences)) == (8, 1)
+    sessions.publish(token(1, 2, 5))
+    sessions.flush()
+    assert not (await anext(responses)).HasField("beat")
 
 
 async def test_a_session_needs_a_name() -> None:

@@ -87,6 +87,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         )
         self.num_garbled_statuses = 0  # how many more are no message
         self.num_watches = 0
+        self.is_mute = False  # watchers who come are told nothing
+        self.watched_anew = asyncio.Event()
         self._changed = asyncio.Event()
         self.server: RpcServer | None = None
         self.address = "127.0.0.1:0"
@@ -100,6 +102,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.WatchStatusRequest, context: Any
     ) -> AsyncIterator[worker_pb2.WorkerStatus]:
         self.num_watches += 1
+        if self.num_watches > 1:
+            self.watched_anew.set()
+        if self.is_mute:
+            await asyncio.Event().wait()
         while True:
             changed = self._changed
             if self.num_garbled_statuses:
@@ -166,6 +172,8 @@ class Tickets:
 class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
     """Produces the script's tokens for every sequence that joins."""
 
+    hears_beats = True  # False: it is of a time before there were beats
+
     def __init__(self, name: str, script: Script, tickets: Tickets) -> None:
         super().__init__(worker_pb2.WORKER_ROLE_DECODE, name, script)
         self._tickets = tickets
@@ -174,6 +182,9 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         self.open: dict[int, OpenSequence] = {}
         self.opened: list[kv_pb2.Sequence] = []
         self.closed: list[int] = []
+        self.is_wedged = False  # nothing is answered, on any stream
+        self.num_beats = 0
+        self.beat_seen = asyncio.Event()
         self.open_seen = asyncio.Event()
         self.close_seen = asyncio.Event()
         self._idle = asyncio.Event()
@@ -184,12 +195,14 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
     async def Session(  # noqa: N802
         self, request_iterator: AsyncIterator[decode_pb2.SessionRequest], context: Any
     ) -> AsyncIterator[decode_pb2.SessionResponse]:
-        session_id = (await anext(request_iterator)).begin.session_id
+        begin = (await anext(request_iterator)).begin
+        session_id = begin.session_id
         self.sessions_begun.append(session_id)
         queue = self._streams[session_id] = asyncio.Queue()
         reading = asyncio.create_task(self._read(session_id, request_iterator))
         try:
-            yield decode_pb2.SessionResponse(tickets=kv_pb2.Ticket(rank_addresses=["fake://0"]))
+            beat = 0 if begin.beats and self.hears_beats else None
+            yield decode_pb2.SessionResponse(tickets=kv_pb2.Ticket(rank_addresses=["fake://0"]), beat=beat)
             while (response := await queue.get()) is not None:
                 yield response
             raise Unavailable("the stream breaks")
@@ -203,7 +216,14 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
 
     async def _read(self, session_id: str, requests: AsyncIterator[decode_pb2.SessionRequest]) -> None:
         async for request in requests:
-            if request.HasField("open"):
+            if request.HasField("beat"):
+                self.num_beats += 1
+                self.beat_seen.set()
+                if not self.is_wedged:
+                    self._streams[session_id].put_nowait(decode_pb2.SessionResponse(beat=request.beat.number))
+            elif self.is_wedged:
+                continue
+            elif request.HasField("open"):
                 if self.script.num_opens_ignored:
                     self.script.num_opens_ignored -= 1
                     self._note(request.open)

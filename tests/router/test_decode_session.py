@@ -11,7 +11,7 @@ import pytest
 from baton.v1 import decode_pb2, inference_pb2, kv_pb2
 
 from common.errors import InvalidArgument, Unavailable
-from services.router import attempt, decode_session
+from services.router import decode_session
 from services.router.decode_session import DecodeSession
 from services.router.worker_list import Role
 from tests.router.cluster import Cluster, running_cluster
@@ -51,7 +51,7 @@ async def test_a_worker_that_does_not_answer_an_open_is_given_up(
         monkeypatch.undo()  # the limit of this one stands; the next one is answered, however long that takes
         return open_patiently(session, opening)
 
-    monkeypatch.setattr(attempt, "OPEN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(decode_session, "OPEN_TIMEOUT_S", 0.05)
     monkeypatch.setattr(DecodeSession, "open", open_in_haste)
     cluster.script.num_opens_ignored = 1
     outputs = await cluster.generate(request())

@@ -10,8 +10,8 @@ import pytest
 from baton.v1 import inference_pb2, sampling_pb2, worker_pb2
 
 from services.router.choice import Choice
+from services.router.worker import Worker
 from services.router.worker_list import Role
-from services.router.workers import Worker
 from tests.router.cluster import Cluster, running_cluster
 from tests.router.fake_workers import FakeDecode, letters
 

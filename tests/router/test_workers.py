@@ -13,7 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from common.errors import InvalidArgument, Unavailable
 from common.models.checkpoint import drawn_model_digest, model_digest
 from common.rpc.status import error_from_rpc
-from services.router import server, worker_list, workers
+from services.router import server, worker_list
+from services.router import worker as router_worker
 from services.router.served_model import load_served_model
 from services.router.validation import ModelLimits, ValidatedRequest, resolve_sampling
 from services.router.worker_list import Role
@@ -197,14 +198,14 @@ async def test_an_address_where_nobody_answers_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted = asyncio.Event()
-    note = workers.Worker._note_silence
+    note = router_worker.Worker._note_silence
 
-    def observed(worker: workers.Worker) -> None:
+    def observed(worker: router_worker.Worker) -> None:
         note(worker)
         noted.set()
 
-    monkeypatch.setattr(workers, "SILENCE_S", 0.01)
-    monkeypatch.setattr(workers.Worker, "_note_silence", observed)
+    monkeypatch.setattr(router_worker, "SILENCE_S", 0.01)
+    monkeypatch.setattr(router_worker.Worker, "_note_silence", observed)
     late = FakeDecode("late", Script(), Tickets())
     await late.start()
     await late.die()
