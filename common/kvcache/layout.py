@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from common.errors import InvalidArgument, TransferError
+from common.message_bounds import MAX_RANKS, check_count
 
 HEADER_BYTES = 64  # in front of every leg: its identity and digest
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
@@ -92,8 +93,10 @@ def plan_legs(num_kv_heads: int, prefill_tp: int, decode_tp: int) -> list[Leg]:
     """Legs that bring every decode rank each of its heads once, ordered by decode rank and head.
 
     Where several prefill ranks hold a head, its receivers are dealt out over them in order, so that no
-    replica serves more than its share, rounded up.
+    replica serves more than its share, rounded up. Raises `InvalidArgument` for sizes that do not fit.
     """
+    check_count("prefill_tp_size", prefill_tp, MAX_RANKS, least=1)
+    check_count("decode_tp_size", decode_tp, MAX_RANKS, least=1)
     legs: list[Leg] = []
     for decode_rank in range(decode_tp):
         for head in heads_of_rank(num_kv_heads, decode_tp, decode_rank):
@@ -106,8 +109,10 @@ def plan_legs(num_kv_heads: int, prefill_tp: int, decode_tp: int) -> list[Leg]:
 
 def _holders(num_kv_heads: int, tp_size: int, head: int) -> range:
     """The ranks that hold a head: always a run."""
-    holders = [rank for rank in range(tp_size) if head in heads_of_rank(num_kv_heads, tp_size, rank)]
-    return range(holders[0], holders[-1] + 1)
+    held_by_each = len(heads_of_rank(num_kv_heads, tp_size, 0))
+    num_holders = max(1, tp_size // num_kv_heads)
+    first = head // held_by_each * num_holders
+    return range(first, first + num_holders)
 
 
 def _append_head(legs: list[Leg], prefill_rank: int, decode_rank: int, head: int) -> None:

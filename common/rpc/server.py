@@ -113,7 +113,8 @@ class RpcServer:
         """
         self._health.end()
         if self._port:
-            close_listeners(self._port)
+            if grace_s > 0:
+                close_listeners(self._port)
             try:
                 async with asyncio.timeout(grace_s):
                     await self._last_calls(grace_s / 2)

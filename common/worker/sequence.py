@@ -14,6 +14,8 @@ import numpy.typing as npt
 from baton.v1 import kv_pb2, sampling_pb2
 
 from common.errors import DeadlineExceeded, InvalidArgument
+from common.message_bounds import check_count
+from common.sampling.limits import MAX_EOS_TOKEN_IDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from common.sampling.params import SamplingParams, validate
 from common.worker.step_plan import AddRow
 
@@ -51,6 +53,10 @@ class SequenceRequest:
         _check_name("sequence.request_id", pb.request_id, MAX_REQUEST_ID_CHARS)
         if len(pb.tenant) > MAX_TENANT_CHARS:
             raise InvalidArgument("sequence.tenant", pb.tenant, f"at most {MAX_TENANT_CHARS} characters")
+        check_count("sequence.token_ids", len(pb.token_ids), limits.context_length - 1)
+        check_count("sequence.eos_token_ids", len(pb.eos_token_ids), MAX_EOS_TOKEN_IDS)
+        check_count("sequence.sampling.stop_token_ids", len(pb.sampling.stop_token_ids), MAX_STOP_TOKEN_IDS)
+        check_count("sequence.sampling.logit_bias", len(pb.sampling.logit_bias), MAX_LOGIT_BIAS)
         ids = np.array(pb.token_ids, dtype=np.uint32)  # fast: protobuf hands over its memory
         _check_tokens(ids, pb.num_prompt_tokens, limits)
         request = cls(

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from common.config import Address, ServiceConfig, split_address
 from common.errors import InvalidArgument
 from common.kvcache.layout import heads_of_rank
+from common.message_bounds import MAX_RANKS
 from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
 from common.worker.kv_address import default_transport_url, rank_urls
 from common.worker.worker_model import WorkerModel, read_worker_model
@@ -31,7 +32,7 @@ class WorkerConfig(ServiceConfig):
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where the ranks compute.")
     first_device: int = Field(0, ge=0, description="On GPUs, rank i takes the device with this number plus i.")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16: weights, activations, KV cache.")
-    tp_size: int = Field(1, ge=1, le=64, description="Tensor-parallel ranks.")
+    tp_size: int = Field(1, ge=1, le=MAX_RANKS, description="Tensor-parallel ranks.")
 
     num_blocks: int = Field(1024, ge=1, description="KV blocks of each rank, unless kv_bytes says how many.")
     kv_bytes: int = Field(0, ge=0, description="Memory of each rank for KV blocks, bytes; 0: see num_blocks.")

@@ -24,6 +24,7 @@ from common.errors import (
     TransferTimeout,
     Unavailable,
 )
+from common.message_bounds import MAX_NAME_CHARS, MAX_RANKS, check_chars, check_count
 from common.telemetry.tracing import NO_SPAN, Span
 from services.decode.handoff_context import HandoffContext
 from services.decode.handoff_stream import HandoffStream, Write
@@ -74,6 +75,7 @@ class Handoffs:
 
     async def _claim(self, begin: kv_pb2.HandoffBegin) -> DecodeSequence:
         self._context.require_ranks()
+        _check_begin(begin)
         fingerprint = self._context.setup.layout_fingerprint
         if begin.layout_fingerprint != fingerprint:
             raise FailedPrecondition(
@@ -117,6 +119,15 @@ class Handoffs:
             stream.reserved.set()
         else:
             stream.fail(_error_of_end(event))
+
+
+def _check_begin(begin: kv_pb2.HandoffBegin) -> None:
+    check_count("begin.rank_peer_names", len(begin.rank_peer_names), MAX_RANKS, least=1)
+    for index, name in enumerate(begin.rank_peer_names):
+        check_chars(f"begin.rank_peer_names[{index}]", name, MAX_NAME_CHARS)
+    check_chars("begin.prefill_worker_id", begin.prefill_worker_id, MAX_NAME_CHARS, least=0)
+    check_chars("begin.prefill_incarnation", begin.prefill_incarnation, MAX_NAME_CHARS, least=0)
+    check_chars("begin.layout_fingerprint", begin.layout_fingerprint, MAX_NAME_CHARS, least=0)
 
 
 async def _first(requests: AsyncIterator[kv_pb2.HandoffRequest]) -> kv_pb2.HandoffRequest | None:

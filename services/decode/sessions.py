@@ -18,11 +18,11 @@ from common.errors import (
     BatonError,
     Cancelled,
     FailedPrecondition,
-    InvalidArgument,
     ResourceExhausted,
     Unavailable,
     WorkerDraining,
 )
+from common.message_bounds import MAX_NAME_CHARS, check_chars
 from services.decode.request import End, PromptComputed, RouterEvent, SequenceEnded, StepsBegin, TokenSampled
 
 # Of tokens in one message: far below what any router takes, whatever its settings.
@@ -213,8 +213,7 @@ class Sessions:
 
     def begin(self, session_id: str, beats: bool = False) -> Session:
         """Open a session; one of the same name ends with `Cancelled`."""
-        if not session_id:
-            raise InvalidArgument("begin.session_id", session_id, "must not be empty")
+        check_chars("begin.session_id", session_id, MAX_NAME_CHARS)
         previous = self._sessions.pop(session_id, None)
         if previous is not None:
             previous.end(Cancelled("another stream of this session replaced this one"))

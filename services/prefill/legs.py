@@ -62,6 +62,8 @@ class ChunkLegs:
 
         Raises `TransferError` if they are not the expected ones: a rank must never be told to send what is not there.
         """
+        if len(granted) != len(self._legs):
+            raise TransferError(f"the grant has other legs than the layout says: {len(granted)} of {len(self._legs)}")
         legs = [Leg(leg.prefill_rank, leg.decode_rank, leg.first_head, leg.num_heads) for leg in granted]
         sizes = [self._layout.leg_bytes(num_blocks, num_layers, leg.num_heads) for leg in granted]
         if sorted(legs, key=_order) != sorted(self._legs, key=_order) or sizes != [leg.num_bytes for leg in granted]:

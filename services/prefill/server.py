@@ -15,6 +15,8 @@ import grpc
 from baton.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, sampling_pb2
 
 from common import errors
+from common.config import split_address
+from common.message_bounds import MAX_ADDRESS_CHARS, MAX_NAME_CHARS, MAX_RANKS, check_chars, check_count
 from common.worker.sequence import MAX_REQUEST_ID_CHARS, SequenceLimits, SequenceRequest
 from common.worker.step_plan import SampledToken
 from services.prefill.decode_peers import DecodePeers
@@ -106,14 +108,23 @@ async def _write(context: _Context, response: prefill_pb2.PrefillResponse) -> No
 
 
 def _check_ticket(ticket: kv_pb2.Ticket, session: Session) -> None:
+    check_count("ticket.rank_addresses", len(ticket.rank_addresses), MAX_RANKS, least=1)
+    for index, address in enumerate(ticket.rank_addresses):
+        check_chars(f"ticket.rank_addresses[{index}]", address, MAX_ADDRESS_CHARS)
+        if "://" not in address:
+            raise errors.InvalidArgument(f"ticket.rank_addresses[{index}]", address, "a transport's URL")
+    check_chars("ticket.handoff_address", ticket.handoff_address, MAX_ADDRESS_CHARS)
+    try:
+        split_address(ticket.handoff_address)
+    except ValueError as error:
+        raise errors.InvalidArgument("ticket.handoff_address", ticket.handoff_address, str(error)) from error
+    check_chars("ticket.decode_worker_id", ticket.decode_worker_id, MAX_NAME_CHARS, least=0)
+    check_chars("ticket.decode_incarnation", ticket.decode_incarnation, MAX_NAME_CHARS, least=0)
+    check_chars("ticket.layout_fingerprint", ticket.layout_fingerprint, MAX_NAME_CHARS, least=0)
     ours = session.setup.layout_fingerprint
     if ticket.layout_fingerprint != ours:
         theirs = f"{ticket.decode_worker_id!r} has layout {ticket.layout_fingerprint!r}"
         raise errors.FailedPrecondition(f"{theirs}, this worker has {ours}")
-    if not ticket.rank_addresses:
-        raise errors.InvalidArgument("ticket.rank_addresses", [], "at least one")
-    if not ticket.handoff_address:
-        raise errors.InvalidArgument("ticket.handoff_address", "", "host:port")
 
 
 def _first_token(

@@ -471,6 +471,7 @@ async def test_a_broken_session_ends_its_hand_offs_and_nobody_elses() -> None:
         ("ticket", NotFound),
         ("second stream", FailedPrecondition),
         ("uneven heads", InvalidArgument),
+        ("many ranks", InvalidArgument),
     ],
 )
 async def test_workers_that_do_not_fit_are_refused_at_begin(mistake: str, error: type[BatonError]) -> None:
@@ -486,6 +487,9 @@ async def test_workers_that_do_not_fit_are_refused_at_begin(mistake: str, error:
         elif mistake == "uneven heads":
             await first.break_off()
             other = Prefill(front, router.open(2), tp_size=3)
+        elif mistake == "many ranks":
+            await first.break_off()
+            other = Prefill(front, router.open(2), tp_size=100_000)  # each takes its time, and the loop's
         else:
             other = Prefill(front, ticket)
         with pytest.raises(error):

@@ -115,6 +115,12 @@ def test_a_pair_of_ranks_shares_one_leg_at_most(num_kv_heads: int, prefill_tp: i
     assert len({(leg.prefill_rank, leg.decode_rank) for leg in legs}) == len(legs)
 
 
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(20_000, 1), (1, 20_000), (65, 65), (0, 1), (1, 0)])
+def test_more_ranks_than_a_worker_has_are_refused_at_once(prefill_tp: int, decode_tp: int) -> None:
+    with pytest.raises(InvalidArgument, match="1 to 64 entries"):
+        plan_legs(1, prefill_tp, decode_tp)
+
+
 def test_equal_sizes_pair_rank_with_rank() -> None:
     assert plan_legs(8, 4, 4) == [Leg(rank, rank, 2 * rank, 2) for rank in range(4)]
     assert [(leg.prefill_rank, leg.decode_rank) for leg in plan_legs(2, 8, 8)] == [(r, r) for r in range(8)]

@@ -575,11 +575,29 @@ def _odd_ranks(request: prefill_pb2.PrefillRequest) -> None:
     request.ticket.rank_addresses.extend(["fake://decode/1", "fake://decode/2"])
 
 
+def _empty_rank(request: prefill_pb2.PrefillRequest) -> None:
+    request.ticket.rank_addresses[0] = ""
+
+
+def _no_url(request: prefill_pb2.PrefillRequest) -> None:
+    request.ticket.rank_addresses[0] = "decode:1"
+
+
+def _no_port(request: prefill_pb2.PrefillRequest) -> None:
+    request.ticket.handoff_address = "decode"
+
+
+def _long_name(request: prefill_pb2.PrefillRequest) -> None:
+    request.ticket.decode_worker_id = "d" * (1 << 16)
+
+
 def _no_tokens(request: prefill_pb2.PrefillRequest) -> None:
     request.sequence.ClearField("token_ids")
 
 
-@pytest.mark.parametrize("change", [_no_ranks, _no_address, _odd_ranks, _no_tokens])
+@pytest.mark.parametrize(
+    "change", [_no_ranks, _no_address, _odd_ranks, _empty_rank, _no_url, _no_port, _long_name, _no_tokens]
+)
 async def test_nonsense_from_a_router_is_refused(change: object) -> None:
     async with running() as harness:
         request = harness.request()
@@ -587,6 +605,17 @@ async def test_nonsense_from_a_router_is_refused(change: object) -> None:
         change(request)
         with pytest.raises(errors.InvalidArgument):
             await harness.prefill(request)
+        await harness.settled()
+
+
+async def test_many_ranks_are_refused_before_anything_looks_at_them() -> None:
+    async with running() as harness:
+        request = harness.request()
+        request.ticket.rank_addresses[:] = [""] * 20_000
+        with pytest.raises(errors.InvalidArgument) as caught:
+            await harness.prefill(request)
+        assert (caught.value.field, caught.value.value) == ("ticket.rank_addresses", "20000")
+        assert caught.value.limit == "1 to 64 entries"
         await harness.settled()
 
 

@@ -41,6 +41,19 @@ def test_fields_are_taken_over_and_the_deadline_is_local() -> None:
     assert request.add_row(4) == AddRow(4, request.sampling, pack_tokens([5, 6, 7]), pack_tokens([8]))
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("token_ids", 63), ("eos_token_ids", 64), ("stop_token_ids", 64), ("logit_bias", 1024)]
+)
+def test_long_lists_are_counted_before_they_are_walked(name: str, most: int) -> None:
+    pb = sequence_pb()
+    if name == "logit_bias":
+        pb.sampling.logit_bias.update(dict.fromkeys(range(5000), 1.0))
+    else:
+        getattr(pb.sampling if name == "stop_token_ids" else pb, name).extend([1] * 5000)
+    with pytest.raises(InvalidArgument, match=f"{name} = .*0 to {most} entries"):
+        SequenceRequest.from_proto(pb, 0.0, LIMITS)
+
+
 def test_unset_sampling_fields_take_the_protocols_defaults() -> None:
     pb = sequence_pb()
     pb.sampling.ClearField("temperature")
