@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from common.config import Address, ServiceConfig, split_address
 from common.errors import InvalidArgument
 from common.kvcache.layout import heads_of_rank
+from common.loop_watchdog import MAX_STANDSTILL_S
 from common.message_bounds import MAX_RANKS
 from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
 from common.worker.kv_address import default_transport_url, rank_urls
@@ -61,6 +62,9 @@ class WorkerConfig(ServiceConfig):
         60.0, gt=0, description="Time of one step, after which the ranks count as hung and are replaced, seconds."
     )
     drain_timeout_s: float = Field(30.0, ge=0, description="Time for what is under way after SIGTERM, seconds.")
+    max_standstill_s: float = Field(
+        MAX_STANDSTILL_S, ge=0, description="Standstill of the event loop after which the process ends; 0 is never."
+    )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; 0 is off.")
     metrics_host: str = Field("", description="Where it is served; the host of listen if empty.")
     otlp_endpoint: str = Field("", description=OTLP_ENDPOINT_HELP)

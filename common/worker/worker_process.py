@@ -18,6 +18,7 @@ from baton.v1 import worker_pb2_grpc
 from common.config import load_config_or_exit
 from common.errors import BatonError
 from common.for_good import for_good
+from common.loop_watchdog import watch_loop
 from common.parent_death import PARENT_GONE, end_with_parent
 from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
@@ -89,6 +90,7 @@ async def serve_worker(
             running = tasks.create_task(for_good(worker.run(), "the worker"))
             reporting = tasks.create_task(for_good(_report(changed, worker, server, status), "the status"))
             beating = tasks.create_task(for_good(status.run(), "the heartbeat"))
+            watching = tasks.create_task(watch_loop(config.max_standstill_s))
             await signals.stopping.wait()
             _log.info("%s drains", config.worker_id)
             worker.drain()
@@ -96,7 +98,7 @@ async def serve_worker(
             status.close()
             worker.end_streams()
             await server.stop(_STOP_GRACE_S)
-            for task in (beating, reporting, running):
+            for task in (watching, beating, reporting, running):
                 task.cancel()
     finally:
         await server.stop(0.0)

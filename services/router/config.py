@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from common.config import Address, ServiceConfig, split_address
+from common.loop_watchdog import MAX_STANDSTILL_S
 from common.telemetry.tracing import OTLP_ENDPOINT_HELP, TRACE_SAMPLE_RATIO_HELP
 from services.router.generation_config import DefaultsSource
 from services.router.placement import LocalPrefill
@@ -61,6 +62,9 @@ class RouterConfig(ServiceConfig):
     first_token: FirstToken = Field(
         FirstToken.EAGER,
         description="Release of the first token: eager (at once), steady (when the first decode step is under way).",
+    )
+    max_standstill_s: float = Field(
+        MAX_STANDSTILL_S, ge=0, description="Standstill of the event loop after which the process ends; 0 is never."
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; the i-th process adds i. 0 is off.")
     metrics_host: str = Field("", description="Where it is served; the host of listen if empty.")

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from baton.v1 import inference_pb2_grpc
 
 from common.for_good import for_good
+from common.loop_watchdog import watch_loop
 from common.quiet_collector import quiet_collector
 from common.rpc.server import RpcServer
 from common.stop_signals import StopSignals
@@ -138,12 +139,14 @@ async def run_router(config: RouterConfig) -> None:
     try:
         if config.metrics_port:
             await metrics.start()
-        async with router.running(), asyncio.TaskGroup() as starting:
-            starting.create_task(model.chats.start())
+        async with router.running(), asyncio.TaskGroup() as beside:
+            watching = beside.create_task(watch_loop(config.max_standstill_s))
+            beside.create_task(model.chats.start())
             _logger.info("%s on port %d", model.limits.name, router.port)
             await signals.stopping.wait()
             _logger.info("draining for at most %g s", config.drain_timeout_s)
             await signals.unless_hurried(router.drain(config.drain_timeout_s))
+            watching.cancel()
     finally:
         await metrics.stop()
         tracing.close(TRACING_GRACE_S)
