@@ -138,7 +138,7 @@ def read_eos_sources(directory: Path) -> list[EosSource]:
         value = read_json(directory / name).get("eos_token_id")
         if value is not None:
             ids = tuple(value) if isinstance(value, list) else (value,)
-            if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+            if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
                 raise _refusal(name, "eos_token_id", value, "neither a token id nor a list of them")
             sources.append(EosSource(f"{name}: eos_token_id", value, ids))
     return sources
@@ -149,7 +149,7 @@ def eos_token_ids(sources: Iterable[EosSource], vocab_size: int) -> tuple[int, .
     found: dict[int, None] = {}
     for source in sources:
         for token_id in source.token_ids:
-            if not 0 <= token_id < vocab_size:
+            if token_id >= vocab_size:
                 raise _refusal_at(source.place, source.value, f"token ids are from 0 to {vocab_size - 1}")
             found[token_id] = None
         if len(found) > MAX_EOS_TOKEN_IDS:

@@ -73,6 +73,7 @@ def load_served_model(
     name: str, model_dir: Path, max_message_bytes: int, defaults: DefaultsSource = DefaultsSource.CHECKPOINT
 ) -> ServedModel:
     """Read the configuration, the tokenizer and the chat template. Raises `ModelError`."""
+    eos_sources = read_eos_sources(model_dir)
     config = read_model_config(model_dir)
     tokenizer = Tokenizer.from_directory(model_dir)
     _tell_tokens_without_embedding(tokenizer, config.vocab_size)
@@ -81,7 +82,7 @@ def load_served_model(
         name=name,
         context_length=config.context_length,
         vocab_size=config.vocab_size,
-        eos_token_ids=eos_token_ids((*read_eos_sources(model_dir), *_eos_of_tokenizer(tokenizer)), config.vocab_size),
+        eos_token_ids=eos_token_ids((*eos_sources, *_eos_of_tokenizer(tokenizer)), config.vocab_size),
         has_chat_template=bool(sources) and not chat_fault,
         chat_template_fault=chat_fault,
         max_message_bytes=max_message_bytes,

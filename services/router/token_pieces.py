@@ -135,7 +135,9 @@ def _is_byte_token(token: str | None) -> bool:
 def anchor(backend: tokenizers.Tokenizer) -> int:
     """A token with a text of its own, to decode others behind it."""
     added = backend.get_added_tokens_decoder().keys()
-    for token, token_id in sorted(backend.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]):
-        if token_id not in added and not _is_byte_token(token) and token.isalnum():
-            return token_id
-    raise ModelError("tokenizer.json: the vocabulary has no word")
+    vocab = backend.get_vocab(with_added_tokens=False)
+    words = (token_id for token, token_id in vocab.items() if token.isalnum() and token_id not in added)
+    found = min(words, default=None)
+    if found is None:
+        raise ModelError("tokenizer.json: the vocabulary has no word")
+    return found

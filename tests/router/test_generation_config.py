@@ -124,7 +124,8 @@ def test_what_is_not_refused_generates_the_same_in_transformers(model: LlamaForC
         ({"bad_words_ids": [[5]]}, r"generation_config.json: bad_words_ids = \[\[5\]\]: .*--generation-defaults none"),
         ({"num_beams": 4}, "generation_config.json: num_beams = 4: cannot be served, only null or 1"),
         ({"eos_token_id": VOCAB_SIZE}, "generation_config.json: eos_token_id = 300: token ids are from 0 to 299"),
-        ({"eos_token_id": [1, -1]}, "eos_token_id"),
+        ({"eos_token_id": [1, -1]}, "generation_config.json: eos_token_id = .*neither a token id nor a list of them"),
+        ({"eos_token_id": "</s>"}, "generation_config.json: eos_token_id = '</s>': neither"),
         ({"eos_token_id": list(range(65))}, "generation_config.json: eos_token_id = .*at most 64"),
     ],
 )
