@@ -17,6 +17,8 @@ from typing import Protocol
 
 import torch
 
+from common.transport.pair_secret import NO_SECRET
+
 
 class CancelOutcome(enum.Enum):
     """What cancelling a posted receive leaves behind. KV blocks are free in all four; the slot in the first three."""
@@ -113,12 +115,14 @@ class Endpoint(Protocol):
         """URL that a peer's `connect` takes; empty if this end only connects."""
         ...
 
-    async def connect(self, address: str, timeout_s: float) -> Connection:
-        """Connect to a listening endpoint and exchange names. Raises `PeerLost` or `TransferTimeout`."""
+    async def connect(self, address: str, timeout_s: float, secret: bytes = NO_SECRET) -> Connection:
+        """Connect to a listening endpoint and exchange names. `secret`: SECRET_BYTES that the other end has been told,
+        or will be, over another channel. Raises `PeerLost` or `TransferTimeout`."""
         ...
 
-    async def wait_for_peer(self, peer_name: str, timeout_s: float) -> Connection:
-        """The connection that the named peer opened to us. Raises `TransferTimeout` if it did not come."""
+    async def wait_for_peer(self, peer_name: str, timeout_s: float, secret: bytes = NO_SECRET) -> Connection:
+        """The connection that the named peer opened to us with this secret. One that bears the name alone is another
+        peer's. Raises `TransferTimeout` if it did not come."""
         ...
 
     def stats(self) -> TransportStats: ...

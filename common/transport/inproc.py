@@ -14,6 +14,7 @@ from common.errors import FailedPrecondition, InvalidArgument, PeerLost, Truncat
 from common.transport.base import TransportStats
 from common.transport.counters import Counters
 from common.transport.faults import Fault, FaultScript, MessageInfo, no_faults
+from common.transport.pair_secret import NO_SECRET
 from common.transport.peers import PeerBook, check_peer_name
 from common.transport.posted import MatchList, Receive, check_buffer, check_tag
 
@@ -74,7 +75,7 @@ class InprocEndpoint:
     def address(self) -> str:
         return self._address
 
-    async def connect(self, address: str, timeout_s: float) -> InprocConnection:
+    async def connect(self, address: str, timeout_s: float, secret: bytes = NO_SECRET) -> InprocConnection:
         if self._closed:
             raise FailedPrecondition("the transport endpoint is closed")
         listener = self.network.find(address)
@@ -84,11 +85,13 @@ class InprocEndpoint:
         here.other, there.other = there, here
         self.connections.add(here)
         listener.connections.add(there)
-        listener.peers.arrived(there)
+        crowded_out = listener.peers.arrived(there, secret)
+        if crowded_out is not None:
+            await crowded_out.close()
         return here
 
-    async def wait_for_peer(self, peer_name: str, timeout_s: float) -> InprocConnection:
-        return await self.peers.wait_for(peer_name, timeout_s)
+    async def wait_for_peer(self, peer_name: str, timeout_s: float, secret: bytes = NO_SECRET) -> InprocConnection:
+        return await self.peers.wait_for(peer_name, timeout_s, secret)
 
     def stats(self) -> TransportStats:
         return self.counters.snapshot(len(self.connections))

@@ -15,14 +15,16 @@ import torch
 from common.errors import BatonError, FailedPrecondition, InvalidArgument, PeerLost, TransferTimeout, Unavailable
 from common.transport.base import TransportStats
 from common.transport.counters import Counters
+from common.transport.greetings import HELLO_TIMEOUT_S, Greetings
 from common.transport.hello import HELLO_BYTES, Hello, decode_hello
 from common.transport.nccl_communicator import CommunicatorOpener, NcclOpener
 from common.transport.nccl_connection import NcclConnection
 from common.transport.nccl_library import UNIQUE_ID_BYTES
+from common.transport.pair_secret import NO_SECRET
 from common.transport.peers import PeerBook, check_peer_name
 from common.transport.side_channel import SideChannel
 
-ACCEPT_TIMEOUT_S = 30.0  # for the hello of a peer that connects to us and for its communicator
+OPEN_TIMEOUT_S = 30.0  # for the communicator of a peer that connects to us
 _LEADER = 0
 _FOLLOWER = 1
 
@@ -38,7 +40,7 @@ class NcclEndpoint:
         self._counters = Counters()
         self._connections: set[NcclConnection] = set()
         self._peers: PeerBook[NcclConnection] = PeerBook()
-        self._accepting: set[asyncio.Task[None]] = set()
+        self._greetings = Greetings()
         self._draining: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._address = ""
@@ -72,21 +74,22 @@ class NcclEndpoint:
     def address(self) -> str:
         return self._address
 
-    async def connect(self, address: str, timeout_s: float) -> NcclConnection:
+    async def connect(self, address: str, timeout_s: float, secret: bytes = NO_SECRET) -> NcclConnection:
         if self._closed:
             raise FailedPrecondition("the transport endpoint is closed")
         host, port = parse_nccl_url(address)
         try:
             async with asyncio.timeout(timeout_s):
                 channel = SideChannel(*await asyncio.open_connection(host, port))
-                return await self._greet(channel, leads=False, timeout_s=timeout_s)
+                connection, _ = await self._greet(channel, leads=False, timeout_s=timeout_s, secret=secret)
+                return connection
         except TimeoutError as error:
             raise TransferTimeout(f"{address} did not answer within {timeout_s} s") from error
         except (FailedPrecondition, OSError) as error:
             raise PeerLost(f"cannot connect to {address}: {error}") from error
 
-    async def wait_for_peer(self, peer_name: str, timeout_s: float) -> NcclConnection:
-        return await self._peers.wait_for(peer_name, timeout_s)
+    async def wait_for_peer(self, peer_name: str, timeout_s: float, secret: bytes = NO_SECRET) -> NcclConnection:
+        return await self._peers.wait_for(peer_name, timeout_s, secret)
 
     def stats(self) -> TransportStats:
         return self._counters.snapshot(len(self._connections))
@@ -98,42 +101,52 @@ class NcclEndpoint:
         if self._server is not None:
             self._server.close()
         self._peers.close()
-        for task in self._accepting:
-            task.cancel()
+        await self._greetings.close()
         for connection in list(self._connections):
             await connection.close()
-        await asyncio.gather(*self._accepting, *self._draining, return_exceptions=True)
+        await asyncio.gather(*self._draining, return_exceptions=True)
 
     def _on_connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        _start(self._accept(SideChannel(reader, writer)), self._accepting)
+        self._greetings.start(self._accept(SideChannel(reader, writer)))
 
     async def _accept(self, channel: SideChannel) -> None:
         try:
-            async with asyncio.timeout(ACCEPT_TIMEOUT_S):
-                self._peers.arrived(await self._greet(channel, leads=True, timeout_s=ACCEPT_TIMEOUT_S))
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                connection, secret = await self._greet(channel, leads=True, timeout_s=OPEN_TIMEOUT_S)
         except (BatonError, TimeoutError):
             return  # whoever it was sees its connection closed
+        crowded_out = self._peers.arrived(connection, secret)
+        if crowded_out is not None:
+            await crowded_out.close()
 
-    async def _greet(self, channel: SideChannel, leads: bool, timeout_s: float) -> NcclConnection:
-        """Exchange hellos and open a communicator. The channel is closed if that fails, or is cancelled."""
-        hello = Hello(self._name, 0).encode()  # tags are matched per connection and need no key
+    async def _greet(
+        self, channel: SideChannel, leads: bool, timeout_s: float, secret: bytes = NO_SECRET
+    ) -> tuple[NcclConnection, bytes]:
+        """Exchange hellos and open a communicator; returns the other end's secret as well. The channel is closed if
+        that fails, or is cancelled."""
         try:
-            if leads:
-                peer = decode_hello(await channel.read(HELLO_BYTES))
-                unique_id = await channel.read(UNIQUE_ID_BYTES)
-                channel.write(hello)
-            else:
-                unique_id = self._opener.unique_id()
-                channel.write(hello)
-                channel.write(unique_id)
-                peer = decode_hello(await channel.read(HELLO_BYTES))
+            async with asyncio.timeout(min(timeout_s, HELLO_TIMEOUT_S)):
+                peer, unique_id = await self._exchange_hellos(channel, leads, secret)
             communicator = await self._opener.open(unique_id, _LEADER if leads else _FOLLOWER, timeout_s)
         except BaseException:
             channel.close()
             raise
         connection = NcclConnection(channel, communicator, peer.name, leads, self._device, self._counters, self._left)
         self._connections.add(connection)
-        return connection
+        return connection, peer.secret
+
+    async def _exchange_hellos(self, channel: SideChannel, leads: bool, secret: bytes) -> tuple[Hello, bytes]:
+        """The other end's, and the unique id of the communicator."""
+        hello = Hello(self._name, 0, secret).encode()  # tags are matched per connection and need no key
+        if leads:
+            peer = decode_hello(await channel.read(HELLO_BYTES))
+            unique_id = await channel.read(UNIQUE_ID_BYTES)
+            channel.write(hello)
+            return peer, unique_id
+        unique_id = self._opener.unique_id()
+        channel.write(hello)
+        channel.write(unique_id)
+        return decode_hello(await channel.read(HELLO_BYTES)), unique_id
 
     def _left(self, connection: NcclConnection) -> None:
         self._connections.discard(connection)

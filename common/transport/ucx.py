@@ -22,8 +22,10 @@ from common.errors import BatonError, FailedPrecondition, InvalidArgument, PeerL
 from common.transport.base import TransportStats
 from common.transport.counters import Counters
 from common.transport.cuda_device import attached_cuda_device
+from common.transport.greetings import HELLO_TIMEOUT_S, Greetings
 from common.transport.hello import HELLO_BYTES, Hello, decode_hello
 from common.transport.listening_address import confine_listener
+from common.transport.pair_secret import NO_SECRET
 from common.transport.peers import PeerBook, check_peer_name
 from common.transport.ucx_connection import UcxConnection
 from common.transport.ucx_devices import device_options
@@ -31,7 +33,6 @@ from common.transport.ucx_worker import LoopWorker, Progress
 
 _log = logging.getLogger(__name__)
 ANY_ADDRESS = "0.0.0.0"
-ACCEPT_TIMEOUT_S = 5.0  # for the hello of a peer that connects to us
 
 
 class UcxEndpoint:
@@ -62,7 +63,7 @@ class UcxEndpoint:
         self._worker = LoopWorker(progress, self._on_message, device_options(own_address))
         self._connections: set[UcxConnection] = set()
         self._peers: PeerBook[UcxConnection] = PeerBook()
-        self._accepting: set[asyncio.Task[None]] = set()
+        self._greetings = Greetings()
         self._counters = Counters()
         self._closed = False
         self._listener: UCXListener | None = None
@@ -75,14 +76,15 @@ class UcxEndpoint:
     def address(self) -> str:
         return self._address
 
-    async def connect(self, address: str, timeout_s: float) -> UcxConnection:
+    async def connect(self, address: str, timeout_s: float, secret: bytes = NO_SECRET) -> UcxConnection:
         if self._closed:
             raise FailedPrecondition("the transport endpoint is closed")
         try:
             async with asyncio.timeout(timeout_s):
                 host, port = parse_ucx_url(address)
                 endpoint = UCXEndpoint.create(self._worker.ucx, await _resolve(host), port, True)
-                return await self._greet(endpoint)
+                connection, _ = await self._greet(endpoint, secret)
+                return connection
         except TimeoutError as error:
             raise TransferTimeout(f"{address} did not answer within {timeout_s} s") from error
         except UCXUnreachableError as error:
@@ -91,8 +93,8 @@ class UcxEndpoint:
         except (UCXError, FailedPrecondition, OSError) as error:
             raise PeerLost(f"cannot connect to {address}: {error}") from error
 
-    async def wait_for_peer(self, peer_name: str, timeout_s: float) -> UcxConnection:
-        return await self._peers.wait_for(peer_name, timeout_s)
+    async def wait_for_peer(self, peer_name: str, timeout_s: float, secret: bytes = NO_SECRET) -> UcxConnection:
+        return await self._peers.wait_for(peer_name, timeout_s, secret)
 
     def stats(self) -> TransportStats:
         return self._counters.snapshot(len(self._connections))
@@ -103,9 +105,7 @@ class UcxEndpoint:
         self._closed = True
         self._listener = None
         self._peers.close()
-        for task in self._accepting:
-            task.cancel()
-        await asyncio.gather(*self._accepting, return_exceptions=True)
+        await self._greetings.close()
         for connection in list(self._connections):
             await connection.close()
         self._worker.close()
@@ -129,24 +129,24 @@ class UcxEndpoint:
 
     def _on_connect(self, endpoint: UCXEndpoint) -> None:
         """Called by UCX while it progresses."""
-        if self._closed:
-            return
-        task = asyncio.get_running_loop().create_task(self._accept(endpoint))
-        self._accepting.add(task)
-        task.add_done_callback(self._accepting.discard)
+        if not self._closed:
+            self._greetings.start(self._accept(endpoint))
 
     async def _accept(self, endpoint: UCXEndpoint) -> None:
         try:
-            async with asyncio.timeout(ACCEPT_TIMEOUT_S):
-                self._peers.arrived(await self._greet(endpoint))
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                connection, secret = await self._greet(endpoint, NO_SECRET)
         except (UCXError, BatonError, TimeoutError):
             return  # whoever it was sees its connection closed
+        crowded_out = self._peers.arrived(connection, secret)
+        if crowded_out is not None:
+            await crowded_out.close()
 
-    async def _greet(self, endpoint: UCXEndpoint) -> UcxConnection:
-        """Exchange hellos. The endpoint is closed if that fails, or is cancelled. Raises `PeerLost`, `UCXError` or
-        `FailedPrecondition`."""
+    async def _greet(self, endpoint: UCXEndpoint, secret: bytes) -> tuple[UcxConnection, bytes]:
+        """Exchange hellos; returns the other end's secret as well. The endpoint is closed if that fails, or is
+        cancelled. Raises `PeerLost`, `UCXError` or `FailedPrecondition`."""
         own_key = secrets.randbits(64)
-        ours, theirs = Hello(self._name, own_key).encode(), bytearray(HELLO_BYTES)
+        ours, theirs = Hello(self._name, own_key, secret).encode(), bytearray(HELLO_BYTES)
         try:
             sending, receiving = Array(ours), Array(theirs)
             sent = self._worker.finished(endpoint.stream_send(sending), (sending, ours))
@@ -172,7 +172,7 @@ class UcxEndpoint:
                 raise PeerLost(str(error)) from error
             raise
         self._connections.add(connection)
-        return connection
+        return connection, hello.secret
 
     def _left(self, connection: UcxConnection) -> None:
         self._connections.discard(connection)

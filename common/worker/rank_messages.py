@@ -70,9 +70,10 @@ class KVMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class ConnectPeer(KVMessage, frozen=True, array_like=True, tag=True):
-    """Connect to a decode rank, or do nothing if the connection stands."""
+    """Connect to a decode rank, or do nothing if the connection stands. `secret`: what the hello bears."""
 
     address: str
+    secret: bytes
     timeout_s: float
 
 
@@ -92,6 +93,7 @@ class SendLeg(KVMessage, frozen=True, array_like=True, tag=True):
     """
 
     address: str
+    secret: bytes
     slot: int
     offset: int
     num_bytes: int
@@ -125,6 +127,7 @@ class PostReceive(KVMessage, frozen=True, array_like=True, tag=True):
     """
 
     peer_name: str
+    peer_secret: bytes
     slot: int
     offset: int
     num_bytes: int

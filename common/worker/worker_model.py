@@ -10,7 +10,7 @@ from common.kvcache.layout import KVLayout, heads_of_rank
 from common.models.checkpoint import drawn_model_digest, model_digest
 from common.models.config import DTYPES, ModelConfig, read_model_config
 
-PROTOCOL_VERSION = 2  # of hand-off messages and payloads; part of the layout fingerprint
+PROTOCOL_VERSION = 3  # of hand-off messages and payloads; part of the layout fingerprint
 
 
 @dataclass(frozen=True, slots=True)

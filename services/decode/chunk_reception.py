@@ -54,7 +54,8 @@ class ChunkOwner(Protocol):
     seq: DecodeSequence
     reserved: asyncio.Event
     legs: Sequence[Leg]
-    peer_names: Sequence[str]
+    peer_names: Sequence[str]  # by prefill rank
+    peer_secrets: Sequence[bytes]  # by decode rank
     over: bool
     span: Span  # of the sender
 
@@ -129,7 +130,8 @@ class ChunkReception:
     async def _fill(self, transfer: ChunkTransfer) -> None:
         limits = self._context.setup.limits
         try:
-            await transfer.post(self._stream.legs, self._stream.peer_names, limits.connect_timeout_s)
+            stream = self._stream
+            await transfer.post(stream.legs, stream.peer_names, stream.peer_secrets, limits.connect_timeout_s)
         except TransferTimeout as error:
             raise PeerLost(str(error)) from error  # it has to connect, not to try the same again
         grant = kv_pb2.ChunkGrant(

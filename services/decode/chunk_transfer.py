@@ -71,8 +71,11 @@ class ChunkTransfer:
         """Of all legs, headers included."""
         return sum(receive.num_bytes for receive in self._receives)
 
-    async def post(self, legs: Sequence[Leg], peer_names: Sequence[str], connect_timeout_s: float) -> None:
-        """Post the receives on every rank. Raises the first error that a rank reports (a `TransferError`)."""
+    async def post(
+        self, legs: Sequence[Leg], peer_names: Sequence[str], peer_secrets: Sequence[bytes], connect_timeout_s: float
+    ) -> None:
+        """Post the receives on every rank; a peer is known by the name of the prefill rank and the secret that it says
+        to the decode rank. Raises the first error that a rank reports (a `TransferError`)."""
         decode_tp = len(self._group.pids)
         fill_bytes: Counter[int] = Counter()
         for number, leg in enumerate(legs):
@@ -81,6 +84,7 @@ class ChunkTransfer:
             message = PostReceive(
                 op_id=self._group.next_op_id(),
                 peer_name=peer_names[leg.prefill_rank],
+                peer_secret=peer_secrets[rank],
                 slot=self._handle.slot,
                 offset=fill_bytes[rank],
                 num_bytes=num_bytes,

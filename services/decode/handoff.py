@@ -26,6 +26,7 @@ from common.errors import (
 )
 from common.message_bounds import MAX_NAME_CHARS, MAX_RANKS, check_chars, check_count
 from common.telemetry.tracing import NO_SPAN, Span
+from common.transport.pair_secret import SECRET_BYTES
 from services.decode.handoff_context import HandoffContext
 from services.decode.handoff_stream import HandoffStream, Write
 from services.decode.request import BlocksReserved, DecodeSequence, End, SequenceEnded, SequenceState
@@ -83,6 +84,10 @@ class Handoffs:
             )
         if not 1 <= begin.prefill_tp_size == len(begin.rank_peer_names):
             raise InvalidArgument("begin.rank_peer_names", len(begin.rank_peer_names), "one per prefill rank")
+        tp_size = self._context.setup.tp_size
+        if [len(secret) for secret in begin.connection_secrets] != [SECRET_BYTES] * tp_size:
+            limit = f"{tp_size} of {SECRET_BYTES} bytes, one per decode rank"
+            raise InvalidArgument("begin.connection_secrets", len(begin.connection_secrets), limit)
         find = self._context.engine.scheduler.find_ticket
         seq = find(begin.ticket_id)
         if seq is None:

@@ -37,6 +37,7 @@ class HandoffStream:
         self.span = span
         self.reserved = asyncio.Event()
         self.peer_names: Sequence[str] = list(begin.rank_peer_names)
+        self.peer_secrets: Sequence[bytes] = list(begin.connection_secrets)
         legs = plan_legs(setup.layout.num_kv_heads, begin.prefill_tp_size, setup.tp_size)
         self.legs: Sequence[Leg] = legs
         self.max_layer_blocks_per_chunk = _max_layer_blocks_per_chunk(setup, legs)

@@ -124,7 +124,9 @@ class KVReceiver:
 
     async def _post(self, operation: _Operation) -> None:
         message = operation.message
-        operation.connection = await self._endpoint.wait_for_peer(message.peer_name, message.connect_timeout_s)
+        operation.connection = await self._endpoint.wait_for_peer(
+            message.peer_name, message.connect_timeout_s, message.peer_secret
+        )
         end = message.offset + message.num_bytes
         if not 0 <= message.slot < self._slots.shape[0] or end > self._slots.shape[1]:
             raise InternalError(f"bytes [{message.offset}, {end}) of slot {message.slot} do not exist")

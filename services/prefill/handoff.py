@@ -26,7 +26,7 @@ from services.prefill.engine import PrefillEngine, PrefillJob
 from services.prefill.handoff_chunk import Answer, Chunk, SendFailed
 from services.prefill.handoff_setup import HandoffSetup
 from services.prefill.handoff_stats import HandoffStats, Shipment
-from services.prefill.legs import ChunkLegs
+from services.prefill.legs import ChunkLegs, decode_ranks
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sends import Sends
 
@@ -68,7 +68,8 @@ class Handoff:
         self._stream = stream
         self._metrics = metrics
         self._now_ns = now_ns
-        self._legs = ChunkLegs(setup.layout, setup.tp_size, tuple(ticket.rank_addresses))
+        self._ranks = decode_ranks(setup.connection_key, ticket.handoff_address, ticket.rank_addresses)
+        self._legs = ChunkLegs(setup.layout, setup.tp_size, self._ranks)
         loop = asyncio.get_running_loop()
         self._accepted: asyncio.Future[kv_pb2.HandoffAccepted] = loop.create_future()
         self._joined: asyncio.Future[None] = loop.create_future()
@@ -111,6 +112,7 @@ class Handoff:
             prefill_tp_size=self._setup.tp_size,
             layout_fingerprint=self._setup.layout_fingerprint,
             rank_peer_names=self._setup.rank_peer_names,
+            connection_secrets=[rank.secret for rank in self._ranks],
         )
 
     async def _read(self) -> None:
@@ -132,7 +134,7 @@ class Handoff:
     async def _connect(self) -> None:
         """Connect every rank to the decode ranks that it has legs to; notes the lanes."""
         timeout_s = self._setup.connect_timeout_s
-        connects = (self._sends.connect(rank, address, timeout_s) for rank, address in self._legs.connections)
+        connects = (self._sends.connect(rank, peer, timeout_s) for rank, peer in self._legs.connections)
         self.stats.transport = ",".join(sorted(set(await asyncio.gather(*connects))))
 
     async def _ship_all(self) -> None:

@@ -11,7 +11,8 @@ from common.kvcache.layout import KVLayout
 class HandoffSetup:
     """What is the same for all hand-offs of one incarnation of the ranks.
 
-    `slot_bytes`: of a send slot. `last_chunk_bytes`: of a step, more or less; see `chunk_shapes`.
+    `connection_key`: of `pair_secret`. `slot_bytes`: of a send slot. `last_chunk_bytes`: of a step, more or less; see
+    `chunk_shapes`.
     """
 
     worker_id: str
@@ -19,6 +20,7 @@ class HandoffSetup:
     layout: KVLayout
     layout_fingerprint: str
     rank_peer_names: tuple[str, ...]
+    connection_key: bytes
     slot_bytes: int
     last_chunk_bytes: int
     max_chunks_in_flight: int

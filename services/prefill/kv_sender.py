@@ -37,6 +37,7 @@ from common.worker.rank_messages import (
 from common.worker.rank_process import KVContext
 
 _log = logging.getLogger(__name__)
+_Peer = tuple[str, bytes]  # address, and the secret that we say there
 
 
 class KVSender:
@@ -51,8 +52,8 @@ class KVSender:
         self._scheme = context.start.transport_url.partition("://")[0]
         self._corrupt_every = context.start.corrupt_every
         self._num_legs = 0
-        self._connections: dict[str, Connection] = {}
-        self._attempts: dict[str, asyncio.Task[Connection]] = {}
+        self._connections: dict[_Peer, Connection] = {}
+        self._attempts: dict[_Peer, asyncio.Task[Connection]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._copies = SlotCopies(context.slots.device, "gather")
 
@@ -87,30 +88,31 @@ class KVSender:
 
     async def _connect(self, message: ConnectPeer) -> None:
         try:
-            connection = await self._connection(message.address, message.timeout_s)
+            connection = await self._connection((message.address, message.secret), message.timeout_s)
             lane = connection.lane
         except Exception as error:  # whatever it is, the front waits for an answer
             self._reply(ConnectDone(message.op_id, "", *described(error)))
             return
         self._reply(ConnectDone(message.op_id, lane if lane == self._scheme else f"{self._scheme}:{lane}"))
 
-    async def _connection(self, address: str, timeout_s: float) -> Connection:
+    async def _connection(self, peer: _Peer, timeout_s: float) -> Connection:
         """The connection to a decode rank. Whoever asks while it is being made shares the attempt and its outcome."""
-        connection = self._connections.get(address)
+        connection = self._connections.get(peer)
         if connection is not None and connection.alive:
             return connection
-        attempt = self._attempts.get(address)
+        attempt = self._attempts.get(peer)
         if attempt is None:
-            attempt = self._attempts[address] = asyncio.create_task(self._open(address, timeout_s))
-            attempt.add_done_callback(lambda _: self._attempts.pop(address, None))
+            attempt = self._attempts[peer] = asyncio.create_task(self._open(peer, timeout_s))
+            attempt.add_done_callback(lambda _: self._attempts.pop(peer, None))
         return await asyncio.shield(attempt)
 
-    async def _open(self, address: str, timeout_s: float) -> Connection:
-        dead = self._connections.pop(address, None)
-        if dead is not None:
+    async def _open(self, peer: _Peer, timeout_s: float) -> Connection:
+        for other, dead in [item for item in self._connections.items() if not item[1].alive]:
+            del self._connections[other]
             self._start(dead.close())
-        connection = await self._endpoint.connect(address, timeout_s)
-        self._connections[address] = connection
+        address, secret = peer
+        connection = await self._endpoint.connect(address, timeout_s, secret)
+        self._connections[peer] = connection
         return connection
 
     async def _send(self, message: SendLeg) -> None:
@@ -120,7 +122,7 @@ class KVSender:
         try:
             await self._stored(message, deadline_s)
             start_ns = time.monotonic_ns()
-            connection = self._connections.get(message.address)
+            connection = self._connections.get((message.address, message.secret))
             if connection is None or not connection.alive:
                 raise PeerLost(f"there is no connection to {message.address}")
             slot = self._slot(message)

@@ -12,6 +12,20 @@ from baton.v1 import kv_pb2
 
 from common.errors import TransferError
 from common.kvcache.layout import KVLayout, Leg, heads_of_rank, plan_legs
+from common.transport.pair_secret import pair_secret
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRank:
+    """Where it is, and the secret by which it knows our ranks."""
+
+    address: str
+    secret: bytes
+
+
+def decode_ranks(key: bytes, handoff_address: str, rank_addresses: Sequence[str]) -> list[DecodeRank]:
+    """The decode ranks of a ticket; see `pair_secret`."""
+    return [DecodeRank(address, pair_secret(key, handoff_address, address)) for address in rank_addresses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +33,7 @@ class RankLeg:
     """One leg of a chunk: what `rank` gathers into [offset, offset + num_bytes) of its slot and sends."""
 
     rank: int
-    address: str
+    peer: DecodeRank
     offset: int
     num_bytes: int
     tag: int
@@ -30,17 +44,17 @@ class RankLeg:
 class ChunkLegs:
     """The same for all chunks of a hand-off. Raises `InvalidArgument` if the two tensor-parallel sizes do not fit."""
 
-    def __init__(self, layout: KVLayout, tp_size: int, rank_addresses: Sequence[str]) -> None:
+    def __init__(self, layout: KVLayout, tp_size: int, ranks: Sequence[DecodeRank]) -> None:
         self._layout = layout
         self._tp_size = tp_size
-        self._addresses = rank_addresses
-        self._legs = plan_legs(layout.num_kv_heads, tp_size, len(rank_addresses))
+        self._ranks = ranks
+        self._legs = plan_legs(layout.num_kv_heads, tp_size, len(ranks))
 
     @property
-    def connections(self) -> list[tuple[int, str]]:
-        """Each rank that sends, with the address of each decode rank that it sends to."""
+    def connections(self) -> list[tuple[int, DecodeRank]]:
+        """Each rank that sends, with each decode rank that it sends to."""
         pairs = sorted({(leg.prefill_rank, leg.decode_rank) for leg in self._legs})
-        return [(rank, self._addresses[peer]) for rank, peer in pairs]
+        return [(rank, self._ranks[peer]) for rank, peer in pairs]
 
     @property
     def layer_block_bytes(self) -> int:
@@ -80,7 +94,7 @@ class ChunkLegs:
         first_own_head = heads_of_rank(self._layout.num_kv_heads, self._tp_size, leg.prefill_rank).start
         return RankLeg(
             rank=leg.prefill_rank,
-            address=self._addresses[leg.decode_rank],
+            peer=self._ranks[leg.decode_rank],
             offset=offset,
             num_bytes=leg.num_bytes,
             tag=leg.tag,

@@ -22,7 +22,7 @@ from common.worker.rank_group import Operation, RankGroup, error_of
 from common.worker.rank_messages import ConnectDone, ConnectPeer, RankKVMessage, SendDone, SendLeg
 from common.worker.staging_slots import StagingSlots
 from services.prefill.chunk_shapes import ChunkShape
-from services.prefill.legs import RankLeg
+from services.prefill.legs import DecodeRank, RankLeg
 from services.prefill.metrics import PrefillMetrics
 
 ANSWER_GRACE_S = 1.0  # for a rank to say what became of what had a time limit of its own
@@ -49,15 +49,17 @@ class Sends:
             finally:
                 self._tasks = None
 
-    async def connect(self, rank: int, address: str, timeout_s: float) -> str:
+    async def connect(self, rank: int, peer: DecodeRank, timeout_s: float) -> str:
         """Connect a rank to a decode rank, or find that it is; returns the lane. Raises `PeerLost`,
         `TransferTimeout` or `Unavailable`. Cancelling it leaves a connection at most."""
-        operation = self._ranks.begin(rank, ConnectPeer(self._ranks.next_op_id(), address, timeout_s))
+        operation = self._ranks.begin(rank, ConnectPeer(self._ranks.next_op_id(), peer.address, peer.secret, timeout_s))
         try:
             async with asyncio.timeout(timeout_s + ANSWER_GRACE_S):
                 done = await operation.reply()
         except TimeoutError as error:
-            raise errors.TransferTimeout(f"rank {rank} did not say whether it is connected to {address}") from error
+            raise errors.TransferTimeout(
+                f"rank {rank} did not say whether it is connected to {peer.address}"
+            ) from error
         finally:
             operation.close()
         assert isinstance(done, ConnectDone)
@@ -90,7 +92,8 @@ class Sends:
         messages = [
             SendLeg(
                 self._ranks.next_op_id(),
-                leg.address,
+                leg.peer.address,
+                leg.peer.secret,
                 handle.slot,
                 leg.offset,
                 leg.num_bytes,

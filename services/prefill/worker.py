@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -130,6 +131,7 @@ class PrefillWorker(WorkerFront[PrefillConfig, PrefillMetrics]):
             layout=self.model.layout,
             layout_fingerprint=self.model.fingerprint,
             rank_peer_names=tuple(self.peer_name(rank) for rank in range(config.tp_size)),
+            connection_key=secrets.token_bytes(32),
             slot_bytes=config.slot_bytes,
             last_chunk_bytes=config.last_chunk_bytes,
             max_chunks_in_flight=config.max_chunks_in_flight,

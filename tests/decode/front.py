@@ -209,6 +209,7 @@ class Prefill:
         tp_size: int = 1,
         fingerprint: str = "layout",
         span: Span = NO_SPAN,
+        secrets: list[bytes] | None = None,
         num_unread: int = 0,  # answers after which nobody reads; 0: all are read
     ) -> None:
         self._requests: asyncio.Queue[kv_pb2.HandoffRequest | None] = asyncio.Queue()
@@ -221,6 +222,9 @@ class Prefill:
                 prefill_tp_size=tp_size,
                 layout_fingerprint=fingerprint,
                 rank_peer_names=[f"prefill/{rank}" for rank in range(tp_size)],
+                connection_secrets=[bytes([rank] * 16) for rank in range(front.worker.config.tp_size)]
+                if secrets is None
+                else secrets,
             )
         )
 

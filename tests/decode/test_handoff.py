@@ -100,6 +100,7 @@ async def test_legs_of_a_chunk_lie_side_by_side_in_the_slot_of_their_rank() -> N
             ("prefill/0", 0, 1),
             ("prefill/1", 1, 1),
         ]
+        assert {post.peer_secret for post in posts} == {bytes(16)}
         assert (posts[0].offset, posts[1].offset) == (0, posts[0].num_bytes)
         assert [(leg.tag, leg.num_bytes) for leg in grant.legs] == [(post.tag, post.num_bytes) for post in posts]
         assert posts[0].tag != posts[1].tag
@@ -472,6 +473,8 @@ async def test_a_broken_session_ends_its_hand_offs_and_nobody_elses() -> None:
         ("second stream", FailedPrecondition),
         ("uneven heads", InvalidArgument),
         ("many ranks", InvalidArgument),
+        ("no secret", InvalidArgument),
+        ("short secret", InvalidArgument),
     ],
 )
 async def test_workers_that_do_not_fit_are_refused_at_begin(mistake: str, error: type[BatonError]) -> None:
@@ -490,6 +493,8 @@ async def test_workers_that_do_not_fit_are_refused_at_begin(mistake: str, error:
         elif mistake == "many ranks":
             await first.break_off()
             other = Prefill(front, router.open(2), tp_size=100_000)  # each takes its time, and the loop's
+        elif mistake.endswith("secret"):
+            other = Prefill(front, router.open(2), secrets=[bytes(15)] if mistake.startswith("short") else [])
         else:
             other = Prefill(front, ticket)
         with pytest.raises(error):

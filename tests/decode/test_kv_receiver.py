@@ -31,6 +31,7 @@ from common.worker.rank_process import KVContext
 from services.decode.kv_receiver import KVReceiver
 
 SLOT_BYTES = 1 << 14
+SECRET = bytes(range(16))
 TAG = 0xABCD_0000_0000_0001
 BLOCKS_SENT = [5, 1, 2]
 BLOCKS_RECEIVED = [0, 7, 3]
@@ -61,13 +62,25 @@ class Rank:
         self.receiver = KVReceiver(context)
 
     async def connect(self) -> InprocConnection:
-        return await self.sender.connect("inproc://decode", 20.0)
+        return await self.sender.connect("inproc://decode", 20.0, SECRET)
 
     def post(self, op_id: int = 1, slot: int = 0, connect_timeout_s: float = 5.0) -> None:
         """Head 1 of three blocks."""
         self.receiver.handle(
             PostReceive(
-                op_id, "prefill/0", slot, 64, self.num_bytes, TAG, BLOCKS_RECEIVED, 1, 1, 0, 2, connect_timeout_s
+                op_id,
+                "prefill/0",
+                SECRET,
+                slot,
+                64,
+                self.num_bytes,
+                TAG,
+                BLOCKS_RECEIVED,
+                1,
+                1,
+                0,
+                2,
+                connect_timeout_s,
             )
         )
 

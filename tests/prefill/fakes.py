@@ -66,6 +66,7 @@ class FakeRanks(RankGroup):
         self.rows: set[int] = set()
         self.plans: list[StepPlan] = []
         self.connects: list[tuple[int, str]] = []
+        self.connect_messages: list[ConnectPeer] = []
         self.held_connects: list[tuple[ConnectPeer, Operation]] = []
         self.sends: list[tuple[int, SendLeg]] = []
         self.held: list[tuple[SendLeg, Operation]] = []
@@ -106,6 +107,7 @@ class FakeRanks(RankGroup):
         self._owner.operations[message.op_id] = operation
         if isinstance(message, ConnectPeer):
             self.connects.append((rank, message.address))
+            self.connect_messages.append(message)
             self.held_connects.append((message, operation))
             if not self.holds_connects:
                 self.finish_connects()

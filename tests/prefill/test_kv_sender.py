@@ -36,6 +36,7 @@ NUM_HEADS = 4
 SLOT_BYTES = 1 << 15
 DECODE = "inproc://decode"
 TAG = 0xBA70
+SECRET = bytes(range(16))
 
 ReplyT = TypeVar("ReplyT", bound=RankKVMessage)
 
@@ -67,7 +68,7 @@ class Rank:
         return message
 
     async def connect(self) -> None:
-        self.sender.handle(ConnectPeer(1, DECODE, 20.0))
+        self.sender.handle(ConnectPeer(1, DECODE, SECRET, 20.0))
         assert (await self.reply(ConnectDone)).error_kind == ""
 
     def leg(
@@ -85,6 +86,7 @@ class Rank:
         return SendLeg(
             op_id,
             DECODE,
+            SECRET,
             1,
             offset,
             num_bytes,
@@ -123,7 +125,7 @@ async def running(faults: FaultScript = no_faults, corrupt_every: int = 0) -> As
 
 async def receive(rank: Rank, num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes]"""
-    connection = await rank.decode.wait_for_peer("prefill", 20.0)
+    connection = await rank.decode.wait_for_peer("prefill", 20.0, SECRET)
     buffer = torch.zeros(num_bytes, dtype=torch.uint8)
     posted = connection.post_receive(TAG, buffer)
     async with asyncio.timeout(20):
@@ -180,7 +182,7 @@ async def test_leg_whose_step_takes_too_long_is_given_up_and_its_slot_is_free() 
 async def test_connecting_is_idempotent_and_shared() -> None:
     async with running() as rank:
         for op_id in (1, 2, 3):
-            rank.sender.handle(ConnectPeer(op_id, DECODE, 20.0))
+            rank.sender.handle(ConnectPeer(op_id, DECODE, SECRET, 20.0))
         replies = [await rank.reply(ConnectDone) for _ in range(3)]
         assert {reply.op_id for reply in replies} == {1, 2, 3}
         assert {(reply.lane, reply.error_kind) for reply in replies} == {("inproc", "")}
@@ -192,7 +194,7 @@ async def test_failed_connect_is_reported_to_all_and_tried_again() -> None:
     async with running() as rank:
         rank.network.leave(rank.decode)
         for op_id in (1, 2):
-            rank.sender.handle(ConnectPeer(op_id, DECODE, 20.0))
+            rank.sender.handle(ConnectPeer(op_id, DECODE, SECRET, 20.0))
         assert [(await rank.reply(ConnectDone)).error_kind for _ in range(2)] == ["PeerLost"] * 2
         rank.decode = rank.network.open(DECODE, "decode")
         await rank.connect()
@@ -201,13 +203,13 @@ async def test_failed_connect_is_reported_to_all_and_tried_again() -> None:
 async def test_dead_connection_is_replaced() -> None:
     async with running() as rank:
         await rank.connect()
-        first = await rank.decode.wait_for_peer("prefill", 20.0)
+        first = await rank.decode.wait_for_peer("prefill", 20.0, SECRET)
         await first.close()
         rank.sender.handle(rank.leg())
         done = await rank.reply(SendDone)
         assert (done.error_kind, done.slot_free) == ("PeerLost", True)
         await rank.connect()
-        second = await rank.decode.wait_for_peer("prefill", 20.0)
+        second = await rank.decode.wait_for_peer("prefill", 20.0, SECRET)
         assert second is not first
         assert second.alive
 
@@ -283,7 +285,7 @@ async def test_a_failure_that_nobody_foresaw_is_answered(monkeypatch: pytest.Mon
 
     async with running() as rank:
         monkeypatch.setattr(InprocEndpoint, "connect", connect)
-        rank.sender.handle(ConnectPeer(1, DECODE, 20.0))
+        rank.sender.handle(ConnectPeer(1, DECODE, SECRET, 20.0))
         done = await rank.reply(ConnectDone)
         assert (done.error_kind, done.detail) == ("InternalError", "RuntimeError: the library's own")
 

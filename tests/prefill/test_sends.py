@@ -11,12 +11,12 @@ import pytest
 from common import errors
 from common.kvcache.grant import SlotHandle
 from services.prefill.chunk_shapes import ChunkShape
-from services.prefill.legs import RankLeg
+from services.prefill.legs import DecodeRank, RankLeg
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sends import Sends
 from tests.prefill.fakes import FakeRanks, Wire
 
-LEGS = [RankLeg(rank, f"decode-{rank}", 0, 128, rank, 0, 1) for rank in range(2)]
+LEGS = [RankLeg(rank, DecodeRank(f"decode-{rank}", b""), 0, 128, rank, 0, 1) for rank in range(2)]
 
 
 @asynccontextmanager
@@ -124,7 +124,7 @@ async def test_a_rank_that_does_not_say_whether_it_is_connected_times_out(monkey
     async with running() as (sends, ranks):
         ranks.holds_connects = True
         with pytest.raises(errors.TransferTimeout, match="rank 0 did not say"):
-            await asyncio.wait_for(sends.connect(0, "decode-0", 0.01), 5.0)
+            await asyncio.wait_for(sends.connect(0, DecodeRank("decode-0", b""), 0.01), 5.0)
         ranks.finish_connects()
 
 

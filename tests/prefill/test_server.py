@@ -170,6 +170,18 @@ async def test_legs_are_packed_into_the_slots_of_their_ranks(prefill_tp: int, de
         await harness.settled()
 
 
+async def test_ranks_say_what_decode_was_told_they_would() -> None:
+    async with running(tp_size=2, decode_tp=2) as harness:
+        await harness.prefill(harness.request(8))
+        assert harness.decode.begin is not None
+        told = dict(enumerate(harness.decode.begin.connection_secrets))
+        assert len(set(told.values())) == 2
+        said = {(int(message.address[-1]), message.secret) for message in harness.ranks.connect_messages}
+        assert said == {(int(leg.address[-1]), leg.secret) for _, leg in harness.ranks.sends}
+        assert said == set(told.items())
+        await harness.settled()
+
+
 async def test_chunk_is_never_larger_than_our_own_slot() -> None:
     async with running(slot_bytes=4096 + 64) as harness:
         harness.decode.max_layer_blocks_per_chunk = 100

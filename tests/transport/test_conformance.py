@@ -10,10 +10,12 @@ import torch
 
 from common.errors import Cancelled, FailedPrecondition, PeerLost, TransferError, TransferTimeout, Truncated
 from common.transport.base import CancelOutcome, Connection
+from common.transport.pair_secret import NO_SECRET
 from tests.transport.conftest import OpenPeer, join
 from tests.transport.memory import Memory, same
 from tests.transport.traffic import MIB, until, until_arriving, untouched
 
+SECRET = bytes(range(16))
 Pair = tuple[Connection, Connection]
 
 
@@ -258,6 +260,46 @@ async def test_a_lost_peer_comes_back_under_its_name(open_peer: OpenPeer, memory
         await here.close()
         await until(lambda there=there: not there.alive)  # type: ignore[misc]
     assert sender.stats().connections == receiver.stats().connections == 0
+
+
+async def test_a_stranger_who_bears_a_peers_name_is_not_taken_for_it(open_peer: OpenPeer, memory: Memory) -> None:
+    peer, stranger, receiver = [await open_peer(name) for name in ("sender", "sender", "receiver")]
+    here = await peer.connect(receiver.address, 30.0, SECRET)
+    there = await receiver.wait_for_peer("sender", 30.0, SECRET)
+    for secret in (NO_SECRET, bytes(16 * [7])):
+        imposed = await stranger.connect(receiver.address, 30.0, secret)
+        strange = await receiver.wait_for_peer("sender", 30.0, secret)
+        assert strange is not there
+        assert await receiver.wait_for_peer("sender", 30.0, SECRET) is there
+        await imposed.close()
+        await until(lambda strange=strange: not strange.alive)  # type: ignore[misc]
+        assert await receiver.wait_for_peer("sender", 30.0, SECRET) is there
+    receive = there.post_receive(1, memory.canary(10))
+    await asyncio.gather(here.send(1, memory.pattern(10, 0)), receive.wait())
+
+
+async def test_a_peer_that_connects_again_is_found_by_the_connection_that_stands(open_peer: OpenPeer) -> None:
+    sender, receiver = await open_peer("sender"), await open_peer("receiver")
+    await sender.connect(receiver.address, 30.0, SECRET)
+    first = await receiver.wait_for_peer("sender", 30.0, SECRET)
+    again = await sender.connect(receiver.address, 30.0, SECRET)
+    await until(lambda: receiver.stats().connections == 2)
+    second = await receiver.wait_for_peer("sender", 30.0, SECRET)
+    assert second is not first
+    await again.close()
+    await until(lambda: not second.alive)
+    assert await receiver.wait_for_peer("sender", 30.0, SECRET) is first
+
+
+async def test_connections_that_nobody_waits_for_are_few(open_peer: OpenPeer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.transport.peers.MAX_UNCLAIMED", 2)
+    sender, receiver = await open_peer("sender"), await open_peer("receiver")
+    standing = await sender.connect(receiver.address, 30.0, SECRET)
+    there = await receiver.wait_for_peer("sender", 30.0, SECRET)
+    strange = [await sender.connect(receiver.address, 30.0) for _ in range(4)]
+    await until(lambda: [one.alive for one in strange] == [False, False, True, True])
+    assert standing.alive
+    assert await receiver.wait_for_peer("sender", 30.0, SECRET) is there
 
 
 async def test_connecting_to_nobody_fails_in_time(open_peer: OpenPeer) -> None:

@@ -67,6 +67,23 @@ async def test_a_stranger_that_says_something_else_is_shut_out(endpoint: NcclEnd
     channel.close()
 
 
+async def test_those_who_say_no_hello_are_few(endpoint: NcclEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.transport.greetings.MAX_GREETINGS", 2)
+    silent = [await stranger(endpoint) for _ in range(3)]
+    with pytest.raises(PeerLost):
+        await asyncio.wait_for(silent[0].read(1), 5.0)
+    for channel in silent:
+        channel.close()
+
+
+async def test_the_time_for_a_hello_is_bounded(endpoint: NcclEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.transport.nccl.HELLO_TIMEOUT_S", 0.05)
+    channel = await stranger(endpoint)
+    with pytest.raises(PeerLost):
+        await asyncio.wait_for(channel.read(1), 5.0)
+    channel.close()
+
+
 @pytest.mark.parametrize(
     "frame",
     [Frame(FrameKind.DROP, 7), Frame(FrameKind.SEND, 0), Frame(FrameKind.RECEIVE, 0), Frame(FrameKind.READY, 3)],

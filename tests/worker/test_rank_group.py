@@ -66,7 +66,7 @@ async def test_plans_are_answered_in_order_by_the_first_rank() -> None:
 async def test_every_reply_of_an_operation_arrives_in_order() -> None:
     group = await RankGroup.start(MODULE, _specs("echo"), 30.0)
     async with group:
-        operation = group.begin(1, ConnectPeer(group.next_op_id(), "fake://9", 1.0))
+        operation = group.begin(1, ConnectPeer(group.next_op_id(), "fake://9", b"", 1.0))
         replies = [await operation.reply(), await operation.reply()]
     assert replies == [ConnectDone(operation.op_id, "first"), ConnectDone(operation.op_id, "second")]
 
@@ -86,7 +86,7 @@ async def test_a_rank_that_does_not_read_is_killed_though_its_channels_are_full(
     try:
         os.kill(pids[0], signal.SIGSTOP)
         group.submit(AddRow(0, SamplingParams(max_tokens=1, seed=0), bytes(more_than_sockets_hold), b""))
-        group.begin(0, ConnectPeer(group.next_op_id(), "x" * more_than_sockets_hold, 1.0))
+        group.begin(0, ConnectPeer(group.next_op_id(), "x" * more_than_sockets_hold, b"", 1.0))
         async with asyncio.timeout(30.0):
             await group.stop(grace_s=0.1)
         assert not any(_alive(pid) for pid in pids)
@@ -98,7 +98,7 @@ async def test_a_rank_that_does_not_read_is_killed_though_its_channels_are_full(
 async def test_killed_rank_fails_waits_and_operations_with_its_name() -> None:
     group = await RankGroup.start(MODULE, _specs("echo"), 30.0)
     async with group:
-        operation = group.begin(0, ConnectPeer(group.next_op_id(), "fake://9", 1.0))
+        operation = group.begin(0, ConnectPeer(group.next_op_id(), "fake://9", b"", 1.0))
         await operation.reply()
         await operation.reply()
         os.kill(group.pids[1], signal.SIGKILL)
@@ -109,7 +109,7 @@ async def test_killed_rank_fails_waits_and_operations_with_its_name() -> None:
         with pytest.raises(Unavailable, match="rank 1"):
             await operation.reply()
         with pytest.raises(Unavailable, match="rank 1"):
-            group.begin(0, ConnectPeer(group.next_op_id(), "fake://9", 1.0))
+            group.begin(0, ConnectPeer(group.next_op_id(), "fake://9", b"", 1.0))
 
 
 async def test_rank_that_fails_a_step_loses_the_group_with_its_reason() -> None:

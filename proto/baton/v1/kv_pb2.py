@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import sampling_pb2 as baton_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61ton/v1/kv.proto\x12\x08\x62\x61ton.v1\x1a\x17\x62\x61ton/v1/sampling.proto\"\x9e\x01\n\x06Ticket\x12\x11\n\tticket_id\x18\x01 \x01(\x06\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x02 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x03 \x01(\t\x12\x17\n\x0fhandoff_address\x18\x04 \x01(\t\x12\x16\n\x0erank_addresses\x18\x05 \x03(\t\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\t\"\xcd\x01\n\x0eHandoffRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.baton.v1.HandoffBeginH\x00\x12+\n\x0b\x63hunk_offer\x18\x02 \x01(\x0b\x32\x14.baton.v1.ChunkOfferH\x00\x12/\n\rchunk_aborted\x18\x03 \x01(\x0b\x32\x16.baton.v1.ChunkAbortedH\x00\x12)\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x17.baton.v1.HandoffFinishH\x00\x42\t\n\x07message\"\x83\x02\n\x0fHandoffResponse\x12-\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x19.baton.v1.HandoffAcceptedH\x00\x12%\n\x05grant\x18\x02 \x01(\x0b\x32\x14.baton.v1.ChunkGrantH\x00\x12\x31\n\x0e\x63hunk_verified\x18\x03 \x01(\x0b\x32\x17.baton.v1.ChunkVerifiedH\x00\x12\x31\n\x0e\x63hunk_rejected\x18\x04 \x01(\x0b\x32\x17.baton.v1.ChunkRejectedH\x00\x12)\n\x06joined\x18\x05 \x01(\x0b\x32\x17.baton.v1.HandoffJoinedH\x00\x42\t\n\x07message\"\xa7\x01\n\x0cHandoffBegin\x12\x11\n\tticket_id\x18\x01 \x01(\x06\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x1b\n\x13prefill_incarnation\x18\x03 \x01(\t\x12\x17\n\x0fprefill_tp_size\x18\x04 \x01(\r\x12\x1a\n\x12layout_fingerprint\x18\x05 \x01(\t\x12\x17\n\x0frank_peer_names\x18\x06 \x03(\t\"P\n\x0fHandoffAccepted\x12\x19\n\x11num_blocks_reused\x18\x01 \x01(\r\x12\"\n\x1amax_layer_blocks_per_chunk\x18\x02 \x01(\r\"\x8d\x01\n\nChunkOffer\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x18\n\x10num_final_blocks\x18\x06 \x01(\r\"3\n\x0c\x43hunkAborted\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\";\n\rHandoffFinish\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"|\n\x08LegGrant\x12\x14\n\x0cprefill_rank\x18\x01 \x01(\r\x12\x13\n\x0b\x64\x65\x63ode_rank\x18\x02 \x01(\r\x12\x12\n\nfirst_head\x18\x03 \x01(\r\x12\x11\n\tnum_heads\x18\x04 \x01(\r\x12\x0b\n\x03tag\x18\x05 \x01(\x06\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\"W\n\nChunkGrant\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12 \n\x04legs\x18\x02 \x03(\x0b\x32\x12.baton.v1.LegGrant\x12\x12\n\ntimeout_ns\x18\x03 \x01(\x04\"L\n\rChunkVerified\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12\x13\n\x0btransfer_ns\x18\x02 \x01(\x04\x12\x11\n\tverify_ns\x18\x03 \x01(\x04\"a\n\rChunkRejected\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12+\n\x06reason\x18\x02 \x01(\x0e\x32\x1b.baton.v1.ChunkRejectReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x0f\n\rHandoffJoined\"\xd8\x01\n\x08Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bsequence_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\ntimeout_ns\x18\x08 \x01(\x04\x12\x15\n\reos_token_ids\x18\t \x03(\r*\xc8\x01\n\x11\x43hunkRejectReason\x12#\n\x1f\x43HUNK_REJECT_REASON_UNSPECIFIED\x10\x00\x12\'\n#CHUNK_REJECT_REASON_DIGEST_MISMATCH\x10\x01\x12!\n\x1d\x43HUNK_REJECT_REASON_TRUNCATED\x10\x02\x12\x1f\n\x1b\x43HUNK_REJECT_REASON_TIMEOUT\x10\x03\x12!\n\x1d\x43HUNK_REJECT_REASON_PEER_LOST\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61ton/v1/kv.proto\x12\x08\x62\x61ton.v1\x1a\x17\x62\x61ton/v1/sampling.proto\"\x9e\x01\n\x06Ticket\x12\x11\n\tticket_id\x18\x01 \x01(\x06\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x02 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x03 \x01(\t\x12\x17\n\x0fhandoff_address\x18\x04 \x01(\t\x12\x16\n\x0erank_addresses\x18\x05 \x03(\t\x12\x1a\n\x12layout_fingerprint\x18\x06 \x01(\t\"\xcd\x01\n\x0eHandoffRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.baton.v1.HandoffBeginH\x00\x12+\n\x0b\x63hunk_offer\x18\x02 \x01(\x0b\x32\x14.baton.v1.ChunkOfferH\x00\x12/\n\rchunk_aborted\x18\x03 \x01(\x0b\x32\x16.baton.v1.ChunkAbortedH\x00\x12)\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x17.baton.v1.HandoffFinishH\x00\x42\t\n\x07message\"\x83\x02\n\x0fHandoffResponse\x12-\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x19.baton.v1.HandoffAcceptedH\x00\x12%\n\x05grant\x18\x02 \x01(\x0b\x32\x14.baton.v1.ChunkGrantH\x00\x12\x31\n\x0e\x63hunk_verified\x18\x03 \x01(\x0b\x32\x17.baton.v1.ChunkVerifiedH\x00\x12\x31\n\x0e\x63hunk_rejected\x18\x04 \x01(\x0b\x32\x17.baton.v1.ChunkRejectedH\x00\x12)\n\x06joined\x18\x05 \x01(\x0b\x32\x17.baton.v1.HandoffJoinedH\x00\x42\t\n\x07message\"\xc3\x01\n\x0cHandoffBegin\x12\x11\n\tticket_id\x18\x01 \x01(\x06\x12\x19\n\x11prefill_worker_id\x18\x02 \x01(\t\x12\x1b\n\x13prefill_incarnation\x18\x03 \x01(\t\x12\x17\n\x0fprefill_tp_size\x18\x04 \x01(\r\x12\x1a\n\x12layout_fingerprint\x18\x05 \x01(\t\x12\x17\n\x0frank_peer_names\x18\x06 \x03(\t\x12\x1a\n\x12\x63onnection_secrets\x18\x07 \x03(\x0c\"P\n\x0fHandoffAccepted\x12\x19\n\x11num_blocks_reused\x18\x01 \x01(\r\x12\"\n\x1amax_layer_blocks_per_chunk\x18\x02 \x01(\r\"\x8d\x01\n\nChunkOffer\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x18\n\x10num_final_blocks\x18\x06 \x01(\r\"3\n\x0c\x43hunkAborted\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\";\n\rHandoffFinish\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"|\n\x08LegGrant\x12\x14\n\x0cprefill_rank\x18\x01 \x01(\r\x12\x13\n\x0b\x64\x65\x63ode_rank\x18\x02 \x01(\r\x12\x12\n\nfirst_head\x18\x03 \x01(\r\x12\x11\n\tnum_heads\x18\x04 \x01(\r\x12\x0b\n\x03tag\x18\x05 \x01(\x06\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\"W\n\nChunkGrant\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12 \n\x04legs\x18\x02 \x03(\x0b\x32\x12.baton.v1.LegGrant\x12\x12\n\ntimeout_ns\x18\x03 \x01(\x04\"L\n\rChunkVerified\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12\x13\n\x0btransfer_ns\x18\x02 \x01(\x04\x12\x11\n\tverify_ns\x18\x03 \x01(\x04\"a\n\rChunkRejected\x12\x13\n\x0b\x63hunk_index\x18\x01 \x01(\r\x12+\n\x06reason\x18\x02 \x01(\x0e\x32\x1b.baton.v1.ChunkRejectReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\x0f\n\rHandoffJoined\"\xd8\x01\n\x08Sequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bsequence_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x12\n\ntimeout_ns\x18\x08 \x01(\x04\x12\x15\n\reos_token_ids\x18\t \x03(\r*\xc8\x01\n\x11\x43hunkRejectReason\x12#\n\x1f\x43HUNK_REJECT_REASON_UNSPECIFIED\x10\x00\x12\'\n#CHUNK_REJECT_REASON_DIGEST_MISMATCH\x10\x01\x12!\n\x1d\x43HUNK_REJECT_REASON_TRUNCATED\x10\x02\x12\x1f\n\x1b\x43HUNK_REJECT_REASON_TIMEOUT\x10\x03\x12!\n\x1d\x43HUNK_REJECT_REASON_PEER_LOST\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHUNKREJECTREASON']._serialized_start=1826
-  _globals['_CHUNKREJECTREASON']._serialized_end=2026
+  _globals['_CHUNKREJECTREASON']._serialized_start=1854
+  _globals['_CHUNKREJECTREASON']._serialized_end=2054
   _globals['_TICKET']._serialized_start=57
   _globals['_TICKET']._serialized_end=215
   _globals['_HANDOFFREQUEST']._serialized_start=218
@@ -41,25 +41,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOFFRESPONSE']._serialized_start=426
   _globals['_HANDOFFRESPONSE']._serialized_end=685
   _globals['_HANDOFFBEGIN']._serialized_start=688
-  _globals['_HANDOFFBEGIN']._serialized_end=855
-  _globals['_HANDOFFACCEPTED']._serialized_start=857
-  _globals['_HANDOFFACCEPTED']._serialized_end=937
-  _globals['_CHUNKOFFER']._serialized_start=940
-  _globals['_CHUNKOFFER']._serialized_end=1081
-  _globals['_CHUNKABORTED']._serialized_start=1083
-  _globals['_CHUNKABORTED']._serialized_end=1134
-  _globals['_HANDOFFFINISH']._serialized_start=1136
-  _globals['_HANDOFFFINISH']._serialized_end=1195
-  _globals['_LEGGRANT']._serialized_start=1197
-  _globals['_LEGGRANT']._serialized_end=1321
-  _globals['_CHUNKGRANT']._serialized_start=1323
-  _globals['_CHUNKGRANT']._serialized_end=1410
-  _globals['_CHUNKVERIFIED']._serialized_start=1412
-  _globals['_CHUNKVERIFIED']._serialized_end=1488
-  _globals['_CHUNKREJECTED']._serialized_start=1490
-  _globals['_CHUNKREJECTED']._serialized_end=1587
-  _globals['_HANDOFFJOINED']._serialized_start=1589
-  _globals['_HANDOFFJOINED']._serialized_end=1604
-  _globals['_SEQUENCE']._serialized_start=1607
-  _globals['_SEQUENCE']._serialized_end=1823
+  _globals['_HANDOFFBEGIN']._serialized_end=883
+  _globals['_HANDOFFACCEPTED']._serialized_start=885
+  _globals['_HANDOFFACCEPTED']._serialized_end=965
+  _globals['_CHUNKOFFER']._serialized_start=968
+  _globals['_CHUNKOFFER']._serialized_end=1109
+  _globals['_CHUNKABORTED']._serialized_start=1111
+  _globals['_CHUNKABORTED']._serialized_end=1162
+  _globals['_HANDOFFFINISH']._serialized_start=1164
+  _globals['_HANDOFFFINISH']._serialized_end=1223
+  _globals['_LEGGRANT']._serialized_start=1225
+  _globals['_LEGGRANT']._serialized_end=1349
+  _globals['_CHUNKGRANT']._serialized_start=1351
+  _globals['_CHUNKGRANT']._serialized_end=1438
+  _globals['_CHUNKVERIFIED']._serialized_start=1440
+  _globals['_CHUNKVERIFIED']._serialized_end=1516
+  _globals['_CHUNKREJECTED']._serialized_start=1518
+  _globals['_CHUNKREJECTED']._serialized_end=1615
+  _globals['_HANDOFFJOINED']._serialized_start=1617
+  _globals['_HANDOFFJOINED']._serialized_end=1632
+  _globals['_SEQUENCE']._serialized_start=1635
+  _globals['_SEQUENCE']._serialized_end=1851
 # @@protoc_insertion_point(module_scope)

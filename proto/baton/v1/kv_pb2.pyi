@@ -221,6 +221,7 @@ class HandoffBegin(_message.Message):
     PREFILL_TP_SIZE_FIELD_NUMBER: _builtins.int
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _builtins.int
     RANK_PEER_NAMES_FIELD_NUMBER: _builtins.int
+    CONNECTION_SECRETS_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.int
     """From the ticket."""
     prefill_worker_id: _builtins.str
@@ -235,6 +236,12 @@ class HandoffBegin(_message.Message):
     def rank_peer_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Transport names of its ranks, as they say them in the transport's hello, in order of rank."""
 
+    @_builtins.property
+    def connection_secrets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """What every one of them says in the hello to each decode rank, in order of decode rank; 16 bytes each. Nobody else
+        knows it, so that a connection that bears the name alone is a stranger's.
+        """
+
     def __init__(
         self,
         *,
@@ -244,10 +251,11 @@ class HandoffBegin(_message.Message):
         prefill_tp_size: _builtins.int = ...,
         layout_fingerprint: _builtins.str = ...,
         rank_peer_names: _abc.Iterable[_builtins.str] | None = ...,
+        connection_secrets: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout_fingerprint", b"layout_fingerprint", "prefill_incarnation", b"prefill_incarnation", "prefill_tp_size", b"prefill_tp_size", "prefill_worker_id", b"prefill_worker_id", "rank_peer_names", b"rank_peer_names", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connection_secrets", b"connection_secrets", "layout_fingerprint", b"layout_fingerprint", "prefill_incarnation", b"prefill_incarnation", "prefill_tp_size", b"prefill_tp_size", "prefill_worker_id", b"prefill_worker_id", "rank_peer_names", b"rank_peer_names", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
