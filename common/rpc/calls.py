@@ -31,6 +31,8 @@ _RpcHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Behavior = Callable[[Any, _Context], Any]
 _Handler = Callable[[Any, _Context], Coroutine[Any, Any, Any]]
 
+MAX_STALL_S = 30.0  # for a peer to make room for the next message of a stream
+STATUS_GRACE_S = 1.0  # for a status; a caller that does not read what was written before it gets none
 _STOPS = "the server stops"
 
 
@@ -41,6 +43,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._wrapped: dict[str, _RpcHandler] = {}  # by method, of which there are few
         self._running: dict[asyncio.Task[Any], _Context] = {}
         self._ended: set[asyncio.Task[Any]] = set()
+        self._unread: set[asyncio.Task[Any]] = set()  # have said all, to callers that do not read
         self._are_refused = False
         self._one_is_over = asyncio.Event()
 
@@ -60,12 +63,13 @@ class Calls(grpc.aio.ServerInterceptor):
 
     @property
     def num_running(self) -> int:
-        """Calls whose status has not been sent."""
-        return len(self._running)
+        """Calls whose status has not been sent, but for those that only wait for a caller who does not read."""
+        return len(self._running) - len(self._unread)
 
     def peer_ports(self) -> set[int]:
         """Where the callers' ends of connections with running calls are."""
-        peers = [context.peer().rpartition(":")[2] for context in self._running.values()]
+        running = (context for task, context in self._running.items() if task not in self._unread)
+        peers = [context.peer().rpartition(":")[2] for context in running]
         return {int(port) for port in peers if port.isdecimal()}
 
     def refuse(self) -> None:
@@ -114,11 +118,23 @@ class Calls(grpc.aio.ServerInterceptor):
             except asyncio.CancelledError:
                 if task not in self._ended:
                     raise
-                await _abort(context, method, Unavailable(_STOPS))
+                await self._abort(task, context, method, Unavailable(_STOPS))
             except Exception as error:
-                await _abort(context, method, error)
+                await self._abort(task, context, method, error)
 
         return call
+
+    async def _abort(self, task: asyncio.Task[Any], context: _Context, method: str, error: Exception) -> None:
+        """Send the status. Who does not read gets it when he does: no server waits for that when it drains."""
+        timer = asyncio.get_running_loop().call_later(STATUS_GRACE_S, self._note_unread, task)
+        try:
+            await _abort(context, method, error)
+        finally:
+            timer.cancel()
+
+    def _note_unread(self, task: asyncio.Task[Any]) -> None:
+        self._unread.add(task)
+        self._tell_over()
 
     def _begin(self, context: _Context) -> asyncio.Task[Any]:
         task = asyncio.current_task()
@@ -130,6 +146,10 @@ class Calls(grpc.aio.ServerInterceptor):
     def _is_over(self, task: asyncio.Task[Any]) -> None:
         del self._running[task]
         self._ended.discard(task)
+        self._unread.discard(task)
+        self._tell_over()
+
+    def _tell_over(self) -> None:
         over, self._one_is_over = self._one_is_over, asyncio.Event()
         over.set()
 
@@ -154,9 +174,18 @@ def _written(generator: _Behavior) -> _Handler:
     async def call(request_or_iterator: Any, context: _Context) -> None:
         async with contextlib.aclosing(generator(request_or_iterator, context)) as responses:
             async for response in responses:
-                await context.write(response)
+                await write_in_time(context, response, MAX_STALL_S)
 
     return call
+
+
+async def write_in_time(context: _Context, response: Any, stall_timeout_s: float) -> None:
+    """Write a message. Raises `Unavailable` if the peer makes no room for it in time: it does not read."""
+    try:
+        async with asyncio.timeout(stall_timeout_s):
+            await context.write(response)
+    except TimeoutError as error:
+        raise Unavailable(f"the other end has read nothing for {stall_timeout_s:g} s") from error
 
 
 async def _abort(context: _Context, method: str, error: Exception) -> None:

@@ -12,8 +12,10 @@ from typing import Any, TypeAlias
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.errors import NotFound, ResourceExhausted
+from common.errors import NotFound, ResourceExhausted, Unavailable
 
+MAX_STALL_S = 30.0  # for a watcher to make room for the next state
+LAST_WRITE_S = 0.5  # for the last one
 MAX_WATCHES = 128  # those who probe ask, those who balance watch: few of both
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -28,6 +30,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._is_over = False
         self._changed = asyncio.Event()
         self._num_watches = 0
+        self._writes: set[asyncio.Timeout] = set()  # that are under way
 
     def set_serving(self, serving: bool) -> None:
         """What is answered from now on, unless `end` was called."""
@@ -38,6 +41,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def end(self) -> None:
         """NOT_SERVING for good: every watch says so and ends, so that no server waits for it when it drains."""
         self._is_serving, self._is_over = False, True
+        until_s = asyncio.get_running_loop().time() + LAST_WRITE_S if self._writes else 0.0
+        for limit in self._writes:
+            if not limit.expired():
+                limit.reschedule(until_s)
         self._tell()
 
     async def Check(  # noqa: N802
@@ -61,12 +68,23 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         while True:
             changed, status = self._changed, self._status(request.service)
             if status != told:
-                await context.write(health_pb2.HealthCheckResponse(status=status))
+                await self._write(context, status)
                 told = status
             elif self._is_over:
                 return
             else:
                 await changed.wait()
+
+    async def _write(self, context: _Context, status: int) -> None:
+        try:
+            async with asyncio.timeout(LAST_WRITE_S if self._is_over else MAX_STALL_S) as limit:
+                self._writes.add(limit)
+                try:
+                    await context.write(health_pb2.HealthCheckResponse(status=status))
+                finally:
+                    self._writes.discard(limit)
+        except TimeoutError as error:
+            raise Unavailable("this watch is not read") from error
 
     def _status(self, name: str) -> int:
         response = health_pb2.HealthCheckResponse

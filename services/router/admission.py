@@ -27,6 +27,7 @@ class AdmissionQueue:
         self.max_in_flight = max_in_flight
         self.max_waiting = max_waiting
         self.num_in_flight = 0
+        self.num_unread = 0  # places of outputs that are complete and that their clients have not read
         self._waiting: OrderedDict[int, int] = OrderedDict()  # request -> its places
         self._mean_release_s: float | None = None  # mean time between two places coming free
         self._last_release_s: float | None = None
@@ -58,6 +59,19 @@ class AdmissionQueue:
         # An idle router says nothing about how fast places come free: what follows counts only if it stays busy.
         self._last_release_s = now_s if 2 * self.num_in_flight >= self.max_in_flight else None
         return admitted
+
+    def complete(self, num_places: int, now_s: float) -> list[int] | None:
+        """Outputs are complete, and wait for their client alone: others may have their places. Returns the requests
+        that are admitted now; None, and nothing changed, if as much waits for clients as may be in flight."""
+        if self.num_unread + num_places > self.max_in_flight:
+            return None
+        self.num_unread += num_places
+        return self.leave(num_places, now_s)
+
+    def read(self, num_places: int) -> None:
+        """The client has read outputs that were complete, or never will."""
+        self.num_unread -= num_places
+        assert self.num_unread >= 0, "more outputs read than were complete"
 
     def hand_back(self, num_places: int) -> list[int]:
         """`leave` for places that nobody came to use: they say nothing about how fast places come free."""
@@ -97,15 +111,27 @@ class Admission:
         self._last_request = 0
 
     @contextlib.asynccontextmanager
-    async def places(self, num_places: int) -> AsyncIterator[None]:
+    async def places(self, num_places: int) -> AsyncIterator[Places]:
         """Hold so many places; waits for its turn, and gives up its turn if the waiting task is cancelled."""
         self._last_request += 1
         if not self.queue.enter(self._last_request, num_places):
             await self._wait_turn(self._last_request, num_places)
+        places = Places(self, num_places)
         try:
-            yield
+            yield places
         finally:
-            self._wake(self.queue.leave(num_places, self._clock()))
+            if places.are_complete:
+                self.queue.read(num_places)
+            else:
+                self._wake(self.queue.leave(num_places, self._clock()))
+
+    def complete(self, num_places: int) -> bool:
+        """See `AdmissionQueue.complete`; whether it was done."""
+        admitted = self.queue.complete(num_places, self._clock())
+        if admitted is None:
+            return False
+        self._wake(admitted)
+        return True
 
     async def _wait_turn(self, request: int, num_places: int) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -130,3 +156,18 @@ class Admission:
                 pending += self.queue.hand_back(num_places)
             else:
                 turn.set_result(None)
+
+
+class Places:
+    """The places of one request."""
+
+    def __init__(self, admission: Admission, num_places: int) -> None:
+        self.are_complete = False  # and given to others
+        self._admission = admission
+        self._num_places = num_places
+
+    def complete(self) -> None:
+        """Nothing runs on workers any more: only the client's reading is left. Others may have the places, unless too
+        much waits for clients that do not read."""
+        if not self.are_complete:
+            self.are_complete = self._admission.complete(self._num_places)

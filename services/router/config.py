@@ -44,6 +44,9 @@ class RouterConfig(ServiceConfig):
     max_connection_age_s: float = Field(
         10.0, ge=0, description="When clients are asked to connect anew, seconds; 0 is never. See drain_timeout_s."
     )
+    client_stall_timeout_s: float = Field(
+        10.0, gt=0, description="Time for a client to make room for the next message; then its request ends, seconds."
+    )
     max_message_bytes: int = Field(16 << 20, ge=1 << 16, description="Largest gRPC message, bytes.")
     max_worker_losses: int = Field(3, ge=0, description="Deaths and failures of workers that one sequence survives.")
     placement_timeout_s: float = Field(

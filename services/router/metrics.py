@@ -41,6 +41,7 @@ COUNTERS = {
 GAUGES = {
     "sequences_in_flight": GaugeSpec("Sequences under way."),
     "requests_waiting": GaugeSpec("Requests that wait to be admitted."),
+    "outputs_unread": GaugeSpec("Complete outputs that their clients have not read."),
     "workers_ready": GaugeSpec("Workers that take requests, by role.", "role"),
 }
 

@@ -75,6 +75,7 @@ class RouterProcess:
             self.registry,
             self.metrics,
             config.max_timeout_s,
+            config.client_stall_timeout_s,
             tracing or Tracing(),
         )
         self.chats = model.chats
@@ -86,6 +87,7 @@ class RouterProcess:
         return {
             "sequences_in_flight": queue.num_in_flight,
             "requests_waiting": queue.num_waiting,
+            "outputs_unread": queue.num_unread,
             "workers_ready": {role.name.lower(): len(registry.candidates(role)) for role in Role},
         }
 

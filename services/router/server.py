@@ -17,7 +17,7 @@ from baton.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
 from common.errors import Cancelled, DeadlineExceeded
 from common.telemetry.tracing import Tracing
-from services.router.admission import Admission
+from services.router.admission import Admission, Places
 from services.router.attempt import RequestPlan
 from services.router.choice import Choice, ChoiceLimits
 from services.router.dispatcher import Dispatcher
@@ -35,9 +35,16 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 WRITE_GRACE_S = 0.5  # for a message under way when the request fails; a client that does not read gets no status
 
 
-async def _write(output: OutputStream, context: _Context, received_ns: int) -> None:
+async def _write(output: OutputStream, context: _Context, received_ns: int, stall_timeout_s: float) -> None:
+    async def write_in_time(response: inference_pb2.GenerateResponse) -> None:
+        try:
+            async with asyncio.timeout(stall_timeout_s):
+                await context.write(response)
+        except TimeoutError as error:
+            raise Cancelled(f"the client has read nothing for {stall_timeout_s:g} s") from error
+
     try:
-        await output.write_to(context.write, received_ns)
+        await output.write_to(write_in_time, received_ns)
     except grpc.aio.BaseError as error:
         raise Cancelled("the client went away") from error
 
@@ -53,6 +60,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         registry: WorkerRegistry,
         metrics: RouterMetrics,
         max_timeout_s: float,
+        client_stall_timeout_s: float,
         tracing: Tracing,
     ) -> None:
         self._model = model
@@ -61,6 +69,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._registry = registry
         self._metrics = metrics
         self._max_timeout_s = max_timeout_s
+        self._client_stall_timeout_s = client_stall_timeout_s
         self._tracing = tracing
 
     @property
@@ -97,13 +106,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 raise DeadlineExceeded("the request's deadline had passed when it came")
             deadline_s = time.monotonic() + timeout_s
             try:
-                async with asyncio.timeout(timeout_s), self._admission.places(validated.n):
-                    await self._generate(validated, context, record, deadline_s)
+                async with asyncio.timeout(timeout_s), self._admission.places(validated.n) as places:
+                    await self._generate(validated, context, record, deadline_s, places)
             except TimeoutError as error:
                 raise DeadlineExceeded(f"not done within {timeout_s:.3f} s") from error
 
     async def _generate(
-        self, request: ValidatedRequest, context: _Context, record: RequestRecord, deadline_s: float
+        self,
+        request: ValidatedRequest,
+        context: _Context,
+        record: RequestRecord,
+        deadline_s: float,
+        places: Places,
     ) -> None:
         admitted_ns = time.monotonic_ns()
         record.admitted(admitted_ns)
@@ -126,9 +140,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             choice.lifetime.queue_ns = admitted_ns - record.received_ns
         record.output = output
         async with asyncio.TaskGroup() as call:
-            writing = call.create_task(_write(output, context, record.received_ns))
+            writing = call.create_task(_write(output, context, record.received_ns, self._client_stall_timeout_s))
             try:
                 await self._dispatcher.run(plan, output.choices)
+                places.complete()
             except BaseException:
                 # A write that is abandoned leaves gRPC unable to send a status, and the client would hear nothing.
                 output.cut_off()

@@ -70,7 +70,9 @@ def line_of(text: str, name: str) -> str:
 
 async def test_once_shows_workers_and_the_routers_latencies() -> None:
     metrics = RouterMetrics()
-    metrics.watch(lambda: {"sequences_in_flight": 0, "requests_waiting": 0, "workers_ready": {"prefill": 1}})
+    metrics.watch(
+        lambda: {"sequences_in_flight": 0, "requests_waiting": 0, "outputs_unread": 0, "workers_ready": {"prefill": 1}}
+    )
     metrics.inc("requests_ok", 4)
     metrics.inc("output_tokens", 40)
     metrics.first_token.observe(0.045, n=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 
 import pytest
@@ -187,3 +188,37 @@ def test_places_that_nobody_used_are_no_part_of_the_rate() -> None:
     queue.enter(10, 1)
     assert queue.hand_back(1) == [10]
     assert queue.retry_after_s() == expected_s
+
+
+async def test_places_of_complete_outputs_go_to_others_as_long_as_few_are_unread() -> None:
+    admission = Admission(AdmissionQueue(2, 4))
+    queue = admission.queue
+    async with contextlib.AsyncExitStack() as unread:
+        for _ in range(2):
+            places = await unread.enter_async_context(admission.places(1))
+            places.complete()
+            places.complete()
+        assert (queue.num_in_flight, queue.num_unread) == (0, 2)
+        async with admission.places(2) as kept:
+            kept.complete()  # too much waits for clients: the places stay
+            assert (queue.num_in_flight, queue.num_unread) == (2, 2)
+        assert (queue.num_in_flight, queue.num_unread) == (0, 2)
+    assert (queue.num_in_flight, queue.num_unread) == (0, 0)
+
+
+async def test_completing_lets_the_next_one_in() -> None:
+    admission = Admission(AdmissionQueue(1, 4))
+    entered = asyncio.Event()
+
+    async def follow() -> None:
+        async with admission.places(1):
+            entered.set()
+
+    async with admission.places(1) as places:
+        following = asyncio.create_task(follow())
+        await asyncio.sleep(0)
+        assert not entered.is_set()
+        places.complete()
+        await asyncio.wait_for(entered.wait(), 1)
+    await following
+    assert admission.queue.num_in_flight == admission.queue.num_unread == 0

@@ -25,6 +25,7 @@ class Streaming(worker_pb2_grpc.WorkerServicer):
 
     def __init__(self) -> None:
         self.release = asyncio.Event()
+        self.num_ended = asyncio.Semaphore(0)
 
     async def GetStatus(  # noqa: N802
         self, request: worker_pb2.GetStatusRequest, context: Any
@@ -35,9 +36,12 @@ class Streaming(worker_pb2_grpc.WorkerServicer):
     async def WatchStatus(  # noqa: N802
         self, request: worker_pb2.WatchStatusRequest, context: Any
     ) -> AsyncIterator[worker_pb2.WorkerStatus]:
-        yield worker_pb2.WorkerStatus(worker_id="first")
-        await self.release.wait()
-        yield worker_pb2.WorkerStatus(worker_id="last")
+        try:
+            yield worker_pb2.WorkerStatus(worker_id="first")
+            await self.release.wait()
+            yield worker_pb2.WorkerStatus(worker_id="last")
+        finally:
+            self.num_ended.release()
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:  # noqa: N802
         raise NotImplementedError
@@ -154,3 +158,18 @@ async def test_a_stop_that_was_cancelled_can_be_hurried() -> None:
         stopping.cancel()
         await asyncio.wait_for(draining.server.stop(0), 20)
         assert await draining.stream.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_stream_that_is_not_read_ends_and_holds_up_no_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.rpc.calls.MAX_STALL_S", 0.05)
+    monkeypatch.setattr("common.rpc.calls.STATUS_GRACE_S", 0.05)
+    async with Draining() as draining:
+        # No window for messages, and none that grows by itself.
+        options = [("grpc.http2.lookahead_bytes", 0), ("grpc.http2.bdp_probe", 0)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{draining.port}", options=options) as deaf:
+            stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(deaf)
+            unread = stub.WatchStatus(worker_pb2.WatchStatusRequest())
+            await asyncio.wait_for(draining.servicer.num_ended.acquire(), 20)
+            draining.servicer.release.set()
+            await asyncio.wait_for(draining.server.stop(3600), 20)
+            unread.cancel()

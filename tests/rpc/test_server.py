@@ -221,7 +221,7 @@ async def test_a_watch_that_nobody_reads_delays_neither_health_nor_the_end(monke
             expected = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
             assert (await asyncio.wait_for(anext(read), 20)).status == expected
             assert (await health.Check(health_request(), timeout=20)).status == expected
-        await asyncio.wait_for(served.server.stop(0.1), 20)
+        await asyncio.wait_for(served.server.stop(3600), 20)
         unread.cancel()
         await deaf.close()
 

@@ -21,7 +21,7 @@ def text_of(metrics: Metrics) -> str:
     if isinstance(metrics, WorkerMetrics):
         metrics.watch(worker_pb2.WorkerStatus)
     elif isinstance(metrics, RouterMetrics):
-        levels = {"sequences_in_flight": 0.0, "requests_waiting": 0.0}
+        levels = {"sequences_in_flight": 0.0, "requests_waiting": 0.0, "outputs_unread": 0.0}
         metrics.watch(lambda: {**levels, "workers_ready": {"prefill": 0.0, "decode": 0.0}})
     return generate_latest(metrics.registry).decode()
 
