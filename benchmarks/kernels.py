@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import library_rows
 from benchmarks.kernel_timing import (
     CACHE_BYTES,
     READ_BYTES_PER_S,
@@ -174,10 +175,10 @@ def bench_rows(ceilings: Ceilings) -> Iterator[Row]:
          functional.rms_norm(total, size, wide_weight, EPS), 4 * x.nbytes),
         ("SiLU·mul", lambda: triton_rows.silu_mul(gate_up), lambda: functional.silu(gate) * up,
          functional.silu(gate.float()) * up.float(), gate_up.nbytes * 3 // 2),
-        ("LayerNorm", lambda: triton_rows.layer_norm(x, weight, bias, EPS),
+        ("LayerNorm", lambda: library_rows.layer_norm(x, weight, bias, EPS),
          lambda: functional.layer_norm(x, size, weight, bias, EPS),
          functional.layer_norm(wide, size, wide_weight, bias.double(), EPS), 2 * x.nbytes),
-        ("softmax", lambda: triton_rows.softmax(x), lambda: x.softmax(-1), wide.softmax(-1), 2 * x.nbytes),
+        ("softmax", lambda: library_rows.softmax(x), lambda: x.softmax(-1), wide.softmax(-1), 2 * x.nbytes),
     ]  # fmt: skip
     flush = CacheFlush(DEVICE)
     for name, call, torch_call, expected, nbytes in cases:

@@ -1,6 +1,6 @@
 """Triton kernels over the rows of activations: RMSNorm with and without residual add, SiLU·mul, QK-norm + rotary + KV
-store and, for comparison with the libraries' own, LayerNorm and softmax. One pass over device memory each; sums in
-float32. Those of a decoder are launched dependently while rows are few (`dependent_launch`).
+store. One pass over device memory each; sums in float32. They are launched dependently while rows are few
+(`dependent_launch`).
 """
 # ruff: noqa: N803, N806 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
@@ -28,7 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     _rms_norm_kernel[(num_rows,)](
         rows, rows, weight, out, rows.stride(0), 0, num_columns, eps,
         WITH_RESIDUAL=False, COLUMNS=triton.next_power_of_2(num_columns), DEPENDENT=dependent,
-        num_warps=_row_warps(num_columns), **launch_options(dependent),
+        num_warps=row_warps(num_columns), **launch_options(dependent),
     )  # fmt: skip
     return out.view(x.shape)
 
@@ -41,7 +41,7 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     _rms_norm_kernel[(num_rows,)](
         x, residual, weight, out, x.stride(0), residual.stride(0), num_columns, eps,
         WITH_RESIDUAL=True, COLUMNS=triton.next_power_of_2(num_columns), DEPENDENT=dependent,
-        num_warps=_row_warps(num_columns), **launch_options(dependent),
+        num_warps=row_warps(num_columns), **launch_options(dependent),
     )  # fmt: skip
     return out
 
@@ -57,7 +57,7 @@ def finished(rows: NormedRows) -> torch.Tensor:
     _finish_kernel[(num_rows,)](
         rows.values, rows.squares, out, num_columns, stride, rows.eps,
         PARTS=num_parts, COLUMNS=triton.next_power_of_2(num_columns), DEPENDENT=dependent,
-        num_warps=_row_warps(num_columns), **launch_options(dependent),
+        num_warps=row_warps(num_columns), **launch_options(dependent),
     )  # fmt: skip
     return out
 
@@ -109,25 +109,7 @@ def qk_norm_rope_store(
     return qkv[:, :num_heads]
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """x: [T, n], rows contiguous; weight, bias: [n]."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    columns = triton.next_power_of_2(x.shape[1])
-    _layer_norm_kernel[(x.shape[0],)](
-        x, weight, bias, out, x.stride(0), x.shape[1], eps, COLUMNS=columns, num_warps=_row_warps(columns)
-    )
-    return out
-
-
-def softmax(x: torch.Tensor) -> torch.Tensor:
-    """x: [T, n], rows contiguous. Softmax over the last dimension."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    columns = triton.next_power_of_2(x.shape[1])
-    _softmax_kernel[(x.shape[0],)](x, out, x.stride(0), x.shape[1], COLUMNS=columns, num_warps=_row_warps(columns))
-    return out
-
-
-def _row_warps(num_columns: int) -> int:
+def row_warps(num_columns: int) -> int:
     """Warps for a row: sixteen elements a thread, within a thread block's limits."""
     return min(16, max(4, 1 << (num_columns - 1).bit_length() >> 9))
 
@@ -265,30 +247,3 @@ def _qk_norm_rope_store_kernel(
     keep = (head >= NUM_HEADS) & (head < ALL_HEADS) & (slot >= 0)
     tl.store(stored, finite(low.to(kv_ptr.dtype.element_ty)), keep)
     tl.store(stored + HALF, finite(high.to(kv_ptr.dtype.element_ty)), keep)
-
-
-@triton.jit
-def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, stride, num_columns, eps, COLUMNS: tl.constexpr):
-    """Grid: (rows,)."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, COLUMNS)
-    mask = columns < num_columns
-    x = tl.load(x_ptr + row * stride + columns, mask, other=0.0).to(tl.float32)
-    centred = tl.where(mask, x - tl.sum(x) / num_columns, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred) / num_columns + eps)
-    weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, mask, other=0.0).to(tl.float32)
-    out = centred * scale * weight + bias
-    tl.store(out_ptr + row * num_columns + columns, out.to(out_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def _softmax_kernel(x_ptr, out_ptr, stride, num_columns, COLUMNS: tl.constexpr):
-    """Grid: (rows,)."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, COLUMNS)
-    mask = columns < num_columns
-    x = tl.load(x_ptr + row * stride + columns, mask, other=float("-inf")).to(tl.float32)
-    weights = tl.exp(x - tl.max(x))
-    out = weights / tl.sum(weights)
-    tl.store(out_ptr + row * num_columns + columns, out.to(out_ptr.dtype.element_ty), mask)

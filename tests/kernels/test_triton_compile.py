@@ -157,6 +157,7 @@ def dependent_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
 
 
 def row_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from benchmarks import library_rows
     from common.kernels import triton_rows
     from common.kernels.scaled_rows import ScaledRows
 
@@ -168,8 +169,8 @@ def row_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield lambda: triton_rows.silu_mul(gate_up)
     begun = ScaledRows(x, torch.empty(128, 16), 1e-5)
     yield lambda: triton_rows.finished(begun)
-    yield lambda: triton_rows.layer_norm(x, weight, weight, 1e-5)
-    yield lambda: triton_rows.softmax(x)
+    yield lambda: library_rows.layer_norm(x, weight, weight, 1e-5)
+    yield lambda: library_rows.softmax(x)
 
 
 def all_reduce_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:

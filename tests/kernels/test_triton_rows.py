@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional
 
 from common.kernels import reference, triton_backend, triton_rows
 from common.kernels.batch import KVShape, Span
@@ -48,13 +47,6 @@ def test_add_rms_norm_leaves_the_sum_in_the_residual(dtype: torch.dtype) -> None
 def test_silu_mul(dtype: torch.dtype) -> None:
     gate_up = random(3, 2 * 80, dtype=dtype)
     assert_close(triton_backend.silu_mul(gate_up), reference.silu_mul(gate_up.double()))
-
-
-def test_layer_norm_and_softmax() -> None:
-    x, weight, bias = (random(4, 100, dtype=torch.float32, seed=seed) for seed in range(3))
-    weight, bias = weight[0], bias[0]
-    assert_close(triton_rows.layer_norm(x, weight, bias, 1e-5), functional.layer_norm(x, (100,), weight, bias))
-    assert_close(triton_rows.softmax(x), x.softmax(-1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
