@@ -33,7 +33,7 @@ from benchmarks.kernel_timing import (
     memory_row,
     relative_error,
 )
-from common.kernels import blocks_reference, reference, triton_backend, triton_rows
+from common.kernels import blocks_reference, cuda_backend, reference, triton_backend, triton_rows
 from common.kernels.batch import KVShape, Span
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 64
@@ -95,7 +95,7 @@ def check_attention(lengths: Sequence[tuple[int, int]], window: int | None) -> f
     """Error against float64. Asserts that two runs agree to the bit."""
     spans, shape = make_spans(lengths, shuffled=True)
     kv, q = random_kv(shape), random_q(sum(queries for queries, _ in lengths))
-    plan = triton_backend.plan_batch(spans, [window], shape, DTYPE, DEVICE)
+    plan = cuda_backend.plan_batch(spans, [window], shape, DTYPE, DEVICE)
     wide = reference.plan_batch(spans, [window], shape, torch.float64, DEVICE)
     expected = reference.attention(q.double(), kv.double(), wide, window, SCALE)
     outs = [torch.full((q.shape[0], HEADS * HEAD_DIM), float("nan"), device=DEVICE, dtype=DTYPE) for _ in range(2)]
@@ -107,7 +107,7 @@ def check_attention(lengths: Sequence[tuple[int, int]], window: int | None) -> f
 
 def attention_us(lengths: Sequence[tuple[int, int]], shuffled: bool) -> float:
     spans, shape = make_spans(lengths, shuffled)
-    plan = triton_backend.plan_batch(spans, [None], shape, DTYPE, DEVICE)
+    plan = cuda_backend.plan_batch(spans, [None], shape, DTYPE, DEVICE)
     num_tokens = sum(queries for queries, _ in lengths)
     nbytes = shape.num_blocks * 2 * KV_HEADS * BLOCK_SIZE * HEAD_DIM * DTYPE.itemsize
     sets = [(random_q(num_tokens), random_kv(shape)) for _ in range(max(1, min(8, -(-CACHE_BYTES // nbytes))))]
@@ -194,7 +194,7 @@ def bench_rows(ceilings: Ceilings) -> Iterator[Row]:
 
 def bench_rope(ceilings: Ceilings, flush: CacheFlush) -> Row:
     spans, shape = make_spans([(TOKENS, TOKENS)], shuffled=True)
-    plan = triton_backend.plan_batch(spans, [None], shape, DTYPE, DEVICE)
+    plan = cuda_backend.plan_batch(spans, [None], shape, DTYPE, DEVICE)
     plain = reference.plan_batch(spans, [None], shape, torch.float64, DEVICE)
     qkv, norm = randn(TOKENS, HEADS + 2 * KV_HEADS, HEAD_DIM), randn(HEAD_DIM)
     cos, sin = randn(TOKENS, 1, HEAD_DIM), randn(TOKENS, 1, HEAD_DIM)

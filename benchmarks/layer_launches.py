@@ -53,8 +53,10 @@ class ProductLaunch:
         elif kind == Kind.ROTATED:
             kv = torch.empty(2, 2, self.layer.num_kv_heads, BLOCK_SIZE, self.layer.head_dim, dtype=DTYPE)
             angles = torch.empty(self.rows, 1, self.layer.head_dim, dtype=DTYPE)
-            slots = torch.zeros(self.rows, dtype=torch.int64)
-            triton_linear.qkv_rope_store_few(x, weight, self.layer.num_heads, angles, angles, kv, slots, self.tuning)
+            slots, cleaned = (torch.zeros(self.rows, dtype=dtype) for dtype in (torch.int64, torch.int32))
+            triton_linear.qkv_rope_store_few(
+                x, weight, self.layer.num_heads, angles, angles, kv, slots, cleaned, self.tuning
+            )
         elif self.adds:
             residual, norm = torch.empty(self.rows, num_out, dtype=DTYPE), torch.empty(num_out, dtype=DTYPE)
             triton_linear.linear_add_scale_few(values, weight, residual, norm, EPS, self.tuning)

@@ -1,4 +1,4 @@
-"""LayerNorm and softmax in Triton, which no model of ours asks for: rows of `benchmarks.kernels` beside the libraries'."""
+"""LayerNorm and softmax in Triton, which no model that is served asks for: rows of `benchmarks.kernels`."""
 # ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 

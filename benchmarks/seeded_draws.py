@@ -72,7 +72,7 @@ def _host_sampler(device: torch.device, vocab_size: int, requests: Sequence[Samp
 
     def draw(logits: torch.Tensor, position: int) -> list[int]:
         output = sampler.sample(range(len(requests)), logits, [position] * len(requests))
-        assert not output.errors
+        assert not output.invalid
         return [int(token_id) for token_id in output.token_ids]
 
     return draw

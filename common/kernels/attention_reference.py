@@ -47,6 +47,7 @@ class ReferencePlan(BatchPlan):
     """What is the same in every layer of a step. Made by `plan_batch`, read by this backend only."""
 
     store_index: torch.Tensor  # [T * 2 * num_kv_heads] int64 into rows of head_dim elements
+    cleaned: torch.Tensor  # [T] bool: K or V of the token was not finite in some layer, see `spoil_cleaned`
     pieces: dict[int | None, list[_DecodePiece | _PrefillPiece]]  # by window
 
 
@@ -62,7 +63,11 @@ def plan_batch(
     Neighbouring decode spans of similar context length waste least. `windows`: those that the model's layers use.
     """
     planner = _Planner(spans, shape, dtype, device)
-    return ReferencePlan(planner.store_index(), {window: planner.pieces(window) for window in windows})
+    return ReferencePlan(
+        store_index=planner.store_index(),
+        cleaned=torch.zeros(sum(span.num_queries for span in spans), dtype=torch.bool, device=device),
+        pieces={window: planner.pieces(window) for window in windows},
+    )
 
 
 def attention(

@@ -70,6 +70,8 @@ class KernelBackend(Protocol):
         /,
     ) -> torch.Tensor: ...
 
+    def spoil_cleaned(self, rows: torch.Tensor, plan: BatchPlan, /) -> None: ...
+
     def attention(
         self,
         q: torch.Tensor,

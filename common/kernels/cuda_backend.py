@@ -27,6 +27,7 @@ from common.kernels.triton_backend import (
     scatter_blocks,
     scatter_slot,
     silu_mul,
+    spoil_cleaned,
     tile_queries,
 )
 from common.kernels.triton_decode import DecodeBatch, default_tuning, refresh
@@ -37,7 +38,7 @@ from common.kernels.triton_linear import (
     linear_few,
     qkv_rope_store_few,
 )
-from common.kernels.triton_prefill import PrefillBatch, make_tiles
+from common.kernels.triton_prefill import PrefillBatch
 from common.kernels.upload import upload
 
 __all__ = [
@@ -60,25 +61,13 @@ __all__ = [
     "rms_norm",
     "scatter_blocks",
     "scatter_slot",
+    "spoil_cleaned",
     "tile_queries",
 ]
 
 _HEAD = 16  # outputs to inputs of the head, at least; products of a layer have fewer
 _SPARE_COLUMNS = 8  # of block tables: the last tile may read past the context
 _Spans = list[tuple[int, Span]]  # with the row of their first query in the batch
-
-
-@dataclass(frozen=True, slots=True)
-class _UploadedBatch(PrefillBatch):
-    """Tiles are made by the first layer, when steps before this one may still run."""
-
-    def tiles(self, queries: int) -> torch.Tensor:
-        tiles = self._tiles.get(queries)
-        if tiles is None:
-            table = np.array(make_tiles(self.spans, queries), dtype=np.int32)
-            (tiles,) = upload([table], self.block_tables.device)
-            self._tiles[queries] = tiles
-        return tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +136,7 @@ def qkv_rope_store(
     """As the reference."""
     if bias is None and q_norm is None and is_ahead(values_of(x), weight, Kind.ROTATED):
         assert isinstance(plan, TritonPlan)
-        return qkv_rope_store_few(x, weight, num_heads, cos, sin, kv_layer, plan.store_slots)
+        return qkv_rope_store_few(x, weight, num_heads, cos, sin, kv_layer, plan.store_slots, plan.cleaned)
     qkv = linear(finished(x), weight, bias).view(-1, weight.shape[1] // kv_layer.shape[-1], kv_layer.shape[-1])
     return qk_norm_rope_store(qkv, num_heads, cos, sin, q_norm, k_norm, eps, kv_layer, plan)
 
@@ -166,9 +155,10 @@ def plan_batch(
     for span in spans:
         (decode if span.num_queries == 1 else prefill).append((first_row, span))
         first_row += span.num_queries
-    slots, prefill_tables, decode_tables, rows, lengths = upload(
+    slots, cleaned, prefill_tables, decode_tables, rows, lengths = upload(
         [
             _store_slots(spans, shape.block_size),
+            np.zeros(first_row, dtype=np.int32),
             _block_tables(prefill, shape.block_size),
             _block_tables(decode, shape.block_size),
             np.array([row for row, _ in decode], dtype=np.int32),
@@ -185,7 +175,8 @@ def plan_batch(
     return TritonPlan(
         shape=shape,
         store_slots=slots,
-        prefill=_UploadedBatch(tuple(prefill), prefill_tables) if prefill else None,
+        cleaned=cleaned,
+        prefill=PrefillBatch(tuple(prefill), prefill_tables) if prefill else None,
         decode=batch,
         decode_tuning=tuning,
     )
@@ -223,6 +214,7 @@ def plan_mixed(
     plan = TritonPlan(
         shape=shape,
         store_slots=slots,
+        cleaned=torch.zeros_like(slots, dtype=torch.int32),
         prefill=_TiledBatch((), chunk_tables, fixed_tiles=tiles, queries=queries),
         decode=decode,
         decode_tuning=default_tuning(shape.block_size, shape.head_dim, dtype),

@@ -28,6 +28,7 @@ __all__ = [
     "rms_norm",
     "scatter_blocks",
     "silu_mul",
+    "spoil_cleaned",
 ]
 
 
@@ -105,7 +106,8 @@ def qk_norm_rope_store(
 ) -> torch.Tensor:
     """Normalise (if the model does) and rotate Q and K, store K and V in their blocks, return Q.
 
-    Blocks only ever hold finite numbers: what is not finite is stored as zero.
+    Blocks only ever hold finite numbers: what is not finite is stored as zero, and its token noted in the plan for
+    `spoil_cleaned`.
 
     qkv: [T, num_heads + 2 * num_kv_heads, head_dim], overwritten; cos, sin: [T, 1, head_dim];
     q_norm, k_norm: [head_dim]; kv_layer: [num_blocks, 2, num_kv_heads, block_size, head_dim].
@@ -120,7 +122,23 @@ def qk_norm_rope_store(
     qk = qkv[:, : num_heads + num_kv_heads]
     swapped = qk.roll(head_dim // 2, dims=-1)
     qk.mul_(cos).addcmul_(swapped, sin)
-    # Attention multiplies what it masks by zero, so a NaN that stayed behind in a block would reach its next owner.
-    finite = qkv[:, num_heads:].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    kv_layer.view(-1, head_dim).index_copy_(0, plan.store_index, finite.view(-1, head_dim))
+    stored = qkv[:, num_heads:]
+    # A sum that overflows although all is finite only costs a second look.
+    if not stored.sum(dtype=torch.promote_types(stored.dtype, torch.float32)).isfinite():
+        plan.cleaned.logical_or_(stored.isfinite().flatten(1).all(1).logical_not_())
+        # Attention multiplies what it masks by zero, so a NaN that stayed behind in a block would reach its next owner.
+        stored = stored.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    kv_layer.view(-1, head_dim).index_copy_(0, plan.store_index, stored.reshape(-1, head_dim))
     return qkv[:, :num_heads]
+
+
+def spoil_cleaned(rows: torch.Tensor, plan: BatchPlan) -> None:
+    """Make the first number of a row NaN if K or V of its token was stored as zero since the last call.
+
+    What is computed of such a block looks right and is not. A sum over ranks of rows that one rank has spoiled tells
+    all of them. rows: [T, n], tokens in the plan's order.
+    """
+    assert isinstance(plan, ReferencePlan)
+    if plan.cleaned.any():
+        rows[:, 0].masked_fill_(plan.cleaned, float("nan"))
+        plan.cleaned.zero_()

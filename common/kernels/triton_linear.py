@@ -49,6 +49,7 @@ class _Rotation:
     sin: torch.Tensor
     kv_layer: torch.Tensor
     store_slots: torch.Tensor
+    cleaned: torch.Tensor
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -114,16 +115,18 @@ def qkv_rope_store_few(
     sin: torch.Tensor,
     kv_layer: torch.Tensor,
     store_slots: torch.Tensor,
+    cleaned: torch.Tensor,
     tuning: LinearTuning | None = None,
 ) -> torch.Tensor:
     """Multiply, rotate Q and K, store K and V in their blocks, return Q, [T, num_heads, head_dim].
 
     weight: [in, (num_heads + 2 * num_kv_heads) * head_dim]; cos, sin: [T, 1, head_dim]; kv_layer: [num_blocks, 2,
-    num_kv_heads, block_size, head_dim]; store_slots: [T] int64, block * block_size + offset, negative: not stored.
+    num_kv_heads, block_size, head_dim]; store_slots: [T] int64, block * block_size + offset, negative: not stored;
+    cleaned: [T] int32, set to 1 for tokens of which something was not finite and zero was stored.
     """
     values = values_of(x)
     q = values.new_empty((values.shape[0], num_heads, kv_layer.shape[-1]))
-    rotation = _Rotation(cos, sin, kv_layer, store_slots)
+    rotation = _Rotation(cos, sin, kv_layer, store_slots, cleaned)
     _launch(x, weight, q.view(values.shape[0], -1), Ending.ROTATE, tuning, rotation=rotation)
     return q
 
@@ -174,6 +177,7 @@ def _launch(
         made.values if made else unused, made.squares if made else unused,
         rotation.cos if rotation else unused, rotation.sin if rotation else unused,
         rotation.store_slots if rotation else unused, rotation.kv_layer if rotation else unused,
+        rotation.cleaned if rotation else unused,
         num_rows, values.stride(0), out.stride(0), rotation.cos.stride(0) if rotation else 0, eps,
         NUM_COLUMNS=num_columns, NUM_IN=num_in, PART_IN=part_in, ROWS=rows, BLOCK_N=tuning.block_n,
         BLOCK_K=tuning.block_k, SPLIT=split, ENDING=int(ending), SQUARES=0 if squares is None else squares.shape[0],

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from common.kernels.dependent_launch import start_next, wait_for_previous
-from common.kernels.triton_rows import finite
+from common.kernels.triton_rows import store_finite
 
 
 class Ending(IntEnum):
@@ -123,7 +123,8 @@ def _add(
 
 @triton.jit
 def _rotate(
-    low, high, cos_low, sin_low, cos_high, sin_high, slot, q_ptr, q_stride, kv_ptr, head, row, dim, num_rows,
+    low, high, cos_low, sin_low, cos_high, sin_high, slot, q_ptr, q_stride, kv_ptr, cleaned_ptr, head, row, dim,
+    num_rows,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """low, high: columns `dim` of a head's lower half, and those of its upper half."""
@@ -141,14 +142,16 @@ def _rotate(
         # K heads, then V heads: in a block that is the order of its 2 * NUM_KV_HEADS tiles.
         tile = (slot // BLOCK_SIZE) * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)
         stored = kv_ptr + (tile * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dim
-        tl.store(stored, finite(low.to(kv_ptr.dtype.element_ty)), mask & (slot >= 0))
-        tl.store(stored + HALF, finite(high.to(kv_ptr.dtype.element_ty)), mask & (slot >= 0))
+        kv_low, kv_high = low.to(kv_ptr.dtype.element_ty), high.to(kv_ptr.dtype.element_ty)
+        is_cleaned = store_finite(stored, stored + HALF, kv_low, kv_high, mask & (slot >= 0))
+        # A store of every element, whose mask is nearly never set: less than what a maximum over the tile takes.
+        tl.store(cleaned_ptr + row + dim * 0, 1, is_cleaned)
 
 
 @triton.jit
 def _end(
-    acc, acc_second, needed, eps, out_ptr, out_stride, scaled_ptr, squares_out_ptr, kv_ptr, tile, head, row, column,
-    num_rows,
+    acc, acc_second, needed, eps, out_ptr, out_stride, scaled_ptr, squares_out_ptr, kv_ptr, cleaned_ptr, tile, head,
+    row, column, num_rows,
     NUM_COLUMNS: tl.constexpr, NUM_IN: tl.constexpr, ROWS: tl.constexpr, ENDING: tl.constexpr, SWAP: tl.constexpr,
     SQUARES: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -161,8 +164,8 @@ def _end(
             acc_second = _normalise(acc_second, squares, eps, NUM_IN, SWAP)
     if ENDING == _ROTATE:
         _rotate(
-            acc, acc_second, cos_low, sin_low, cos_high, sin_high, slot, out_ptr, out_stride, kv_ptr, head, row, column,
-            num_rows, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
+            acc, acc_second, cos_low, sin_low, cos_high, sin_high, slot, out_ptr, out_stride, kv_ptr, cleaned_ptr, head,
+            row, column, num_rows, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
         )  # fmt: skip
     elif ENDING == _ADD:
         _add(
@@ -179,7 +182,7 @@ def _end(
 @triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(
     x_ptr, weight_ptr, weight, out_ptr, parts_ptr, arrivals_ptr, squares_ptr, norm_ptr, scaled_ptr, squares_out_ptr,
-    cos_ptr, sin_ptr, slots_ptr, kv_ptr, num_rows, x_stride, out_stride, angle_stride, eps,
+    cos_ptr, sin_ptr, slots_ptr, kv_ptr, cleaned_ptr, num_rows, x_stride, out_stride, angle_stride, eps,
     NUM_COLUMNS: tl.constexpr, NUM_IN: tl.constexpr, PART_IN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ENDING: tl.constexpr, SQUARES: tl.constexpr, SWAP: tl.constexpr,
     USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr, PIECES: tl.constexpr, PIECE_BYTES: tl.constexpr,
@@ -274,7 +277,7 @@ def linear_kernel(
                 first_column + column, num_rows, NUM_COLUMNS, ROWS, ENDING, SQUARES, HEAD_DIM,
             )  # fmt: skip
         _end(
-            acc, acc_second, needed, eps, out_ptr, out_stride, scaled_ptr, squares_out_ptr, kv_ptr, tile, head, out_row,
-            first_column + column, num_rows, NUM_COLUMNS, NUM_IN, ROWS, ENDING, SWAP, SQUARES, NUM_HEADS, NUM_KV_HEADS,
-            HEAD_DIM, BLOCK_SIZE,
+            acc, acc_second, needed, eps, out_ptr, out_stride, scaled_ptr, squares_out_ptr, kv_ptr, cleaned_ptr, tile,
+            head, out_row, first_column + column, num_rows, NUM_COLUMNS, NUM_IN, ROWS, ENDING, SWAP, SQUARES, NUM_HEADS,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE,
         )  # fmt: skip

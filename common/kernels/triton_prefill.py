@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.kernels.batch import Span
 from common.kernels.triton_device import LOG2_E
+from common.kernels.upload import upload
 
 # Takes a place in a table of tiles and writes nothing: no query, one step of keys of the first span.
 EMPTY_TILE: Final = (0, 1, 1, 0)
@@ -53,7 +54,7 @@ class PrefillBatch:
         tiles = self._tiles.get(queries)
         if tiles is None:
             table = np.array(make_tiles(self.spans, queries), dtype=np.int32)
-            tiles = torch.from_numpy(table).to(self.block_tables.device)
+            (tiles,) = upload([table], self.block_tables.device)
             self._tiles[queries] = tiles
         return tiles
 

@@ -17,6 +17,7 @@ from common.kernels.scaled_rows import NormedRows
 _MAX_ROPE_HEADS = 64  # of one token per program
 _ROPE_HEADS_PER_WARP = 16
 _SILU_COLUMNS = 2048
+_SPOIL_ROWS = 512
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -86,13 +87,14 @@ def qk_norm_rope_store(
     eps: float,
     kv_layer: torch.Tensor,
     store_slots: torch.Tensor,
+    cleaned: torch.Tensor,
 ) -> torch.Tensor:
     """Normalise (if the model does) and rotate Q and K, store K and V in their blocks, return Q.
 
     qkv: [T, num_heads + 2 * num_kv_heads, head_dim] contiguous, its Q overwritten; cos, sin: [T, 1, head_dim];
     q_norm, k_norm: [head_dim]; kv_layer: [num_blocks, 2, num_kv_heads, block_size, head_dim];
-    store_slots: [T] int64, block * block_size + offset, negative: not stored.
-    Returns [T, num_heads, head_dim], a view of qkv.
+    store_slots: [T] int64, block * block_size + offset, negative: not stored; cleaned: [T] int32, set to 1 for tokens
+    of which something was not finite and zero was stored. Returns [T, num_heads, head_dim], a view of qkv.
     """
     num_tokens, num_all_heads, head_dim = qkv.shape
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
@@ -100,13 +102,24 @@ def qk_norm_rope_store(
     grid = (num_tokens, triton.cdiv(num_all_heads, heads))
     dependent = is_dependent(num_tokens, qkv.device)
     _qk_norm_rope_store_kernel[grid](
-        qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, kv_layer, store_slots, eps,
-        cos.stride(0),
+        qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, kv_layer, store_slots,
+        cleaned, eps, cos.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, HEADS=heads,
         WITH_NORM=q_norm is not None and k_norm is not None, DEPENDENT=dependent,
         num_warps=max(1, heads // _ROPE_HEADS_PER_WARP), **launch_options(dependent),
     )  # fmt: skip
     return qkv[:, :num_heads]
+
+
+def spoil_cleaned(rows: torch.Tensor, cleaned: torch.Tensor) -> None:
+    """Make the first number of the rows of cleaned tokens NaN, and forget that they were.
+
+    rows: [T, n], rows contiguous; cleaned: [T] int32, as stores leave it, zero afterwards.
+    """
+    num_rows = rows.shape[0]
+    _spoil_kernel[(triton.cdiv(num_rows, _SPOIL_ROWS),)](
+        rows, cleaned, rows.stride(0), num_rows, ROWS=_SPOIL_ROWS, num_warps=4
+    )
 
 
 def row_warps(num_columns: int) -> int:
@@ -195,14 +208,21 @@ def _angles(cos_ptr, sin_ptr, HALF: tl.constexpr):
 
 
 @triton.jit
-def finite(x):
-    """Blocks only ever hold finite numbers: attention multiplies what it masks by zero, so a NaN would reach others."""
-    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
+def store_finite(low_ptr, high_ptr, low, high, keep):
+    """Store both halves of heads where `keep` is set, zero for what is not finite. Returns where that was.
+
+    Blocks only ever hold finite numbers: attention multiplies what it masks by zero, so a NaN would reach others.
+    """
+    is_low = tl.abs(low.to(tl.float32)) < float("inf")
+    is_high = tl.abs(high.to(tl.float32)) < float("inf")
+    tl.store(low_ptr, tl.where(is_low, low, 0.0), keep)
+    tl.store(high_ptr, tl.where(is_high, high, 0.0), keep)
+    return keep & ((is_low & is_high) == 0)
 
 
 @triton.jit
 def _qk_norm_rope_store_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kv_ptr, slots_ptr, eps, angle_stride,
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, kv_ptr, slots_ptr, cleaned_ptr, eps, angle_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr, WITH_NORM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -245,5 +265,15 @@ def _qk_norm_rope_store_kernel(
     tile = (slot // BLOCK_SIZE) * (2 * NUM_KV_HEADS) + (head - NUM_HEADS)
     stored = kv_ptr + (tile * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dim
     keep = (head >= NUM_HEADS) & (head < ALL_HEADS) & (slot >= 0)
-    tl.store(stored, finite(low.to(kv_ptr.dtype.element_ty)), keep)
-    tl.store(stored + HALF, finite(high.to(kv_ptr.dtype.element_ty)), keep)
+    kv_low, kv_high = low.to(kv_ptr.dtype.element_ty), high.to(kv_ptr.dtype.element_ty)
+    is_cleaned = store_finite(stored, stored + HALF, kv_low, kv_high, keep)
+    tl.store(cleaned_ptr + token, 1, tl.max(is_cleaned.to(tl.int32)) != 0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _spoil_kernel(rows_ptr, cleaned_ptr, stride, num_rows, ROWS: tl.constexpr):
+    """Grid: (groups of ROWS,)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    was_cleaned = tl.load(cleaned_ptr + row, row < num_rows, other=0) != 0
+    tl.store(rows_ptr + row * stride, float("nan"), was_cleaned)
+    tl.store(cleaned_ptr + row, 0, was_cleaned)

@@ -1,4 +1,5 @@
-"""Triton kernels that start a captured step: from what is new in a plan to the inputs of the forward pass.
+"""Triton kernels that start a captured step, from what is new in a plan to the inputs of the forward pass, and one that
+looks at chunks when it is over.
 
     packed: [5, n] int32, one column per row that decodes, all from one copy:
             row | context length with this token, 0: padding | new block's column, -1: none | its id | output index
@@ -25,6 +26,7 @@ NUM_CHUNK_FIELDS: Final = 4
 CHUNK_ROW, CHUNK_LENGTH, CHUNK_PLACE, CHUNK_POSITION = range(NUM_CHUNK_FIELDS)
 _COLUMNS: Final = 1024
 _TOKENS: Final = 64  # of a program
+_JUDGED_TOKENS: Final = 1024  # at a time
 
 
 def begin_step(
@@ -74,6 +76,17 @@ def begin_chunks(
         NUM_CHUNKS=num_chunks, BLOCK_SIZE=block_size, TOKENS=_TOKENS,
         COLUMNS=min(_COLUMNS, triton.next_power_of_2(row_tables.shape[1])), num_warps=4,
     )  # fmt: skip
+
+
+def judge_chunks(hidden: torch.Tensor, places: torch.Tensor, lengths: torch.Tensor, is_bad: torch.Tensor) -> None:
+    """Whether a token of a chunk has a hidden state that is not finite: its first number tells (`Decoder.forward`).
+
+    hidden: [T, hidden], rows contiguous; places, lengths: [n] int32, first token and number of tokens of each chunk.
+    Written: is_bad: [n] int32, 1 or 0.
+    """
+    _judge_kernel[(places.shape[0],)](
+        hidden, places, lengths, is_bad, hidden.stride(0), TOKENS=_JUDGED_TOKENS, num_warps=4
+    )
 
 
 @triton.jit
@@ -141,3 +154,17 @@ def _begin_chunks_kernel(
         tl.store(token_ids_ptr + token, token_id.to(tl.int64), inside)
         tl.store(positions_ptr + token, position.to(tl.int64), inside)
         tl.store(slots_ptr + token, slot, inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["places_ptr", "lengths_ptr", "is_bad_ptr"])
+def _judge_kernel(hidden_ptr, places_ptr, lengths_ptr, is_bad_ptr, stride, TOKENS: tl.constexpr):
+    """Grid: (chunks,)."""
+    chunk = tl.program_id(0)
+    length = tl.load(lengths_ptr + chunk)
+    own = hidden_ptr + tl.load(places_ptr + chunk).to(tl.int64) * stride
+    is_bad = tl.zeros([TOKENS], tl.int32)
+    for start in range(0, length, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        first = tl.load(own + token.to(tl.int64) * stride, token < length, other=0.0).to(tl.float32)
+        is_bad |= (tl.abs(first) < float("inf")).to(tl.int32) ^ 1
+    tl.store(is_bad_ptr + chunk, tl.max(is_bad, 0))

@@ -77,7 +77,8 @@ class Decoder:
 
         token_ids, positions: [T] int64; kv: [num_layers, num_blocks, 2, local KV heads, block_size, head_dim].
         `on_stored` [none] is called for each layer, in order, behind what stores its K and V.
-        Returns the hidden states before the final norm, [T, hidden].
+        Returns the hidden states before the final norm, [T, hidden]. The first number of one is not finite if K or V of
+        its token was not, in whichever layer and on whichever rank: the blocks then hold zeros instead.
         """
         rotation = self._rope.rotation(positions)
         residual = self._embed(token_ids)
@@ -91,7 +92,9 @@ class Decoder:
             gated = self.kernels.gate_up_silu(x, layer.gate_up.weight, layer.gate_up.bias)
             if index + 1 < len(layers):
                 x = self._linear_add_norm(gated, layer.down, residual, layers[index + 1].input_norm)
-        return residual.add_(self._group.all_reduce(self.kernels.linear(gated, layer.down.weight, layer.down.bias)))
+        part = self.kernels.linear(gated, layer.down.weight, layer.down.bias)
+        self.kernels.spoil_cleaned(part, plan)
+        return residual.add_(self._group.all_reduce(part))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [n, hidden] as `forward` returned it. Returns [n, vocab] float32, the same on every rank."""
@@ -113,13 +116,14 @@ class Decoder:
             return functional.embedding(token_ids, self._weights.embedding)
         own = self.shard.vocab
         local = token_ids - own.start
-        mine = (local >= 0) & (local < len(own))
+        others = (local < 0) | (local >= len(own))
         if not own:
             return self._group.all_reduce(
                 torch.zeros((*token_ids.shape, self.config.hidden_size), dtype=self.dtype, device=self.device)
             )
         rows = functional.embedding(local.clamp_(0, len(own) - 1), self._weights.embedding)
-        return self._group.all_reduce(rows.mul_(mine.unsqueeze(1)))
+        # Not times zero: a row that is not finite would spoil every token of the other ranks.
+        return self._group.all_reduce(rows.masked_fill_(others.unsqueeze(1), 0.0))
 
     def _attention(
         self,

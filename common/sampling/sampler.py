@@ -70,19 +70,19 @@ class _RawLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SampleOutput:
-    """One token per row. Only `errors` and `logprobs` read back from the device and so wait for it."""
+    """One token per row. Only `invalid` and `logprobs` read back from the device and so wait for it."""
 
     token_ids: torch.Tensor  # [B] int64; 0 where the row has an error, so that it stays a valid index
     valid: torch.Tensor  # [B] bool
     raw_logprobs: _RawLogprobs | None
 
     @property
-    def errors(self) -> dict[int, str]:
-        """Batch index → what is wrong with that row. Such a row has no token; the others are sound."""
+    def invalid(self) -> frozenset[int]:
+        """Batch indices of rows that have no token: their logits hold NaN or infinity, or every token is excluded. The
+        others are sound."""
         if bool(self.valid.all()):
-            return {}
-        message = "no token can be chosen: the logits hold NaN or infinity, or every token is excluded"
-        return {index: message for index, ok in enumerate(self.valid.tolist()) if not ok}
+            return frozenset()
+        return frozenset(index for index, ok in enumerate(self.valid.tolist()) if not ok)
 
     @property
     def logprobs(self) -> list[TokenLogprobs | None]:

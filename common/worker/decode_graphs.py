@@ -31,11 +31,25 @@ def batch_sizes(max_rows: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeOutput:
-    """Overwritten by the next step of the same size."""
+class StepOutput:
+    """Of a captured step: overwritten by the next one of the same size."""
 
-    token_ids: torch.Tensor  # [n] int32
+    answers: torch.Tensor  # [n + chunks] int32: drawn tokens, then of each chunk of a prompt whether it is bad
     logits: torch.Tensor  # [n, vocab]
+
+    @property
+    def num_samples(self) -> int:
+        return self.logits.shape[0]
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[n] int32, a view."""
+        return self.answers[: self.num_samples]
+
+    @property
+    def are_bad(self) -> torch.Tensor:
+        """[chunks] int32, a view."""
+        return self.answers[self.num_samples :]
 
 
 class DecodeGraphs:
@@ -61,7 +75,7 @@ class DecodeGraphs:
         self._positions = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
         self._packed: dict[int, torch.Tensor] = {}
         self._steps: dict[int, _Step] = {}  # graphs hold the addresses of their tensors, not references
-        self._replay: dict[int, Callable[[], DecodeOutput]] = {}
+        self._replay: dict[int, Callable[[], StepOutput]] = {}
         self._capture_all(capture)
 
     @property
@@ -76,7 +90,7 @@ class DecodeGraphs:
         """The input of `run(size)`, to be overwritten before it: see `triton_step`. [5, size] int32."""
         return self._packed[size]
 
-    def run(self, size: int) -> DecodeOutput:
+    def run(self, size: int) -> StepOutput:
         """Enqueue a step on the current stream."""
         return self._replay[size]()
 
@@ -101,7 +115,7 @@ class DecodeGraphs:
             self._replay[size] = capture.capture(step.run)
 
     @torch.inference_mode()
-    def _step(self, packed: torch.Tensor, plan: TritonPlan, token_ids: torch.Tensor) -> DecodeOutput:
+    def _step(self, packed: torch.Tensor, plan: TritonPlan, token_ids: torch.Tensor) -> StepOutput:
         decode = plan.decode
         assert decode is not None
         size = packed.shape[1]
@@ -120,7 +134,7 @@ class DecodeGraphs:
         hidden = self._decoder.forward(inputs, positions, plan, self._storage.kv)
         logits = self._decoder.head(hidden)
         self._sampler.draw(logits, packed[triton_step.ROW], packed[triton_step.OUTPUT_INDEX], token_ids)
-        return DecodeOutput(token_ids, logits)
+        return StepOutput(token_ids, logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,5 +146,5 @@ class _Step:
     plan: TritonPlan
     token_ids: torch.Tensor
 
-    def run(self) -> DecodeOutput:
+    def run(self) -> StepOutput:
         return self.graphs._step(self.packed, self.plan, self.token_ids)

@@ -22,7 +22,7 @@ from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
 from common.sampling.device_sampler import DeviceSampler
 from common.sampling.params import SamplingParams
-from common.worker.decode_graphs import DecodeGraphs, batch_sizes
+from common.worker.decode_graphs import DecodeGraphs, StepOutput, batch_sizes
 from common.worker.device_step import DeviceStep, StepClock
 from common.worker.graph_capture import GraphCapture
 from common.worker.mixed_graphs import MixedGraphs, chunk_sizes, prompt_sizes, row_sizes
@@ -129,13 +129,13 @@ class DeviceRunner:
 
     def _run_captured(self, segments: list[Segment], step: DeviceStep) -> bool:
         """Replay the graph that holds the step; False, and nothing done, if none does."""
-        decoding = [segment for segment in segments if _decodes(segment)]
+        decoding = [segment for segment in segments if segment.decodes]
         if len(decoding) == len(segments):
             if self._graphs is None or len(segments) > self._graphs.max_size:
                 return False
             self._decode(self._graphs, segments, step)
             return True
-        chunks = [segment for segment in segments if not _decodes(segment)]
+        chunks = [segment for segment in segments if not segment.decodes]
         size = None if self._mixed is None else self._mixed.size_for(decoding, chunks)
         if self._mixed is None or size is None:
             return False
@@ -153,8 +153,7 @@ class DeviceRunner:
         if extra:
             self._extend_tables(extra)
         overwrite(graphs.packed(size), packed)
-        output = graphs.run(size)
-        self._answer(step, segments, output.logits, output.token_ids)
+        self._answer(step, segments, [], graphs.run(size))
 
     def _run_mixed(
         self,
@@ -173,8 +172,7 @@ class DeviceRunner:
         fill(fields, size, decoding, chunks)
         output = graphs.run(size, flat)
         ending = [chunk for chunk in chunks if chunk.sample]
-        if decoding or ending:
-            self._answer(step, [*decoding, *ending], output.logits, output.token_ids)
+        self._answer(step, [*decoding, *ending], chunks, output)
         for chunk in ending:
             self._rows[chunk.row].has_last_token = True
 
@@ -210,7 +208,8 @@ class DeviceRunner:
         decoder = self._decoder
         plan = decoder.kernels.plan_batch(spans, self._windows, self._shape, decoder.dtype, decoder.device)
         sampled = [segment for segment in segments if segment.sample]
-        token_ids, positions, places, place_rows, ends, rows, output_indices = upload(
+        chunks = [segment for segment in segments if not segment.decodes]
+        token_ids, positions, places, place_rows, ends, rows, output_indices, chunk_places, chunk_lengths = upload(
             step_arrays(segments), decoder.device
         )
         if places.numel():
@@ -218,17 +217,18 @@ class DeviceRunner:
             token_ids.index_copy_(0, places, last.to(torch.int64))
         on_stored = None if self._marks is None else self._marks.stored
         hidden = decoder.forward(token_ids, positions, plan, self._storage.kv, on_stored)
-        if not sampled:
-            return
-        logits = decoder.head(hidden.index_select(0, ends))
-        chosen = torch.empty(len(sampled), dtype=torch.int32, device=decoder.device)
-        self._sampler.draw(logits, rows, output_indices, chosen)
-        self._answer(step, sampled, logits, chosen)
+        answers = torch.empty(len(sampled) + len(chunks), dtype=torch.int32, device=decoder.device)
+        output = StepOutput(answers, decoder.head(hidden.index_select(0, ends)) if sampled else hidden[:0])
+        if sampled:
+            self._sampler.draw(output.logits, rows, output_indices, output.token_ids)
+        if chunks:
+            triton_step.judge_chunks(hidden, chunk_places, chunk_lengths, output.are_bad)
+        self._answer(step, sampled, chunks, output)
         for segment in sampled:
             self._rows[segment.row].has_last_token = True
 
-    def _answer(self, step: DeviceStep, sampled: list[Segment], logits: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Let special rows choose again, then send the tokens on their way. chosen: [n or more] int32."""
+    def _answer(self, step: DeviceStep, sampled: list[Segment], chunks: list[Segment], output: StepOutput) -> None:
+        """Let special rows choose again, then send tokens and verdicts on their way."""
         special = None
         indices = [
             i for i, segment in enumerate(sampled) if self._sampler.is_special(segment.row, segment.output_index)
@@ -236,8 +236,9 @@ class DeviceRunner:
         if indices:
             rows = [sampled[index].row for index in indices]
             output_indices = [sampled[index].output_index for index in indices]
-            special = self._sampler.redraw(indices, rows, output_indices, logits, chosen)
-        step.answer(sampled, chosen.to("cpu", non_blocking=True, copy=True), special)
+            special = self._sampler.redraw(indices, rows, output_indices, output.logits, output.token_ids)
+        answers = output.answers.to("cpu", non_blocking=True, copy=True)
+        step.answer(sampled, chunks, answers[: output.num_samples], answers[output.num_samples :], special)
 
     def _extend(self, segment: Segment) -> list[tuple[int, int]]:
         """Append the segment's new blocks to its row's table; returns what the device's table must learn."""
@@ -256,20 +257,20 @@ class DeviceRunner:
         self._row_tables.view(-1).index_copy_(0, at, values)
 
 
-def _decodes(segment: Segment) -> bool:
-    return segment.token_ids is None and segment.sample
-
-
 def step_arrays(segments: list[Segment]) -> list[npt.NDArray[np.int64] | npt.NDArray[np.int32]]:
-    """Token ids and positions; place and row of each last token; place, row and output index of each sampled one."""
+    """Token ids and positions; place and row of each last token; place, row and output index of each sampled one; place
+    and number of tokens of each chunk."""
     token_ids: list[npt.NDArray[np.int64]] = []
     positions: list[npt.NDArray[np.int64]] = []
     lasts: list[tuple[int, int]] = []
     samples: list[tuple[int, int, int]] = []
+    chunks: list[tuple[int, int]] = []
     start = 0
     for segment in segments:
         if segment.token_ids is None:
             lasts.append((start, segment.row))
+        if not segment.decodes:
+            chunks.append((start, segment.num_tokens))
         given = segment.token_ids or bytes(TOKEN_BYTES)
         token_ids.append(np.frombuffer(given, dtype=np.uint32).astype(np.int64))
         positions.append(np.arange(segment.position, segment.position + segment.num_tokens))
@@ -278,6 +279,7 @@ def step_arrays(segments: list[Segment]) -> list[npt.NDArray[np.int64] | npt.NDA
             samples.append((start - 1, segment.row, segment.output_index))
     sampled = np.array(samples, dtype=np.int64).reshape(-1, 3)
     last = np.array(lasts, dtype=np.int64).reshape(-1, 2)
+    chunk = np.array(chunks, dtype=np.int32).reshape(-1, 2)
     return [
         np.concatenate(token_ids),
         np.concatenate(positions),
@@ -286,4 +288,6 @@ def step_arrays(segments: list[Segment]) -> list[npt.NDArray[np.int64] | npt.NDA
         sampled[:, 0],
         sampled[:, 1].astype(np.int32),
         sampled[:, 2].astype(np.int32),
+        chunk[:, 0],
+        chunk[:, 1],
     ]

@@ -7,9 +7,7 @@ import time
 import torch
 
 from common.sampling.device_sampler import SpecialRows
-from common.worker.step_plan import SampledToken, Segment, StepPlan, StepResult
-
-_NOTHING_TO_CHOOSE = "no token can be chosen: the logits hold NaN or infinity, or every token is excluded"
+from common.worker.step_plan import SampledToken, Segment, StepPlan, StepResult, no_token, not_finite
 
 
 class DeviceStep:
@@ -20,12 +18,23 @@ class DeviceStep:
         self._errors = errors
         self._clock = clock
         self._sampled: list[Segment] = []
+        self._chunks: list[Segment] = []
         self._token_ids: torch.Tensor | None = None
+        self._are_bad: torch.Tensor | None = None
         self._special: SpecialRows | None = None
 
-    def answer(self, sampled: list[Segment], token_ids: torch.Tensor, special: SpecialRows | None) -> None:
-        """token_ids: [at least one per segment] int32 in host memory, complete when the clock has stopped."""
+    def answer(
+        self,
+        sampled: list[Segment],
+        chunks: list[Segment],
+        token_ids: torch.Tensor,
+        are_bad: torch.Tensor,
+        special: SpecialRows | None,
+    ) -> None:
+        """token_ids, are_bad: [at least one per sampled segment, and per chunk] int32 in host memory, complete when the
+        clock has stopped."""
         self._sampled, self._token_ids, self._special = sampled, token_ids, special
+        self._chunks, self._are_bad = chunks, are_bad
 
     def result(self) -> StepResult:
         """Wait for the device and read what was sampled. Touches nothing of later steps."""
@@ -34,13 +43,16 @@ class DeviceStep:
         if self._token_ids is not None:
             # Members of a batch beyond the segments are padding.
             for segment, token_id in zip(self._sampled, self._token_ids.tolist(), strict=False):
-                error = "" if token_id >= 0 else _NOTHING_TO_CHOOSE
-                by_row[segment.row] = SampledToken(segment.row, token_id, error=error)
+                by_row[segment.row] = SampledToken(segment.row, token_id) if token_id >= 0 else no_token(segment.row)
         if self._special is not None:
             for index, logprobs in zip(self._special.indices, self._special.output.logprobs, strict=True):
                 token = by_row[self._sampled[index].row]
                 if logprobs is not None and not token.error:
                     by_row[token.row] = SampledToken(token.row, token.token_id, logprobs[0], logprobs[1])
+        if self._are_bad is not None:
+            for chunk, is_bad in zip(self._chunks, self._are_bad.tolist(), strict=False):
+                if is_bad:
+                    by_row[chunk.row] = not_finite(chunk.row)
         sampled = [by_row[segment.row] for segment in self._plan.segments if segment.row in by_row]
         return StepResult(self._plan.step_id, sampled, compute_ns)
 

@@ -21,7 +21,7 @@ from common.kernels.upload import overwrite
 from common.kvcache.storage import KVStorage
 from common.models.decoder import Decoder
 from common.sampling.device_sampler import DeviceSampler
-from common.worker.decode_graphs import DecodeOutput
+from common.worker.decode_graphs import StepOutput
 from common.worker.graph_capture import GraphCapture
 from common.worker.mixed_step import MAX_CHUNKS, MixedFields, MixedSize, blank, cut
 from common.worker.step_plan import Segment
@@ -76,7 +76,7 @@ class MixedGraphs:
         self._chunk_tables = torch.zeros((MAX_CHUNKS, columns), dtype=torch.int32, device=device)
         self._token_ids, self._positions = torch.zeros((2, rows[-1] + tokens[-1]), dtype=torch.int64, device=device)
         self._steps: dict[MixedSize, _Step] = {}  # graphs hold the addresses of their tensors, not references
-        self._replay: dict[MixedSize, Callable[[], DecodeOutput]] = {}
+        self._replay: dict[MixedSize, Callable[[], StepOutput]] = {}
         for num_tokens in reversed(tokens):
             for num_rows in reversed(rows):
                 size = MixedSize(num_rows, num_tokens, self._queries)
@@ -96,7 +96,7 @@ class MixedGraphs:
         """A step of padding, to be filled for `run`."""
         return blank(size, self._spare_row)
 
-    def run(self, size: MixedSize, flat: npt.NDArray[np.int32]) -> DecodeOutput:
+    def run(self, size: MixedSize, flat: npt.NDArray[np.int32]) -> StepOutput:
         """Enqueue a step on the current stream; its samples come in the order in which `fill` lists them."""
         overwrite(self._steps[size].flat, flat)
         return self._replay[size]()
@@ -115,11 +115,11 @@ class MixedGraphs:
             self._storage.shape,
             self._decoder.dtype,
         )
-        token_ids = torch.full((size.num_samples,), -1, dtype=torch.int32, device=device)
-        return _Step(self, size, flat, fields, plan, token_ids)
+        answers = torch.full((size.num_samples + MAX_CHUNKS,), -1, dtype=torch.int32, device=device)
+        return _Step(self, size, flat, fields, plan, answers)
 
     @torch.inference_mode()
-    def _step(self, step: _Step) -> DecodeOutput:
+    def _step(self, step: _Step) -> StepOutput:
         fields, decode, num_rows = step.fields, step.plan.decode, step.size.num_rows
         num_tokens = num_rows + step.size.num_tokens
         token_ids, positions = self._token_ids[:num_tokens], self._positions[:num_tokens]
@@ -146,9 +146,15 @@ class MixedGraphs:
             self._chunk_tables,
         )
         hidden = self._decoder.forward(token_ids, positions, step.plan, self._storage.kv)
-        logits = self._decoder.head(hidden.index_select(0, fields.places))
-        self._sampler.draw(logits, fields.rows, fields.output_indices, step.token_ids)
-        return DecodeOutput(step.token_ids, logits)
+        output = StepOutput(step.answers, self._decoder.head(hidden.index_select(0, fields.places)))
+        self._sampler.draw(output.logits, fields.rows, fields.output_indices, output.token_ids)
+        triton_step.judge_chunks(
+            hidden[num_rows:],
+            fields.chunks[triton_step.CHUNK_PLACE],
+            fields.chunks[triton_step.CHUNK_LENGTH],
+            output.are_bad,
+        )
+        return output
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +166,7 @@ class _Step:
     flat: torch.Tensor
     fields: MixedFields[torch.Tensor]
     plan: TritonPlan
-    token_ids: torch.Tensor
+    answers: torch.Tensor
 
-    def run(self) -> DecodeOutput:
+    def run(self) -> StepOutput:
         return self.graphs._step(self)

@@ -8,6 +8,7 @@ error of its own, the others run. Decides nothing: which rows run, and in which 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,7 +19,16 @@ from common.models.decoder import Decoder
 from common.sampling.sampler import BatchSampler, SampleOutput
 from common.worker.row_table import RowLimits, RowTable
 from common.worker.step_marks import StepMarks
-from common.worker.step_plan import AddRow, SampledToken, Segment, StepPlan, StepResult, unpack_tokens
+from common.worker.step_plan import (
+    AddRow,
+    SampledToken,
+    Segment,
+    StepPlan,
+    StepResult,
+    no_token,
+    not_finite,
+    unpack_tokens,
+)
 
 
 class Pending(Protocol):
@@ -51,6 +61,25 @@ def row_limits(decoder: Decoder, storage: KVStorage) -> RowLimits:
     return RowLimits(config.context_length, config.vocab_size, shape.num_blocks, shape.block_size)
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What the forward pass of a step left on the device."""
+
+    segments: list[Segment]
+    is_finite: torch.Tensor  # [T] bool, tokens in the order of the segments: whether K and V were
+
+    def not_finite_rows(self) -> list[int]:
+        """Rows whose chunks stored zeros instead of numbers. Of rows that decode the logits say so."""
+        if bool(self.is_finite.all()):
+            return []
+        rows, end = [], 0
+        for segment in self.segments:
+            start, end = end, end + segment.num_tokens
+            if not segment.decodes and not bool(self.is_finite[start:end].all()):
+                rows.append(segment.row)
+        return rows
+
+
 class PendingStep:
     """A step whose sampled tokens are on the device."""
 
@@ -58,12 +87,14 @@ class PendingStep:
         self,
         plan: StepPlan,
         errors: dict[int, str],
+        computed: Computed | None,
         sampled: list[Segment],
         output: SampleOutput | None,
         started_ns: int,
     ) -> None:
         self._plan = plan
         self._errors = errors
+        self._computed = computed
         self._sampled = sampled
         self._output = output
         self._started_ns = started_ns
@@ -72,15 +103,17 @@ class PendingStep:
         """Wait for the device and read back what was sampled."""
         by_row = {row: SampledToken(row, -1, error=error) for row, error in self._errors.items()}
         if self._output is not None:
-            errors = self._output.errors
+            invalid = self._output.invalid
             values = zip(self._sampled, self._output.token_ids.tolist(), self._output.logprobs, strict=True)
             for index, (segment, token_id, logprobs) in enumerate(values):
-                if index in errors:
-                    by_row[segment.row] = SampledToken(segment.row, -1, error=errors[index])
+                if index in invalid:
+                    by_row[segment.row] = no_token(segment.row)
                 elif logprobs is None:
                     by_row[segment.row] = SampledToken(segment.row, token_id)
                 else:
                     by_row[segment.row] = SampledToken(segment.row, token_id, logprobs[0], logprobs[1])
+        if self._computed is not None:
+            by_row |= {row: not_finite(row) for row in self._computed.not_finite_rows()}
         sampled = [by_row[segment.row] for segment in self._plan.segments if segment.row in by_row]
         return StepResult(self._plan.step_id, sampled, time.perf_counter_ns() - self._started_ns)
 
@@ -140,13 +173,14 @@ class ModelRunner:
         accepted, errors = self._rows.check(plan)
         runnable = [(segment, self._span(segment)) for segment in accepted]
         if not runnable:
-            return PendingStep(plan, errors, [], None, started_ns)
+            return PendingStep(plan, errors, None, [], None, started_ns)
         # Decode first and by context length: attention takes neighbours together and pads to the longest.
         runnable.sort(key=_decode_first)
         hidden = self._forward(runnable)
         sampled = [segment for segment, _ in runnable if segment.sample]
         output = self._sample(hidden, runnable, sampled) if sampled else None
-        return PendingStep(plan, errors, sampled, output, started_ns)
+        computed = Computed([segment for segment, _ in runnable], hidden[:, 0].isfinite())
+        return PendingStep(plan, errors, computed, sampled, output, started_ns)
 
     def _forward(self, batch: list[tuple[Segment, Span]]) -> torch.Tensor:
         """Returns [T, hidden], tokens in the order of the batch."""

@@ -69,6 +69,11 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     output_index: int
 
     @property
+    def decodes(self) -> bool:
+        """Whether it is one decode step: its token is the one sampled last, and the next one is sampled."""
+        return self.token_ids is None and self.sample
+
+    @property
     def num_tokens(self) -> int:
         return 1 if self.token_ids is None else len(self.token_ids) // TOKEN_BYTES
 
@@ -84,7 +89,8 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     """A token that a step sampled for a row.
 
     `logprob` and `top_logprobs` [(token id, logprob)] are set if the row's sampling parameters ask for them.
-    `error`, if not empty, says why this row has no valid token (`token_id` is then -1).
+    `error`, if not empty, says why this row has no valid token (`token_id` is then -1); one that samples nothing may
+    have an error too. `not_finite`: it is because of what the model computed for the row.
     """
 
     row: int
@@ -92,6 +98,7 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     logprob: float | None = None
     top_logprobs: list[tuple[int, float]] | None = None
     error: str = ""
+    not_finite: bool = False
 
 
 class StepResult(StepMessage, frozen=True, array_like=True, tag=True):
@@ -100,3 +107,21 @@ class StepResult(StepMessage, frozen=True, array_like=True, tag=True):
     step_id: int
     sampled: list[SampledToken]
     compute_ns: int
+
+    @property
+    def num_not_finite(self) -> int:
+        return sum(token.not_finite for token in self.sampled)
+
+
+NO_TOKEN = "no token can be chosen: the logits hold NaN or infinity, or every token is excluded"
+NOT_FINITE = "the model's numbers for the prompt are not finite: some keys or values are NaN or infinity"
+
+
+def no_token(row: int) -> SampledToken:
+    """The answer to a row whose logits allow no choice."""
+    return SampledToken(row, -1, error=NO_TOKEN, not_finite=True)
+
+
+def not_finite(row: int) -> SampledToken:
+    """The answer to a row of which the step stored zeros instead of what the model computed."""
+    return SampledToken(row, -1, error=NOT_FINITE, not_finite=True)

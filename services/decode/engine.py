@@ -164,6 +164,7 @@ class DecodeEngine:
             if self._group is not group:
                 return
             self._counters.inc("tokens_discarded", self.scheduler.complete(result, self.clock()))
+            self._counters.inc("nonfinite_rows", result.num_not_finite)
             self._counters.step_duration.observe(result.compute_ns * 1e-9)
             self._steps_clock.answered(self.scheduler.num_plans_in_flight, self.scheduler.num_running > 0)
             self.settle()

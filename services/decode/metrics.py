@@ -26,6 +26,9 @@ COUNTERS = {
     ),
     "tokens": CounterSpec("output_tokens", "Tokens that sequences took."),
     "tokens_discarded": CounterSpec("discarded_tokens", "Tokens of sequences that had ended when the step was done."),
+    "nonfinite_rows": CounterSpec(
+        "nonfinite_rows", "Rows of steps that failed because the model's numbers for them were NaN or infinity."
+    ),
     "sequences_opened": CounterSpec("sequences_opened", "Sequences that were registered."),
     "sequences_local": CounterSpec("local_sequences_opened", "Those of them whose prompts are computed here."),
     "local_prompt_tokens": CounterSpec(

@@ -203,6 +203,7 @@ class PrefillEngine:
                 self._watchdog.answered()
                 self.scheduler.complete(result)
                 self._counters.inc("steps")
+                self._counters.inc("nonfinite_rows", result.num_not_finite)
                 self._counters.step_duration.observe(result.compute_ns * 1e-9)
                 self._clock.answered(self.scheduler.num_in_flight, self.scheduler.num_waiting_tokens > 0)
                 self._pump(result.compute_ns)

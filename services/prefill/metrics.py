@@ -30,6 +30,9 @@ COUNTERS = {
         "outcome",
         {outcome: f"requests_{outcome}" for outcome in ("completed", "failed", "cancelled", "refused")},
     ),
+    "nonfinite_rows": CounterSpec(
+        "nonfinite_rows", "Rows of steps that failed because the model's numbers for them were NaN or infinity."
+    ),
     "grants": CounterSpec("grants", "Chunks that a decode worker granted."),
     "blocks_shipped": CounterSpec("blocks_shipped", "Blocks that decode workers verified."),
     "blocks_reused": CounterSpec("blocks_reused", "Blocks that decode workers held already."),

@@ -13,7 +13,7 @@ import torch
 
 
 def attention_launches(head_dim: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from common.kernels import triton_backend, triton_decode, triton_prefill, triton_prefill_hopper
+    from common.kernels import cuda_backend, triton_backend, triton_decode, triton_prefill, triton_prefill_hopper
     from common.kernels.batch import KVShape, Span
 
     num_heads, num_kv_heads, block_size = 32, 8, 64
@@ -25,7 +25,7 @@ def attention_launches(head_dim: int, dtype: torch.dtype) -> Iterator[Callable[[
     angles = torch.empty(33, 1, head_dim, dtype=dtype)
     norm = torch.empty(head_dim, dtype=dtype)
     spans = [Span(32, 32, [1]), Span(1, 100, [2, 3])]
-    plan = triton_backend.plan_batch(spans, [None, 50], shape, dtype, torch.device("cpu"))
+    plan = cuda_backend.plan_batch(spans, [None, 50], shape, dtype, torch.device("cpu"))
     prefill, decode = plan.prefill, plan.decode
     assert prefill is not None
     assert decode is not None

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from common.kernels import dependent_launch, triton_backend, triton_linear
+from common.kernels import cuda_backend, dependent_launch, triton_backend, triton_linear
 from common.kernels.batch import KVShape, Span
 from common.kernels.dependent_launch import LaunchPolicy, by_policy, is_dependent, using
 from common.kernels.linear_tuning import TUNED, Launch, LinearTuning
@@ -113,7 +113,7 @@ def test_silu_reads_nothing_before_it_waits(ahead: Ahead) -> None:
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_rotation_reads_angles_and_slots_before_it_waits(ahead: Ahead, with_norm: bool) -> None:
     shape = KVShape(7, 2, 16, 32)
-    plan = triton_backend.plan_batch([Span(20, 37, [3, 1, 5]), Span(1, 17, [0, 4])], [None], shape, torch.float32, CPU)
+    plan = cuda_backend.plan_batch([Span(20, 37, [3, 1, 5]), Span(1, 17, [0, 4])], [None], shape, torch.float32, CPU)
     cos, sin = random(21, 1, 32, seed=1), random(21, 1, 32, seed=2)
     q_norm, k_norm = (random(32, seed=seed) if with_norm else None for seed in (3, 4))
 
@@ -130,7 +130,7 @@ def test_rotation_reads_angles_and_slots_before_it_waits(ahead: Ahead, with_norm
 def test_attention_reads_lengths_and_tables_before_it_waits(ahead: Ahead, window: int | None) -> None:
     shape = KVShape(10, 2, 16, 32)
     spans = [Span(1, 37, [3, 1, 5]), Span(1, 17, [0, 4]), Span(1, 70, [2, 6, 7, 8, 9])]
-    plan = triton_backend.plan_batch(spans, [window], shape, torch.float32, CPU)
+    plan = cuda_backend.plan_batch(spans, [window], shape, torch.float32, CPU)
     q, kv = random(3, 8, 32), random(10, 2, 2, 16, 32, seed=1)
     expected = plainly(lambda: triton_backend.attention(q, kv, plan, window, 0.2))
     assert ahead.num_triggers == 0
@@ -140,7 +140,7 @@ def test_attention_reads_lengths_and_tables_before_it_waits(ahead: Ahead, window
 
 def test_attention_without_work_for_all_programs_still_waits(ahead: Ahead) -> None:
     """One short context: only the first program has a share."""
-    plan = triton_backend.plan_batch([Span(1, 5, [1])], [None], KVShape(2, 1, 16, 32), torch.float32, CPU)
+    plan = cuda_backend.plan_batch([Span(1, 5, [1])], [None], KVShape(2, 1, 16, 32), torch.float32, CPU)
     q, kv = random(1, 4, 32), random(2, 2, 1, 16, 32, seed=1)
     expected = plainly(lambda: triton_backend.attention(q, kv, plan, None, 0.2))
     assert torch.equal(triton_backend.attention(ahead.writes(q), kv, plan, None, 0.2), expected)
@@ -179,8 +179,9 @@ def test_products_read_half_a_norm_after_they_have_waited(ahead: Ahead, split: i
     expected = triton_linear.gate_up_silu_few(rows, weight, plain)
     assert torch.equal(triton_linear.gate_up_silu_few(hidden(), weight, tuning), expected)
     kv, stored = random(7, 2, 1, 16, 32, seed=5), random(7, 2, 1, 16, 32, seed=5)
-    expected = triton_linear.qkv_rope_store_few(rows, weight, 4, cos, sin, kv, slots, plain)
-    q = triton_linear.qkv_rope_store_few(hidden(), weight, 4, cos, sin, ahead.writes(stored), slots, tuning)
+    cleaned = torch.zeros(5, dtype=torch.int32)
+    expected = triton_linear.qkv_rope_store_few(rows, weight, 4, cos, sin, kv, slots, cleaned, plain)
+    q = triton_linear.qkv_rope_store_few(hidden(), weight, 4, cos, sin, ahead.writes(stored), slots, cleaned, tuning)
     assert torch.equal(q, expected)
     assert torch.equal(stored, kv)
 

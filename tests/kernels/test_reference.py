@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from common.kernels import reference
@@ -49,6 +50,26 @@ def test_linear_takes_the_weight_as_it_was_laid_out() -> None:
     laid_out = reference.layout_weight(weight)
     torch.testing.assert_close(reference.linear(x, laid_out, bias), x @ weight.t() + bias)
     torch.testing.assert_close(reference.linear(x, laid_out, None), x @ weight.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tokens_of_which_zeros_were_stored_spoil_their_rows_once(dtype: torch.dtype) -> None:
+    """Whether K or V, and in whichever layer. A sum that overflows although all is finite spoils nothing."""
+    plan = reference.plan_batch([Span(4, 6, [1, 0])], [None], KVShape(2, 1, 4, 6), dtype, CPU)
+    kv_layer, angles = torch.zeros(2, 2, 1, 4, 6, dtype=dtype), torch.ones(4, 1, 6, dtype=dtype)
+    largest = torch.finfo(dtype).max
+    for token, head, number in ((1, 1, float("inf")), (3, 2, float("nan")), (0, 2, largest)):
+        qkv = torch.ones(4, 3, 6, dtype=dtype)
+        qkv[token, head] = number
+        qkv[2, 0] = float("nan")  # a query's, which is stored nowhere
+        reference.qk_norm_rope_store(qkv, 1, angles, torch.zeros_like(angles), None, None, EPS, kv_layer, plan)
+        assert kv_layer.isfinite().all()
+    rows = noise(4, 5).to(dtype)
+    reference.spoil_cleaned(rows, plan)
+    assert rows.isnan().nonzero().tolist() == [[1, 0], [3, 0]]
+    again = noise(4, 5).to(dtype)
+    reference.spoil_cleaned(again, plan)
+    assert again.isfinite().all()
 
 
 def test_q_and_k_are_normalised_and_rotated_and_k_and_v_stored() -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.kernels import reference, triton_backend, triton_decode, triton_prefill
+from common.kernels import cuda_backend, reference, triton_backend, triton_decode, triton_prefill
 from common.kernels.batch import KVShape, Span
 from common.kernels.triton_device import num_multiprocessors
 
@@ -37,7 +37,7 @@ class Case:
         return reference.attention(self.q.double(), self.kv.double(), plan, window, self.scale)
 
     def plan(self, window: int | None) -> triton_backend.TritonPlan:
-        return triton_backend.plan_batch(self.spans, [window], self.shape, self.kv.dtype, DEVICE)
+        return cuda_backend.plan_batch(self.spans, [window], self.shape, self.kv.dtype, DEVICE)
 
     def attend(self, window: int | None) -> torch.Tensor:
         return triton_backend.attention(self.q, self.kv, self.plan(window), window, self.scale)

@@ -37,6 +37,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
+def no_tokens(num_tokens: int) -> torch.Tensor:
+    return torch.zeros(num_tokens, dtype=torch.int32, device=DEVICE)
+
+
 def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
     error = (out.double() - expected).norm() / expected.norm()
     assert float(error) < TOLERANCE[out.dtype]
@@ -87,7 +91,8 @@ def test_queries_are_rotated_and_keys_and_values_stored(rows: int, tuning: Linea
     cos, sin = (random(rows, 1, head_dim, seed=seed) for seed in (2, 3))
     kv = random(7, 2, kv_heads, block_size, head_dim, seed=4)
     expected_kv, before = kv.double().cpu(), kv.clone()
-    q = qkv_rope_store_few(x, weight, heads, cos, sin, kv, slots, tuning)
+    cleaned = no_tokens(rows)
+    q = qkv_rope_store_few(x, weight, heads, cos, sin, kv, slots, cleaned, tuning)
     wide = [value.double().cpu() for value in (finished(x), weight, cos, sin)]
     expected = reference.qkv_rope_store(
         wide[0], wide[1], None, heads, wide[2], wide[3], None, None, EPS, expected_kv, plan
@@ -100,6 +105,7 @@ def test_queries_are_rotated_and_keys_and_values_stored(rows: int, tuning: Linea
     touched[slots[slots >= 0].cpu()] = True
     same = (kv == before).all(-1).all(1).all(1).view(-1).cpu()  # of a token: all its keys and values
     assert torch.equal(same, ~touched)
+    assert not cleaned.any()
 
 
 def test_squares_of_other_rows_are_refused() -> None:
@@ -113,21 +119,43 @@ def test_keys_and_values_that_are_not_finite_are_stored_as_zero() -> None:
     kv = random(2, 2, 1, 16, 64, seed=4)
     x, weight = random(2, 64), random(3 * 64, 64, seed=1).t()
     x[0, 5] = float("nan")
-    slots = torch.tensor([3, 20], device=DEVICE)
+    slots, cleaned = torch.tensor([3, 20], device=DEVICE), no_tokens(2)
     angles = random(2, 1, 64, seed=2)
-    q = qkv_rope_store_few(x, weight, 1, angles, angles, kv, slots, TUNINGS[0])
+    q = qkv_rope_store_few(x, weight, 1, angles, angles, kv, slots, cleaned, TUNINGS[0])
     assert q[0].isnan().all()
     assert q[1].isfinite().all()
     assert torch.equal(kv[0, :, :, 3], torch.zeros(2, 1, 64, device=DEVICE))
     assert kv.isfinite().all()
     assert kv[1, :, :, 4].all()
+    assert cleaned.tolist() == [1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
+@pytest.mark.parametrize("column", [64 + 3, 2 * 64 + 40], ids=["key", "value"])
+def test_one_number_that_overflows_is_noted_for_its_token_alone(column: int, tuning: LinearTuning) -> None:
+    """Its query is sound, so nothing else would tell. What has no slot is not stored and so not cleaned."""
+    kv = random(2, 2, 1, 16, 64, seed=4)
+    x, weight = random(20, 64), random(3 * 64, 64, seed=1).t()
+    weight[7] = 0.0
+    weight[7, column] = 10.0
+    x[[2, 5, 18], 7] = torch.tensor([1e38, -1e38, 1e38], device=DEVICE)
+    slots, cleaned = torch.arange(20, device=DEVICE), no_tokens(20)
+    slots[5] = -1
+    ones, zeros = torch.ones(20, 1, 64, device=DEVICE), torch.zeros(20, 1, 64, device=DEVICE)
+    q = qkv_rope_store_few(x, weight, 1, ones, zeros, kv, slots, cleaned, tuning)
+    assert cleaned.nonzero().flatten().tolist() == [2, 18]
+    assert q.isfinite().all()
+    assert kv.isfinite().all()
+    num_turned = 2 if column < 2 * 64 else 1  # a key's number is turned together with another
+    assert int((kv == 0.0).sum()) == 2 * num_turned
 
 
 def test_a_tile_must_be_part_of_half_a_head() -> None:
     kv, weight = random(2, 2, 1, 16, 32), random(3 * 32, 64, seed=1).t()
-    angles, slots = random(1, 1, 32), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    angles, slots, cleaned = random(1, 1, 32), torch.zeros(1, dtype=torch.int64, device=DEVICE), no_tokens(1)
     with pytest.raises(InternalError, match="half a head of 32"):
-        qkv_rope_store_few(random(1, 64), weight, 1, angles, angles, kv, slots, TUNINGS[0])
+        qkv_rope_store_few(random(1, 64), weight, 1, angles, angles, kv, slots, cleaned, TUNINGS[0])
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.kernels import reference, triton_backend, triton_rows
+from common.kernels import cuda_backend, reference, triton_backend, triton_rows
 from common.kernels.batch import KVShape, Span
 from common.kernels.scaled_rows import ScaledRows, finished
 
@@ -67,12 +67,13 @@ def test_queries_are_rotated_and_keys_and_values_stored(with_norm: bool, dtype: 
         reference.plan_batch(spans, [None], shape, torch.float64, DEVICE),
     )  # fmt: skip
     untouched = kv.clone()
-    plan = triton_backend.plan_batch(spans, [None], shape, dtype, DEVICE)
+    plan = cuda_backend.plan_batch(spans, [None], shape, dtype, DEVICE)
     q = triton_backend.qk_norm_rope_store(qkv, num_heads, cos, sin, q_norm, k_norm, 1e-5, kv, plan)
     assert q.data_ptr() == qkv.data_ptr()
     assert_close(q, expected)
     assert_close(kv, wide_kv)
     assert torch.equal(kv[[2, 6]], untouched[[2, 6]])
+    assert not plan.cleaned.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +96,7 @@ def test_half_a_norm_is_finished(num_columns: int, dtype: torch.dtype) -> None:
 def test_keys_and_values_that_are_not_finite_are_stored_as_zero() -> None:
     """As the reference does; Q keeps what it is, so that the sequence's token says so."""
     kv = random(2, 2, 1, 16, 32, dtype=torch.float32)
-    plan = triton_backend.plan_batch([Span(2, 20, [0, 1])], [None], KVShape(2, 1, 16, 32), torch.float32, DEVICE)
+    plan = cuda_backend.plan_batch([Span(2, 20, [0, 1])], [None], KVShape(2, 1, 16, 32), torch.float32, DEVICE)
     angles = torch.ones(2, 1, 32, device=DEVICE)
     qkv = random(2, 3, 32, dtype=torch.float32, seed=1)
     qkv[0, :, 3] = float("nan")
@@ -105,6 +106,41 @@ def test_keys_and_values_that_are_not_finite_are_stored_as_zero() -> None:
     others = [dim for dim in range(32) if dim % 16 != 3]  # turned together with what is not finite
     assert torch.equal(kv[1, 1, 0, 2, others], qkv[0, 2, others])
     assert kv[1, 0, 0, 2, 3] == 0.0
+    assert plan.cleaned.tolist() == [1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_heads", [1, 70], ids=["one group of heads", "two groups"])
+@pytest.mark.parametrize("is_value", [False, True])
+def test_one_number_that_is_infinite_is_noted_for_its_token_alone(
+    is_value: bool, num_heads: int, dtype: torch.dtype
+) -> None:
+    """Its query is sound, so nothing else would tell. What has no slot is not stored and so not cleaned."""
+    kv = random(2, 2, 1, 16, 32, dtype=dtype)
+    plan = cuda_backend.plan_batch([Span(4, 20, [0, 1])], [None], KVShape(2, 1, 16, 32), dtype, DEVICE)
+    plan.store_slots[2] = -1
+    ones, zeros = torch.ones(4, 1, 32, device=DEVICE, dtype=dtype), torch.zeros(4, 1, 32, device=DEVICE, dtype=dtype)
+    qkv = random(4, num_heads + 2, 32, dtype=dtype, seed=1)
+    qkv[1:3, num_heads + is_value, 19] = float("-inf")
+    qkv[3, 0, 5] = float("inf")  # a query's
+    triton_backend.qk_norm_rope_store(qkv, num_heads, ones, zeros, None, None, 1e-5, kv, plan)
+    assert plan.cleaned.tolist() == [0, 1, 0, 0]
+    assert kv.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_cleaned_tokens_are_spoiled_once(dtype: torch.dtype) -> None:
+    rows = random(600, 40, dtype=dtype)
+    before = rows.clone()
+    cleaned = torch.zeros(600, dtype=torch.int32, device=DEVICE)
+    cleaned[[0, 511, 512, 599]] = 1
+    triton_rows.spoil_cleaned(rows, cleaned)
+    assert rows[:, 0].isnan().nonzero().flatten().tolist() == [0, 511, 512, 599]
+    assert torch.equal(rows[:, 1:], before[:, 1:])
+    assert not cleaned.any()
+    triton_rows.spoil_cleaned(before, cleaned)
+    assert before.isfinite().all()
 
 
 def test_tokens_without_a_slot_are_not_stored() -> None:

@@ -232,15 +232,15 @@ def test_bad_row_is_reported_and_its_neighbours_go_on(params: SamplingParams, ba
     logits = torch.stack([logits_of(neighbour, 0) for neighbour in (*MIXED_ROWS, params)])
     logits[-1, : len(bad)] = torch.tensor(bad)
     output = sampler.sample(range(len(MIXED_ROWS) + 1), logits, [0] * (len(MIXED_ROWS) + 1))
-    assert list(output.errors) == [len(MIXED_ROWS)]
+    assert list(output.invalid) == [len(MIXED_ROWS)]
     assert output.token_ids.tolist() == [*(generate(neighbour, 1)[0] for neighbour in MIXED_ROWS), 0]
 
 
 def test_row_whose_every_token_is_excluded_is_reported() -> None:
     params = SamplingParams(max_tokens=9, seed=0, min_tokens=3, stop_token_ids=(0, 1))
     logits = torch.tensor([1.0, 2.0, -torch.inf])
-    assert list(sample_one(params, logits).errors) == [0]
-    assert sample_one(params, logits, position=3).errors == {}
+    assert list(sample_one(params, logits).invalid) == [0]
+    assert sample_one(params, logits, position=3).invalid == frozenset()
 
 
 def test_excluded_tokens_are_never_drawn() -> None:
