@@ -12,13 +12,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from cli.bench_options import add_arguments as add_arguments
 from cli.bench_options import clipped, limits_from, targets_from, workload_from
 from cli.bench_progress import shown_progress
 from cli.bench_reports import HTML_FLAG, JSON_FLAG, Report, check_writable, numbered, write_reports
 from cli.bench_verdict import Verdict, verdict_of_runs, verdict_of_search
+from cli.console import open_console
 from common.errors import BatonError, InvalidArgument
 from loadtest.arrivals import Arrivals
 from loadtest.generator import LoadTest, Observed, describe_target, observed_run, run_load_test
@@ -151,17 +150,17 @@ async def _report_runs(
     runs, failure = await _run_all(tests, stop)
     reports = []
     for run, path in zip(runs, json_paths, strict=False):  # a later one may not have come to its turn
-        terminal.print_report(run, limits, Console())
+        terminal.print_report(run, limits, open_console())
         reports.append(Report(JSON_FLAG, path, partial(json_report.write, run, limits)))
     if len(runs) > 1:
-        terminal.print_comparison(runs, limits, Console())
+        terminal.print_comparison(runs, limits, open_console())
     reports.append(Report(HTML_FLAG, html_path, partial(html_report.write, runs, limits)))
     write_reports(reports)
     return verdict_of_runs(runs, failure)
 
 
 def _report_search(search: RateSearch, limits: Limits, args: argparse.Namespace) -> Verdict:
-    terminal.print_search(search, limits, Console())
+    terminal.print_search(search, limits, open_console())
     json = Report(JSON_FLAG, args.json, partial(json_report.write_search, search, limits))
     html = Report(HTML_FLAG, args.html, partial(html_report.write_search, search, limits))
     write_reports([json, html])

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cli.client import DEFAULT_ADDRESS
+from cli.flag_types import host_port, number, seconds, whole
 from common.errors import InvalidArgument
+from common.sampling.limits import MAX_SEED
 from loadtest.arrivals import Arrivals
 from loadtest.goodput import Limits
 from loadtest.lengths import SYNTAX, parse_lengths
@@ -21,6 +23,10 @@ from loadtest.workload import Pacing, Sizes, Workload
 _DEFAULT_INPUT_TOKENS = "128"
 _DEFAULT_OUTPUT_TOKENS = "64"
 _DEFAULT_REQUESTS = 100
+_MAX_REQUESTS = 10_000_000  # all are planned before the first is sent
+_MAX_IN_FLIGHT = 1 << 16
+_rate, _scale = number(0, 1e6, above=True), number(0, 1e6, above=True)
+_DEFAULT_CONCURRENCY = 8  # a closed loop overloads no server
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,27 +41,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_target(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("servers; of several, each gets the same load, one after the other")
     add = group.add_argument
-    add("--address", action="append", default=[], metavar="H:P", help=f"router ({DEFAULT_ADDRESS}; repeatable)")
+    add(
+        "--address",
+        type=host_port,
+        action="append",
+        default=[],
+        metavar="H:P",
+        help=f"router ({DEFAULT_ADDRESS}; repeatable)",
+    )
     add("--openai", action="append", default=[], metavar="URL", help="OpenAI-compatible server (repeatable)")
     add("--model", default="", help="name of the model to ask for (default: the one served)")
-    add("--vocab-size", type=int, help="vocabulary of the model; --openai needs it, a router tells its own")
-    add("--connections", type=int, default=1, metavar="N", help="connections of each process to a router (1)")
-    add("--timeout", type=float, default=600.0, metavar="S", help="deadline of a request in seconds (600)")
-    add("--worker", action="append", default=[], metavar="HOST:PORT", help="sample this worker's queues (repeatable)")
+    add(
+        "--vocab-size",
+        type=whole(1, 1 << 24),
+        help="vocabulary of the model; --openai needs it, a router tells its own",
+    )
+    add(
+        "--connections", type=whole(1, 1024), default=1, metavar="N", help="connections of each process to a router (1)"
+    )
+    add("--timeout", type=seconds, default=600.0, metavar="S", help="deadline of a request in seconds (600)")
+    add(
+        "--worker",
+        type=host_port,
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="sample this worker's queues (repeatable)",
+    )
 
 
 def _add_arrivals(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("when requests arrive").add_mutually_exclusive_group()
     add = group.add_argument
-    add("--poisson", type=float, metavar="RATE", help="Poisson arrivals, requests/s")
-    add("--gamma", type=float, metavar="RATE", help="gamma arrivals, as bursty as --cv says")
-    add("--constant", type=float, metavar="RATE", help="evenly spaced arrivals")
-    add("--concurrency", type=int, metavar="N", help="closed loop: N in flight, the next is sent when one ends")
+    add("--poisson", type=_rate, metavar="RATE", help="Poisson arrivals, requests/s")
+    add("--gamma", type=_rate, metavar="RATE", help="gamma arrivals, as bursty as --cv says")
+    add("--constant", type=_rate, metavar="RATE", help="evenly spaced arrivals")
+    loop = f"closed loop: N in flight, the next is sent when one ends ({_DEFAULT_CONCURRENCY}, where no flag says when)"
+    add("--concurrency", type=whole(1, _MAX_IN_FLIGHT), metavar="N", help=loop)
     add("--trace", type=Path, metavar="FILE", help="a trace's own times and lengths")
-    add("--find-rate", type=float, metavar="SHARE", help="search the highest rate at which SHARE meet the limits")
+    add(
+        "--find-rate",
+        type=number(0, 1, above=True),
+        metavar="SHARE",
+        help="search the highest rate at which SHARE meet the limits",
+    )
     add = parser.add_argument
-    add("--cv", type=float, help="coefficient of variation of the gaps of --gamma or --find-rate (1 is Poisson)")
-    add("--rate-scale", type=float, default=1.0, metavar="X", help="send X times the rate of --trace (1)")
+    add(
+        "--cv",
+        type=number(0, 100),
+        help="coefficient of variation of the gaps of --gamma or --find-rate (1 is Poisson)",
+    )
+    add("--rate-scale", type=_scale, default=1.0, metavar="X", help="send X times the rate of --trace (1)")
 
 
 def _add_lengths(parser: argparse.ArgumentParser) -> None:
@@ -64,30 +100,53 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
     add("--output-tokens", metavar="L", help=f"output lengths, written the same way ({_DEFAULT_OUTPUT_TOKENS})")
     add("--lengths-from", type=Path, metavar="FILE", help="lengths, and shared prefixes, of a trace; not its times")
     add("--trace-format", choices=sorted(FORMATS), help="default: azure for .csv, mooncake for .jsonl")
-    add("--first-row", type=int, default=0, metavar="N", help="first row of the trace, counted from 0 (0)")
-    add("--rows", type=int, metavar="N", help="rows of the trace (all)")
-    add("--length-scale", type=float, default=1.0, metavar="X", help="multiply the trace's lengths by X (1)")
+    add("--first-row", type=whole(0), default=0, metavar="N", help="first row of the trace, counted from 0 (0)")
+    add("--rows", type=whole(1), metavar="N", help="rows of the trace (all)")
+    add("--length-scale", type=_scale, default=1.0, metavar="X", help="multiply the trace's lengths by X (1)")
     add("--clip", action="store_true", help="cut requests longer than the model's context instead of refusing them")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the run").add_argument
-    add("--requests", type=int, metavar="N", help=f"most requests ({_DEFAULT_REQUESTS}; with --trace all rows)")
-    add("--duration", type=float, metavar="S", help="send nothing after S seconds")
-    add("--warmup", type=int, default=8, metavar="N", help="requests before the run that are not measured (8)")
-    add("--seed", type=int, help="of arrivals, lengths and prompts (default: drawn; the report has it)")
-    add("--processes", type=int, default=1, metavar="N", help="client processes (1)")
-    add("--max-in-flight", type=int, default=1024, metavar="N", help="most requests in flight of a process (1024)")
+    add(
+        "--requests",
+        type=whole(1, _MAX_REQUESTS),
+        metavar="N",
+        help=f"most requests ({_DEFAULT_REQUESTS}; with --trace all rows)",
+    )
+    add("--duration", type=seconds, metavar="S", help="send nothing after S seconds")
+    add(
+        "--warmup",
+        type=whole(0, _MAX_REQUESTS),
+        default=8,
+        metavar="N",
+        help="requests before the run that are not measured (8)",
+    )
+    add("--seed", type=whole(0, MAX_SEED), help="of arrivals, lengths and prompts (default: drawn; the report has it)")
+    add("--processes", type=whole(1, 256), default=1, metavar="N", help="client processes (1)")
+    add(
+        "--max-in-flight",
+        type=whole(1, _MAX_IN_FLIGHT),
+        default=1024,
+        metavar="N",
+        help="most requests in flight of a process (1024)",
+    )
 
 
 def _add_judgement(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("judgement and reports").add_argument
-    add("--ttft-limit", type=float, metavar="S", help="longest good time to first token, seconds")
-    add("--itl-limit", type=float, action="append", default=[], metavar="S", help="longest good gap (repeatable)")
-    add("--low-rate", type=float, default=1.0, metavar="RATE", help="where --find-rate begins (1)")
-    add("--high-rate", type=float, default=1000.0, metavar="RATE", help="where --find-rate ends at the latest (1000)")
-    add("--resolution", type=float, default=0.05, metavar="X", help="relative error of --find-rate (0.05)")
-    add("--max-runs", type=int, default=12, metavar="N", help="most runs of --find-rate (12)")
+    add("--ttft-limit", type=seconds, metavar="S", help="longest good time to first token, seconds")
+    add("--itl-limit", type=seconds, action="append", default=[], metavar="S", help="longest good gap (repeatable)")
+    add("--low-rate", type=_rate, default=1.0, metavar="RATE", help="where --find-rate begins (1)")
+    add("--high-rate", type=_rate, default=1000.0, metavar="RATE", help="where --find-rate ends at the latest (1000)")
+    add(
+        "--resolution",
+        type=number(0, 1, above=True),
+        default=0.05,
+        metavar="X",
+        help="relative error of --find-rate (0.05)",
+    )
+    add("--max-runs", type=whole(1, 1000), default=12, metavar="N", help="most runs of --find-rate (12)")
     add(
         "--json", type=Path, metavar="FILE", help="all that was measured; of several servers FILE.1.json, FILE.2.json …"
     )
@@ -143,10 +202,7 @@ def clipped(workload: Workload, args: argparse.Namespace, context_length: int | 
 
 def _seed_from(args: argparse.Namespace) -> int:
     # Drawn anew if not given: a server that has seen these prompts in an earlier run may have cached them.
-    seed: int = secrets.randbelow(2**31) if args.seed is None else args.seed
-    if seed < 0:
-        raise InvalidArgument("--seed", seed, "0 or more")
-    return seed
+    return secrets.randbelow(2**31) if args.seed is None else int(args.seed)
 
 
 def _trace_from(args: argparse.Namespace) -> Trace | None:
@@ -181,7 +237,7 @@ def _pacing_from(args: argparse.Namespace, trace: Trace | None) -> Pacing:
         return Arrivals(args.low_rate, 1.0 if args.cv is None else args.cv)
     if args.trace is not None and trace is not None:
         return TraceTimes(trace, args.rate_scale)
-    raise InvalidArgument("arrivals", None, "say --poisson, --gamma, --constant, --concurrency, --trace or --find-rate")
+    return ClosedLoop(_DEFAULT_CONCURRENCY)
 
 
 def _sizes_from(args: argparse.Namespace, trace: Trace | None) -> Sizes:

@@ -7,9 +7,9 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from cli.console import open_console
 from loadtest.generator import Observed
 
 _INTERVAL_S = 0.25
@@ -18,7 +18,7 @@ _INTERVAL_S = 0.25
 @asynccontextmanager
 async def shown_progress(observed: Observed, title: str, duration_s: float | None) -> AsyncIterator[None]:
     """Show a bar on standard error for as long as the context lasts, if that is a terminal."""
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counts]}"), TimeElapsedColumn())
     with Progress(
         *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal

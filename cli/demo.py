@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 from baton.v1 import inference_pb2, sampling_pb2
-from rich.console import Console
 
 from cli.answer import Answer, stream_to_stdout
 from cli.client import connect
+from cli.console import open_console
 from cli.deployment import Deployment, DeploymentSpec
 from cli.flag_types import whole
 from cli.lifetime_table import print_lifetime
@@ -45,9 +45,9 @@ async def run(args: argparse.Namespace) -> int:
     answer = Answer()
     with tempfile.TemporaryDirectory(prefix="baton-demo-") as log_dir:
         spec = DeploymentSpec(model=args.model, decode_tp=args.decode_tp, log_dir=Path(log_dir), restart=False)
-        print(f"starting router, 1 prefill worker and 1 decode worker with {args.decode_tp} ranks ...")
         try:
             async with Deployment(spec, on_event=print) as deployment:
+                print(f"starting router, 1 prefill worker and 1 decode worker with {args.decode_tp} ranks ...")
                 await deployment.ready(timeout_s=60.0)
                 print(f"ready after {time.monotonic() - started:.1f} s; the end of the prompt, and what follows:\n")
                 print("\n".join(args.prompt.splitlines()[-NUM_SHOWN_LINES:]), end="", flush=True)
@@ -57,7 +57,7 @@ async def run(args: argparse.Namespace) -> int:
                 )
                 async with connect(deployment.router_address) as client:
                     await stream_to_stdout(client, request, 60.0, answer)
-                print_lifetime(Console(), answer.only.lifetime, answer.usage, answer.only.num_tokens)
+                print_lifetime(open_console(), answer.only.lifetime, answer.usage, answer.only.num_tokens)
         except Exception:
             _print_logs(Path(log_dir))
             raise
@@ -67,4 +67,5 @@ async def run(args: argparse.Namespace) -> int:
 
 def _print_logs(log_dir: Path) -> None:
     for path in sorted(log_dir.glob("*.log")):
-        print(f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}")
+        if text := path.read_text(errors="replace"):
+            print(f"--- {path.name}\n{text[-4000:]}")

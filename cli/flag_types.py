@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 from common.config import split_address
@@ -49,6 +50,13 @@ def host_port(text: str) -> str:
         split_address(text)
     except ValueError as error:
         raise _wrong(text, "host:port, with a port of at most 65535") from error
+    return text
+
+
+def host(text: str) -> str:
+    """A name or an address."""
+    if not re.fullmatch(r"[A-Za-z0-9._:-]+", text):
+        raise _wrong(text, "the name or address of a host")
     return text
 
 

@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from baton.v1 import inference_pb2
-from rich.console import Console
 
 from cli.answer import Answer, Choice, gather, stream_to_stdout
 from cli.client import MAX_MESSAGE_BYTES, add_connection_arguments, add_sampling_arguments, connect, sampling_from
+from cli.console import open_console
 from cli.flag_types import whole
 from cli.lifetime_table import print_lifetime
 from cli.logprobs_table import print_logprobs
@@ -54,7 +54,7 @@ async def run(args: argparse.Namespace) -> int:
 
 
 def _print_tables(args: argparse.Namespace, of_which: str, choice: Choice, usage: inference_pb2.Usage) -> None:
-    console = Console()
+    console = open_console()
     if args.logprobs is not None:
         print_logprobs(console, f"log-probabilities{of_which}", choice.logprobs)
     if args.stats:

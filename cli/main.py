@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
     """Complains in one line: the usage of a command with many flags would hide it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG_ARGUMENTS, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(WRONG_ARGUMENTS, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +70,8 @@ def _run(argv: Sequence[str]) -> int:
         args = parser.parse_args(argv)
     except InvalidArgument as error:
         return _complain("baton", error)
+    except SystemExit as end:  # the parser has printed what was asked for, or what is wrong
+        return end.code if isinstance(end.code, int) else 0
     if args.command is None:
         parser.print_help()
         return 0

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.live import Live
 
+from cli.console import open_console
+from cli.flag_types import host_port, number
 from cli.scrape import Scrape, scrape
 from cli.top_view import TopView
 from cli.worker_watch import follow_status, get_status
@@ -29,21 +31,19 @@ _WINDOW_S = 30.0  # of the router's latencies: a single second has too few reque
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `baton top`."""
     add = parser.add_argument
-    add("--prefill", default="", metavar="A,B", help="prefill workers, host:port")
-    add("--decode", default="", metavar="A,B", help="decode workers, host:port")
+    add("--prefill", type=_addresses, default=[], metavar="A,B", help="prefill workers, host:port")
+    add("--decode", type=_addresses, default=[], metavar="A,B", help="decode workers, host:port")
     add("--router-metrics", default="", metavar="URL,URL", help="http://host:port/metrics of each router process")
-    add("--interval", type=float, default=1.0, metavar="S", help="seconds between two looks (1)")
+    add("--interval", type=number(0.1, 3600), default=1.0, metavar="S", help="seconds between two looks (1)")
     add("--once", action="store_true", help="print once, with latencies since the start, and exit")
 
 
 async def run(args: argparse.Namespace) -> int:
     """`baton top`. With --once 1 if anything could not be reached."""
-    addresses, urls = _split(args.prefill) + _split(args.decode), _split(args.router_metrics)
+    addresses, urls = args.prefill + args.decode, _split(args.router_metrics)
     if not addresses and not urls:
-        raise InvalidArgument("--prefill", args.prefill, "name workers in --prefill and --decode, or --router-metrics")
-    if not 0.1 <= args.interval <= 3600.0:
-        raise InvalidArgument("--interval", args.interval, "0.1 to 3600 seconds")
-    view, console = TopView(addresses), Console()
+        raise InvalidArgument("--prefill", "", "name workers in --prefill and --decode, or --router-metrics")
+    view, console = TopView(addresses), open_console()
     if args.once:
         complete = await _look_once(view, addresses, urls)
         console.print(view)
@@ -71,8 +71,8 @@ async def _watch(
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop.set)
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(signal_number, stop.set)
     async with asyncio.TaskGroup() as tasks:
         watchers = [tasks.create_task(_follow(view, address)) for address in addresses]
         if urls:
@@ -129,6 +129,10 @@ def _quit_key(stop: asyncio.Event) -> Iterator[None]:
     finally:
         loop.remove_reader(keyboard)
         termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+def _addresses(text: str) -> list[str]:
+    return [host_port(part) for part in _split(text)]
 
 
 def _split(text: str) -> list[str]:

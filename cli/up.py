@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.live import Live
 
 from cli.client import DEFAULT_ADDRESS
+from cli.console import open_console
 from cli.deployment import Deployment, DeploymentSpec
-from cli.flag_types import port, seconds, whole
+from cli.flag_types import host, port, seconds, whole
 from cli.status_view import StatusView
 from common.errors import InvalidArgument
 from common.worker.free_port import free_ports
@@ -23,7 +24,7 @@ DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "pystdl
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `baton up`."""
-    host, default_port = DEFAULT_ADDRESS.split(":")
+    default_host, default_port = DEFAULT_ADDRESS.split(":")
     num_ranks, num_workers = whole(1, 64), whole(1, _MAX_WORKERS)
     add = parser.add_argument
     add("--model", type=Path, default=DEFAULT_MODEL, help="Hugging Face directory (default: the shipped one)")
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="Prometheus port of the first router process; the others follow, then the workers (0: no metrics)",
     )
-    add("--host", default=host, help=f"address to listen on ({host})")
+    add("--host", type=host, default=default_host, help=f"address to listen on ({default_host})")
     add("--port", type=port, default=int(default_port), help=f"port of the router ({default_port}; 0: any)")
     add(
         "--prefill-arg",
@@ -105,7 +106,7 @@ async def run(args: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    console = Console(markup=False, highlight=False)
+    console = open_console()
     view = StatusView()
     spec = spec_from(args)
     async with Deployment(spec, on_event=view.add_event) as deployment:

@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from common.errors import InvalidArgument
 
+# For `json_schema_extra` of a field that is for tests: it is taken like any other, and `--help` does not show it.
+FOR_TESTS: Final[dict[str, JsonValue]] = {"for_tests": True}
 _ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):([0-9]{1,5})")
 
 
@@ -116,6 +118,8 @@ def _parse_flags(config_class: type[ServiceConfig], argv: Sequence[str]) -> dict
 def _add_flag(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
     default = "required" if field.is_required() else f"default: {_shown_default(field)}"
     text = f"{field.description or ''} ({default})".replace("%", "%%")
+    if isinstance(field.json_schema_extra, dict) and "for_tests" in field.json_schema_extra:
+        text = argparse.SUPPRESS
     if _is_bool(field):
         parser.add_argument(_flag_name(name), dest=name, action=argparse.BooleanOptionalAction, help=text)
     elif _is_list(field):

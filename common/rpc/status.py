@@ -128,7 +128,9 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> BatonError:
 
 
 def error_from_call(rpc_error: grpc.aio.AioRpcError, address: str) -> BatonError:
-    """`error_from_rpc` for what a person called: where nobody listens, it says so in words of ours."""
+    """`error_from_rpc` for what a person called: of what gRPC itself found, in words of ours."""
+    if rpc_error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _is_ours(rpc_error):
+        return DeadlineExceeded(f"{address} did not answer in full within the deadline")
     if rpc_error.code() is grpc.StatusCode.UNAVAILABLE and not _is_ours(rpc_error):
         details = rpc_error.details() or ""
         if details.startswith(_NOT_CONNECTED):

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.config import Address
+from common.config import FOR_TESTS, Address
 from common.worker.worker_config import WorkerConfig
 from services.prefill.admission import SchedulerLimits
 
@@ -39,7 +39,10 @@ class PrefillConfig(WorkerConfig):
     max_chunks_in_flight: int = Field(4, ge=1, le=16, description="Chunks of one hand-off that travel at once.")
     max_idle_channels: int = Field(64, ge=0, description="Unused gRPC channels to decode workers that stay open.")
     corrupt_every: int = Field(
-        0, ge=0, description="For tests: flip a bit in every n-th leg after its digest was computed; 0 is never."
+        0,
+        ge=0,
+        description="Flip a bit in every n-th leg after its digest was computed; 0 is never.",
+        json_schema_extra=FOR_TESTS,
     )
 
     @property

@@ -22,26 +22,32 @@ def test_only_the_rows_that_are_used_are_named(tmp_path: Path) -> None:
     assert everything.describe().endswith("trace.jsonl, rows 0-8, shared prefixes kept")
 
 
+def test_without_flags_it_is_a_closed_loop_of_a_hundred_requests() -> None:
+    workload = workload_from(build_parser().parse_args(["bench"]))
+    assert workload.concurrency == 8
+    assert workload.num_requests == 100
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
         (("--poisson", "4"), "Unavailable"),
-        (("--poisson", "-4"), "rate = -4.0"),
-        ((), "--poisson"),
+        (("--poisson", "-4"), "--poisson"),
+        ((), "Unavailable"),
         (("--gamma", "4"), "--cv"),
         (("--poisson", "4", "--cv", "2"), "--cv"),
         (("--poisson", "4", "--rate-scale", "2"), "--rate-scale"),
         (("--poisson", "4", "--length-scale", "2"), "--length-scale"),
         (("--poisson", "4", "--rows", "2"), "--rows"),
         (("--poisson", "4", "--input-tokens", "x"), "--input-tokens"),
-        (("--poisson", "4", "--requests", "0"), "requests = 0"),
+        (("--poisson", "4", "--requests", "0"), "--requests"),
         (("--poisson", "4", "--seed", "-1"), "--seed"),
         (("--poisson", "4", "--vocab-size", "9"), "--vocab-size"),
         (("--poisson", "4", "--openai", "http://127.0.0.1:9"), "--vocab-size"),
         (("--poisson", "4", "--address", "127.0.0.1:10", "--worker", "127.0.0.1:11"), "--worker"),
         (("--find-rate", "0.9", "--itl-limit", "1", "--address", "127.0.0.1:10"), "--find-rate"),
         (("--poisson", "4", "--openai", "127.0.0.1:9", "--vocab-size", "900"), "--openai"),
-        (("--poisson", "4", "--itl-limit", "0"), "itl_s"),
+        (("--poisson", "4", "--itl-limit", "0"), "--itl-limit"),
         (("--find-rate", "0.9"), "--itl-limit"),
         (("--trace", "missing.jsonl"), "missing.jsonl"),
         (("--trace", "missing.parquet"), "trace format"),

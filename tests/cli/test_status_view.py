@@ -46,7 +46,7 @@ def top_view() -> TopView:
 
 def drawn(view: RenderableType, width: int) -> list[str]:
     output = io.StringIO()
-    Console(file=output, width=width).print(view)
+    Console(file=output, width=width, markup=False).print(view)
     return output.getvalue().splitlines()
 
 

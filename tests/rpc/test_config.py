@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 from pydantic import Field
 
-from common.config import ServiceConfig, load_config, load_config_or_exit
+from common.config import FOR_TESTS, ServiceConfig, load_config, load_config_or_exit
 from common.errors import InvalidArgument
 
 
@@ -25,6 +25,7 @@ class SampleConfig(ServiceConfig):
     peers: tuple[str, ...] = Field((), description="Addresses of peers.")
     ports: tuple[int, ...] = Field((), description="Ports.")
     label: str | None = Field(None, description="Free text.")
+    break_every: int = Field(0, description="Breaks.", json_schema_extra=FOR_TESTS)
 
 
 def load(*argv: str, **environ: str) -> SampleConfig:
@@ -104,13 +105,20 @@ def test_exit_status_is_two_and_the_message_is_printed(capsys: pytest.CaptureFix
     assert "--nope" in capsys.readouterr().err
 
 
+def test_what_is_for_tests_is_taken_and_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("--break-every", "3").break_every == 3
+    with pytest.raises(SystemExit):
+        load("--help")
+    assert "break" not in capsys.readouterr().out
+
+
 def test_help_describes_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load_config(SampleConfig, ["--help"], {})
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for field in SampleConfig.model_fields.values():
-        assert (field.description or "missing") in shown
+    for name, field in SampleConfig.model_fields.items():
+        assert ((field.description or "missing") in shown) is (name != "break_every")
     assert "--no-eager" in shown
     assert "default: 1.5" in shown
     assert "required" in shown
