@@ -7,6 +7,8 @@ holds no global state. Knows neither models nor requests.
 from __future__ import annotations
 
 import importlib
+import os
+import socket
 from datetime import timedelta
 from typing import Final, Protocol, cast, runtime_checkable
 
@@ -14,9 +16,10 @@ import torch
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from common.errors import InvalidArgument, Unavailable
-from common.parallel.process_group import ProcessGroupCollectives
+from common.parallel.process_group import LOOPBACK, ProcessGroupCollectives
 from common.parallel.shared_memory import SharedMemoryCollectives, shared_memory_works
 
+_FILE: Final = "file://"
 _SYMMETRIC_MEMORY: Final = "common.parallel.symmetric_memory"
 
 
@@ -78,7 +81,8 @@ class TensorParallelGroup:
                 return cls(rank, size, SharedMemoryCollectives(rank, size, store, timeout_s))
             if device.type == "cuda" and use_shared_memory and _gpus_share_memory(size, device):
                 return cls(rank, size, _over_symmetric_memory(rank, size, store, device, timeout_s))
-            return cls(rank, size, ProcessGroupCollectives(rank, size, store, device, timeout_s))
+            host = LOOPBACK if address.startswith(_FILE) else _split(address)[0]
+            return cls(rank, size, ProcessGroupCollectives(rank, size, store, device, timeout_s, host))
         except (RuntimeError, OSError) as error:
             raise Unavailable(f"rank {rank} of {size} could not meet the others at {address}: {error}") from error
 
@@ -138,11 +142,23 @@ def _over_symmetric_memory(rank: int, size: int, store: Store, device: torch.dev
 def _store(rank: int, size: int, address: str, timeout_s: float) -> Store:
     """Where the ranks meet."""
     timeout = timedelta(seconds=timeout_s)
-    if address.startswith("file://"):
-        store: Store = FileStore(address.removeprefix("file://"), size)
+    if address.startswith(_FILE):
+        store: Store = FileStore(address.removeprefix(_FILE), size)
         store.set_timeout(timeout)
         return store
+    host, port = _split(address)
+    if rank:
+        return TCPStore(host, port, size, is_master=False, timeout=timeout, wait_for_workers=False)
+    # Left to itself it listens on every interface, and whoever reaches it may read and write.
+    with socket.create_server((host, port), backlog=size) as listening:
+        descriptor = os.dup(listening.fileno())  # the store's own from here on
+    return TCPStore(
+        host, port, size, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=descriptor
+    )
+
+
+def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidArgument("group_address", address, "must be host:port or file:///path")
-    return TCPStore(host, int(port), size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    return host, int(port)

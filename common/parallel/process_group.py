@@ -6,11 +6,13 @@ Used as objects rather than through `torch.distributed`'s global state, so that 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
+
+LOOPBACK: Final = "127.0.0.1"
 
 
 class _Work(Protocol):
@@ -28,9 +30,12 @@ class _Backend(Protocol):
 
 
 class ProcessGroupCollectives:
-    """One rank's view. A collective that fails or takes longer than `timeout_s` raises `RuntimeError`."""
+    """One rank's view. A collective that fails or takes longer than `timeout_s` raises `RuntimeError`. `host` is where
+    gloo listens for the other ranks: left to itself, it takes what the machine's name stands for."""
 
-    def __init__(self, rank: int, size: int, store: Store, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self, rank: int, size: int, store: Store, device: torch.device, timeout_s: float, host: str = LOOPBACK
+    ) -> None:
         timeout = timedelta(seconds=timeout_s)
         self._options = dist.AllreduceOptions()
         if device.type == "cuda":
@@ -38,7 +43,10 @@ class ProcessGroupCollectives:
             options._timeout = timeout
             self._backend = cast(_Backend, dist.ProcessGroupNCCL(store, rank, size, options))
         else:
-            self._backend = cast(_Backend, dist.ProcessGroupGloo(store, rank, size, timeout))
+            gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+            gloo._timeout = timeout
+            self._backend = cast(_Backend, dist.ProcessGroupGloo(store, rank, size, gloo))
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum over the ranks, in place."""

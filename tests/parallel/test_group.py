@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -48,6 +49,30 @@ def test_all_gather_stacks_in_rank_order(num_rows: int, tmp_path: Path, use_shar
     expected = torch.stack([noise(0, num_rows, 3), noise(1, num_rows, 3)])
     for gathered in run_ranks(2, tmp_path / "store", body, use_shared_memory):
         assert torch.equal(gathered, expected)
+
+
+def _listening() -> set[str]:
+    connections = psutil.Process().net_connections(kind="inet")
+    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
+def test_ranks_listen_on_loopback_only(unused_tcp_port: int, use_shared_memory: bool) -> None:
+    before = _listening()
+
+    def run_rank(rank: int) -> tuple[float, set[str]]:
+        address = f"127.0.0.1:{unused_tcp_port}"
+        group = TensorParallelGroup.open(rank, 2, address, CPU, 20.0, use_shared_memory)
+        total = group.all_reduce(torch.ones(4))[0].item()
+        seen = _listening()
+        group.all_reduce(torch.ones(1))  # nobody leaves before both have looked
+        group.close()
+        return total, seen
+
+    with ThreadPoolExecutor(2) as pool:
+        for total, seen in pool.map(run_rank, range(2)):
+            assert total == 2.0
+            assert seen - before <= {"127.0.0.1"}
+            assert "127.0.0.1" in seen
 
 
 def test_many_exchanges_in_a_row_never_mix(tmp_path: Path) -> None:
