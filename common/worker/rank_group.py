@@ -22,6 +22,7 @@ import msgspec
 from common import errors
 from common.parent_death import environment_of_child
 from common.worker.framing import AsyncFrames
+from common.worker.rank_exit import described_exit
 from common.worker.rank_messages import (
     FrontKVMessage,
     FrontStepMessage,
@@ -31,9 +32,11 @@ from common.worker.rank_messages import (
     RankStepMessage,
     StartRank,
 )
+from common.worker.stderr_relay import StderrRelay
 from common.worker.step_plan import StepResult
 
 _log = logging.getLogger(__name__)
+_EXIT_TIMEOUT_S = 1.0  # for a process whose channels are closed to be gone
 _step_decoder: msgspec.msgpack.Decoder[RankStepMessage] = msgspec.msgpack.Decoder(RankStepMessage)
 _kv_decoder: msgspec.msgpack.Decoder[RankKVMessage] = msgspec.msgpack.Decoder(RankKVMessage)
 
@@ -86,13 +89,24 @@ class _Rank:
     steps: AsyncFrames
     kv: AsyncFrames
     operations: dict[int, Operation]
+    stderr: StderrRelay
+    relaying: asyncio.Task[None]
     ready: RankReady | None = None
+
+    async def end(self) -> str:
+        """How the process ended, which its channels told before its exit did."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_EXIT_TIMEOUT_S):
+                await self.process.wait()
+                await asyncio.wait({self.relaying})
+        return described_exit(self.process.returncode, self.stderr.tail)
 
 
 class RankGroup:
     """All ranks of a worker. Use `start`, then `async with group:`; leaving it stops the processes."""
 
     def __init__(self) -> None:
+        self.has_served = False  # a step, at least
         self._ranks: list[_Rank] = []
         self._results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # None: the group is lost
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -196,6 +210,7 @@ class RankGroup:
         for channel in channels:
             channel.begin_close()
         await asyncio.gather(*(_end(rank.process, grace_s) for rank in self._ranks))
+        await _end_relays([rank.relaying for rank in self._ranks])
         for channel in channels:  # now only: a rank that hangs does not read what is queued for it
             await channel.close()
         self._ranks.clear()
@@ -209,7 +224,7 @@ class RankGroup:
     async def _await_ready(self, rank: _Rank) -> None:
         frame = await rank.steps.receive()
         if frame is None:
-            raise errors.Unavailable(f"rank process {rank.process.pid} died while starting")
+            raise errors.Unavailable(f"rank process {rank.process.pid} died while starting: it {await rank.end()}")
         message = _step_decoder.decode(frame)
         if isinstance(message, RankFailed):
             raise error_of(message.kind, message.detail)
@@ -228,11 +243,12 @@ class RankGroup:
         while (frame := await rank.steps.receive()) is not None:
             message = _step_decoder.decode(frame)
             if isinstance(message, StepResult):
+                self.has_served = True
                 self._results.put_nowait(message)
             elif isinstance(message, RankFailed):
                 self.lose(f"rank {index} failed: {message.kind}: {message.detail}")
                 return
-        self.lose(f"rank {index} (process {rank.process.pid}) died")
+        self.lose(f"rank {index} (process {rank.process.pid}) {await rank.end()}")
 
     async def _read_kv(self, index: int, rank: _Rank) -> None:
         while (frame := await rank.kv.receive()) is not None:
@@ -240,7 +256,7 @@ class RankGroup:
             operation = rank.operations.get(message.op_id)
             if operation is not None:
                 operation.deliver(message)
-        self.lose(f"rank {index} (process {rank.process.pid}) closed its KV channel")
+        self.lose(f"rank {index} (process {rank.process.pid}) {await rank.end()}")
 
 
 async def _spawn(module: str) -> _Rank:
@@ -255,6 +271,7 @@ async def _spawn(module: str) -> _Rank:
             str(kv_rank.fileno()),
             pass_fds=(step_rank.fileno(), kv_rank.fileno()),
             stdin=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
             env=environment_of_child() | {"UCX_WARN_UNUSED_ENV_VARS": "n"},
         )
     except BaseException:
@@ -264,7 +281,20 @@ async def _spawn(module: str) -> _Rank:
     finally:
         step_rank.close()
         kv_rank.close()
-    return _Rank(process, await AsyncFrames.open(step_front), await AsyncFrames.open(kv_front), {})
+    assert process.stderr is not None
+    stderr = StderrRelay(process.stderr)
+    relaying = asyncio.create_task(stderr.run())
+    steps, kv = await AsyncFrames.open(step_front), await AsyncFrames.open(kv_front)
+    return _Rank(process, steps, kv, {}, stderr, relaying)
+
+
+async def _end_relays(relays: list[asyncio.Task[None]]) -> None:
+    """They end with the processes, unless a child of one lives on."""
+    if relays:
+        await asyncio.wait(relays, timeout=_EXIT_TIMEOUT_S)
+    for relay in relays:
+        relay.cancel()
+    await asyncio.gather(*relays, return_exceptions=True)
 
 
 async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:

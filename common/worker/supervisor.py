@@ -1,7 +1,7 @@
 """Keeps a worker's ranks alive: starts them, says when they are ready or lost, and starts them again.
 
     STARTING ── start() returned ──▶ READY ── a rank is lost ──▶ STARTING (after a delay that doubles)
-        │ a checkpoint that cannot be served, at the first start, or too many failures in a row
+        │ a checkpoint that cannot be served, at the first start, or too many failures in a row and no service before
         ▼
       `run` raises: the process has nothing to serve
 
@@ -68,10 +68,14 @@ class RankSupervisor:
         """Keep a group running until cancelled; its processes are gone when this ends.
 
         Raises what the first start raised if a rank said why (`ModelError`, ...), and the last error after
-        `max_failures` failed starts in a row.
+        `max_failures` failures in a row: starts that failed, and groups that were lost soon after they stood, unless
+        one has served or lasted before. Then it is not the worker that cannot serve, but something that ends its ranks
+        (a stranger's bytes on a KV port, say), and it goes on starting them, slowly.
         """
         num_failures = 0
+        num_lost_soon = 0  # groups in a row
         was_ready = False
+        has_served = False
         while True:
             try:
                 group = await self._start_group()
@@ -86,13 +90,14 @@ class RankSupervisor:
             was_ready = True
             started_s = asyncio.get_running_loop().time()
             await self._attend(group)
-            # A group that was lost soon after it stood counts as a failure: no hot loop of restarts.
-            stood_s = asyncio.get_running_loop().time() - started_s
-            num_failures = num_failures + 1 if stood_s < self._backoff.max_s else 0
+            lasted = asyncio.get_running_loop().time() - started_s >= self._backoff.max_s
+            has_served |= lasted or group.has_served
+            num_failures = 0 if has_served else num_failures + 1
+            num_lost_soon = 0 if lasted else num_lost_soon + 1
             if num_failures >= self._backoff.max_failures:
                 raise Unavailable(f"ranks were lost {num_failures} times in a row")
-            if num_failures > 1:
-                await self._sleep(self._backoff.delay_s(num_failures - 1))
+            if num_lost_soon > 1:  # no hot loop of restarts
+                await self._sleep(self._backoff.delay_s(num_lost_soon - 1))
 
     async def _attend(self, group: RankGroup) -> None:
         """Returns when the group is lost and its processes are gone."""

@@ -1,7 +1,8 @@
 """A rank process without torch: obeys the step and KV channels, and misbehaves on request.
 
 What it does is chosen by `StartRank.model_dir`: `echo` answers every plan, `refuse` reports a model error, `die` exits
-before it is ready, `hang` never becomes ready, `fail-step` reports a failure at the first plan.
+before it is ready, `hang` never becomes ready, `fail-step` reports a failure at the first plan, `abort` ends at the
+first plan as a library does that finds its own state wrong.
 """
 
 import os
@@ -41,6 +42,10 @@ def main() -> None:
     while (message := _next_step(steps)) is not None:
         if not isinstance(message, StepPlan):
             continue
+        if start.model_dir == "abort":
+            sys.stderr.write("address.c:1138 Assertion `version == 2' failed\n==== backtrace ====\n 0 libucs.so\n===\n")
+            sys.stderr.flush()
+            os.abort()
         if start.model_dir == "fail-step":
             steps.send(RankFailed(start.rank, "RuntimeError", "boom"))
             return

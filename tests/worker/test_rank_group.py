@@ -60,6 +60,7 @@ async def test_plans_are_answered_in_order_by_the_first_rank() -> None:
         for step_id in range(3):
             group.submit(_plan(step_id))
         results = [await group.next_result() for _ in range(3)]
+    assert group.has_served
     assert [(result.step_id, result.sampled[0].token_id) for result in results] == [(0, 0), (1, 10), (2, 20)]
 
 
@@ -121,9 +122,27 @@ async def test_rank_that_fails_a_step_loses_the_group_with_its_reason() -> None:
         assert group.lost_reason is not None
 
 
+async def test_why_a_rank_was_ended_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    group = await RankGroup.start(MODULE, _specs("abort", count=1), 30.0)
+    pid = group.pids[0]
+    async with group:
+        group.submit(_plan(0))
+        reason = await asyncio.wait_for(group.wait_lost(), 30.0)
+    assert reason == (
+        f"rank 0 (process {pid}) was ended by SIGABRT, saying: address.c:1138 Assertion `version == 2' failed "
+        "(stray bytes on its KV port can do that: keep strangers away from it)"
+    )
+    assert "==== backtrace ====" in capfd.readouterr().err, "all that it wrote is passed on"
+    assert not group.has_served
+
+
 @pytest.mark.parametrize(
     ("behaviour", "error", "match"),
-    [("refuse", ModelError, "lm_head"), ("die", Unavailable, "died while starting"), ("hang", Unavailable, "ready")],
+    [
+        ("refuse", ModelError, "lm_head"),
+        ("die", Unavailable, "died while starting: it ended with status 3"),
+        ("hang", Unavailable, "ready"),
+    ],
 )
 async def test_group_that_cannot_start_says_why(behaviour: str, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):

@@ -107,3 +107,20 @@ async def test_groups_that_die_as_soon_as_they_stand_do_not_restart_for_ever() -
     with pytest.raises(Unavailable, match="5 times in a row"):
         await running
     assert [line for line in owner.log if line.startswith("wait")] == ["wait 1", "wait 2", "wait 4"]
+
+
+async def test_a_worker_that_served_is_not_ended_by_what_ends_its_ranks() -> None:
+    owner = _Owner(*"abcdefghijkl", Unavailable("died"), "m")
+    running = asyncio.create_task(owner.supervisor.run())
+    for number in range(12):
+        group = await owner.ready.get()
+        group.has_served = number == 3  # and never again
+        group.die("rank 0 was ended by SIGABRT")
+    await owner.ready.get()
+    assert not running.done()
+    waits = [line for line in owner.log if line.startswith("wait")]
+    assert waits == ["wait 1", "wait 2", *["wait 4"] * 9, "wait 1"], (
+        "ever more slowly; a failed start counts for itself"
+    )
+    running.cancel()
+    await asyncio.wait({running})
