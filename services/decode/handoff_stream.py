@@ -72,8 +72,9 @@ class HandoffStream:
     def stop(self) -> None:
         """The stream is over: unless joined, so is its sequence, and what is under way for it."""
         self.over = True
-        if not self._joined and self._context.engine.scheduler.close(self.seq.key):
-            self._context.engine.settle()
+        engine = self._context.engine
+        if not self._joined and engine.scheduler.close(self.seq.key, engine.clock()):
+            engine.settle()
         for task in self._chunks.values():
             task.cancel()
 

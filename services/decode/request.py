@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from common.deadline import Deadline
 from common.kvcache.kv_cache_manager import SequenceBlocks
 from common.worker.sequence import SequenceRequest
 from common.worker.step_plan import AddRow
@@ -97,6 +98,11 @@ class DecodeSequence:
     def wants_step(self) -> bool:
         """Whether a decode step may be planned: the token before it was sampled, or will be by a plan in flight."""
         return self.num_unplanned_tokens == 0 and self.num_planned < self.max_steps
+
+    def end_when_closed(self, now_s: float) -> End:
+        """How it ended if its owner closes it now, who may be so early because the time is up by his clock."""
+        deadline = Deadline(self.request.deadline_s, self.request.deadline_s - self.opened_s)
+        return End.DEADLINE if deadline.explains_end(now_s) else End.CLOSED
 
     def prompt_computed(self, block_size: int) -> PromptComputed:
         """The event that goes before a local sequence's first token."""

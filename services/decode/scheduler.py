@@ -144,12 +144,12 @@ class DecodeScheduler:
             self.reserve(seq)
         return seq
 
-    def close(self, key: Key) -> bool:
-        """Let go of a sequence on its owner's word. False if it is not open."""
+    def close(self, key: Key, now_s: float = 0.0) -> bool:
+        """Let go of a sequence on its owner's word, which may be that its time is up. False if it is not open."""
         seq = self._open.find(key)
         if seq is None:
             return False
-        self._end(seq, End.CLOSED)
+        self._end(seq, seq.end_when_closed(now_s))
         self._grant_waiting()
         return True
 

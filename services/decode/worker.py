@@ -144,7 +144,7 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
 
     def close(self, session_id: str, sequence_id: int) -> bool:
         """Release a sequence; whether it was open."""
-        was_open = self.scheduler.close((session_id, sequence_id))
+        was_open = self.scheduler.close((session_id, sequence_id), self.engine.clock())
         self.engine.settle()
         return was_open
 

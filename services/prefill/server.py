@@ -16,7 +16,9 @@ from baton.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, sampling_pb2
 
 from common import errors
 from common.config import split_address
+from common.deadline import Deadline
 from common.message_bounds import MAX_ADDRESS_CHARS, MAX_NAME_CHARS, MAX_RANKS, check_chars, check_count
+from common.rpc.lateness import late_not_cancelled
 from common.worker.sequence import MAX_REQUEST_ID_CHARS, SequenceLimits, SequenceRequest
 from common.worker.step_plan import SampledToken
 from services.prefill.decode_peers import DecodePeers
@@ -55,12 +57,14 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
 
     async def _serve(self, request: prefill_pb2.PrefillRequest, context: _Context, record: PrefillRecord) -> None:
         session = self._worker.session
-        sequence = SequenceRequest.from_proto(request.sequence, time.monotonic(), self._limits)
+        now_s = time.monotonic()
+        sequence = SequenceRequest.from_proto(request.sequence, now_s, self._limits)
         _check_ticket(request.ticket, session)
         job = record.job = session.engine.submit(sequence)
         try:
-            async with asyncio.timeout_at(sequence.deadline_s):
-                await self._run(session, job, request.ticket, context, record)
+            with late_not_cancelled(Deadline(sequence.deadline_s, sequence.deadline_s - now_s)):
+                async with asyncio.timeout_at(sequence.deadline_s):
+                    await self._run(session, job, request.ticket, context, record)
         except TimeoutError as error:
             raise errors.DeadlineExceeded("the deadline passed during prefill") from error
         finally:

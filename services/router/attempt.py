@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import grpc
 from baton.v1 import decode_pb2, kv_pb2, prefill_pb2, sampling_pb2
 
+from common.deadline import CALL_SLACK_S
 from common.errors import (
     BatonError,
     Cancelled,
@@ -221,7 +222,7 @@ class Attempts:
     ) -> None:
         request = prefill_pb2.PrefillRequest(ticket=ticket)
         sequence.write_to(request.sequence)
-        call = prefill.prefill(request, plan.remaining_s(), plan.record.metadata)
+        call = prefill.prefill(request, plan.remaining_s() + CALL_SLACK_S, plan.record.metadata)
         try:
             async for message in call:
                 response = decoded(message, prefill.name)

@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
+from common.deadline import Deadline
 from common.errors import Cancelled, DeadlineExceeded
+from common.rpc.lateness import late_not_cancelled
 from common.telemetry.tracing import Tracing
 from services.router.admission import Admission, Places
 from services.router.attempt import RequestPlan
@@ -100,16 +102,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         with self._recorded(context) as record:
             validated = validate(request, self._limits)
             record.request_id = validated.request_id
-            remaining_s = context.time_remaining()
-            timeout_s = self._max_timeout_s if remaining_s is None else min(remaining_s, self._max_timeout_s)
-            if timeout_s <= 0:
+            deadline = Deadline.of_call(context.time_remaining(), self._max_timeout_s, time.monotonic())
+            if deadline.timeout_s <= 0:
                 raise DeadlineExceeded("the request's deadline had passed when it came")
-            deadline_s = time.monotonic() + timeout_s
-            try:
-                async with asyncio.timeout(timeout_s), self._admission.places(validated.n) as places:
-                    await self._generate(validated, context, record, deadline_s, places)
-            except TimeoutError as error:
-                raise DeadlineExceeded(f"not done within {timeout_s:.3f} s") from error
+            with late_not_cancelled(deadline):
+                try:
+                    async with asyncio.timeout_at(deadline.at_s), self._admission.places(validated.n) as places:
+                        await self._generate(validated, context, record, deadline.at_s, places)
+                except TimeoutError as error:
+                    raise DeadlineExceeded(f"not done within {deadline.timeout_s:.3f} s") from error
 
     async def _generate(
         self,

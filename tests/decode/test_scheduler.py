@@ -116,6 +116,15 @@ def test_blocks_of_a_sequence_that_is_gone_stay_held_until_its_last_plan_is_done
     assert scheduler.kv_stats().num_held == 0
 
 
+@pytest.mark.parametrize(("closed_s", "end"), [(99.0, End.DEADLINE), (97.0, End.CLOSED)])
+def test_a_sequence_that_is_closed_when_its_time_is_up_is_late(closed_s: float, end: End) -> None:
+    """The router's clock, and that of a prefill worker, may be a little ahead."""
+    scheduler = make_scheduler()
+    seq = scheduler.open(ROUTER, make_request(1, range(6), deadline_s=100.0), ticket_id=1, now_s=0.0)
+    assert scheduler.close(seq.key, closed_s)
+    assert ends_of(scheduler) == {1: end}
+
+
 def test_blocks_stay_held_while_a_transfer_may_write_to_them() -> None:
     scheduler = make_scheduler()
     seq = scheduler.open(ROUTER, make_request(1, range(6)), ticket_id=1)

@@ -241,6 +241,18 @@ async def test_decode_that_goes_silent_does_not_hold_a_request_until_its_deadlin
         await harness.settled()
 
 
+async def test_a_caller_whose_clock_is_first_is_late_and_not_cancelled() -> None:
+    async with running() as harness:
+        harness.ranks.is_manual = True
+        call = harness.call(harness.request(timeout_s=0.1))
+        await harness.until(lambda status: status.num_running + status.num_waiting > 0)
+        call.cancel()
+        await harness.until(lambda status: status.counters["requests_failed"] == 1)
+        while harness.ranks.plans:
+            harness.ranks.answer_step()
+        assert (await harness.settled()).counters["requests_cancelled"] == 0
+
+
 async def test_deadline_passes_in_the_queue() -> None:
     async with running() as harness:
         harness.ranks.is_manual = True

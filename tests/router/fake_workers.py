@@ -347,6 +347,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         super().__init__(worker_pb2.WORKER_ROLE_PREFILL, name, script)
         self._tickets = tickets
         self.requests: list[prefill_pb2.PrefillRequest] = []
+        self.times_remaining: list[float] = []  # by gRPC's clock
         self.entered = asyncio.Event()
         self.cancelled = asyncio.Event()
 
@@ -357,6 +358,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         self, request: prefill_pb2.PrefillRequest, context: Any
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         self.requests.append(request)
+        self.times_remaining.append(context.time_remaining())
         self.entered.set()
         try:
             async with contextlib.aclosing(self._steps(request)) as steps:
