@@ -1,50 +1,24 @@
-"""Which cached block goes first: a policy is a pure function from a block's use to a priority, lowest first.
+"""Which cached block goes first: the one that was let go of longest ago.
 
-The queue orders candidates by that priority, computed when a block becomes a candidate. Time is a logical
-clock, so the same calls always evict the same blocks. Knows nothing of hashes, trees or references.
+Time is a logical clock, so the same calls always evict the same blocks. Knows nothing of hashes, trees or references.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 _MIN_STALE_ENTRIES = 64  # below this a rebuild costs more than it saves
 
 
-@dataclass(frozen=True, slots=True)
-class BlockUse:
-    """What a policy may look at."""
-
-    last_used: int  # logical time at which the last sequence let go of the block
-    num_uses: int  # sequences that have held the block
-
-
-EvictionPolicy = Callable[[BlockUse], tuple[int, ...]]
-
-
-def least_recently_used(use: BlockUse) -> tuple[int, ...]:
-    return (use.last_used,)
-
-
-def least_frequently_used(use: BlockUse) -> tuple[int, ...]:
-    return (use.num_uses, use.last_used)
-
-
-EVICTION_POLICIES: Mapping[str, EvictionPolicy] = {
-    "lru": least_recently_used,
-    "lfu": least_frequently_used,
-}
-
-
 class EvictionQueue:
-    """Priority queue of candidate blocks. Discarding leaves a stale heap entry behind, dropped when popped
-    or when stale entries outnumber the live ones: every operation is O(log n) amortised."""
+    """Candidate blocks by the time at which they were last used.
 
-    def __init__(self, policy: EvictionPolicy) -> None:
-        self._policy = policy
-        self._heap: list[tuple[tuple[int, ...], int, int]] = []  # (priority, serial, block)
+    Discarding leaves a stale heap entry behind, dropped when popped or when stale entries outnumber the live ones:
+    every operation is O(log n) amortised.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, int]] = []  # (last used, serial, block)
         self._serials: dict[int, int] = {}  # block -> serial of its live entry
         self._next_serial = 0
 
@@ -54,12 +28,12 @@ class EvictionQueue:
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._serials
 
-    def push(self, block_id: int, use: BlockUse) -> None:
+    def push(self, block_id: int, last_used: int) -> None:
         """Make a block a candidate; one that is already queued takes its new place."""
         serial = self._next_serial
         self._next_serial += 1
         self._serials[block_id] = serial
-        heapq.heappush(self._heap, (self._policy(use), serial, block_id))
+        heapq.heappush(self._heap, (last_used, serial, block_id))
         self._drop_stale_entries()
 
     def discard(self, block_id: int) -> None:
@@ -75,13 +49,12 @@ class EvictionQueue:
                 return block_id
         return None
 
-    def push_and_pop(self, block_id: int, use: BlockUse) -> int:
+    def push_and_pop(self, block_id: int, last_used: int) -> int:
         """`push` a block that is not queued, then `pop`: much cheaper than the two if it goes first, as a parent mostly
         does that becomes a leaf while its prefix is evicted."""
-        priority = self._policy(use)
-        if not self._heap or priority < self._heap[0][0]:
+        if not self._heap or last_used < self._heap[0][0]:
             return block_id
-        self.push(block_id, use)
+        self.push(block_id, last_used)
         first = self.pop()
         assert first is not None, "one was pushed just now"
         return first

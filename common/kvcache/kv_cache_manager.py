@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from common.errors import InternalError, InvalidArgument
 from common.kvcache.block_pool import BlockPool
-from common.kvcache.eviction import EvictionPolicy, least_recently_used
 from common.kvcache.prefix_trie import PrefixTrie
 
 
@@ -58,7 +57,6 @@ class KVCacheManager:
         num_blocks: int,
         block_size: int,
         enable_prefix_cache: bool = True,
-        policy: EvictionPolicy = least_recently_used,
     ) -> None:
         if block_size < 1:
             raise InvalidArgument("block_size", block_size, "must be at least 1")
@@ -66,7 +64,7 @@ class KVCacheManager:
         self.block_size = block_size
         self.enable_prefix_cache = enable_prefix_cache
         self._pool = BlockPool(num_blocks)
-        self._trie = PrefixTrie(policy)
+        self._trie = PrefixTrie()
         self._sequences: set[SequenceBlocks] = set()
         self._num_lookup_blocks = 0
         self._num_hit_blocks = 0
@@ -99,8 +97,6 @@ class KVCacheManager:
         """
         num_cached = min(self._trie.match(hashes), max(max_cached_blocks, 0))
         block_ids = [self._hold_published(block_hash) for block_hash in hashes[:num_cached]]
-        for block_id in block_ids:
-            self._trie.record_use(block_id)
         last_hash = hashes[num_cached - 1] if num_cached else None
         seq = SequenceBlocks(block_ids, num_cached, num_cached, last_hash, len(hashes))
         self._sequences.add(seq)

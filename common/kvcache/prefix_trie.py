@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import InternalError
-from common.kvcache.eviction import BlockUse, EvictionPolicy, EvictionQueue
+from common.kvcache.eviction import EvictionQueue
 
 
 @dataclass(slots=True, eq=False)
@@ -24,17 +24,16 @@ class _Node:
     parent: _Node | None
     idle: bool = False
     num_children: int = 0
-    num_uses: int = 1
     last_used: int = 0
 
 
 class PrefixTrie:
-    """Idle leaves are the candidates for eviction; `policy` orders them."""
+    """Idle leaves are the candidates for eviction."""
 
-    def __init__(self, policy: EvictionPolicy) -> None:
+    def __init__(self) -> None:
         self._nodes: dict[bytes, _Node] = {}
         self._by_block: dict[int, _Node] = {}
-        self._candidates = EvictionQueue(policy)
+        self._candidates = EvictionQueue()
         self._clock = 0
 
     def __len__(self) -> int:
@@ -75,10 +74,6 @@ class PrefixTrie:
         self._by_block[block_id].idle = False
         self._candidates.discard(block_id)
 
-    def record_use(self, block_id: int) -> None:
-        """Count a hit, for policies that look at frequency."""
-        self._by_block[block_id].num_uses += 1
-
     def mark_idle(self, block_id: int) -> None:
         """Nobody holds the block any more; it was last used now."""
         node = self._by_block[block_id]
@@ -88,7 +83,7 @@ class PrefixTrie:
         self._queue_if_candidate(node)
 
     def evict(self, num_blocks: int) -> list[int]:
-        """Forget so many nodes, each time the idle leaf that the policy puts first; fewer if there are no more.
+        """Forget so many nodes, each time the idle leaf that was last used longest ago; fewer if there are no more.
 
         Returns their blocks, in that order.
         """
@@ -106,15 +101,14 @@ class PrefixTrie:
                     self._queue_if_candidate(parent)
                 break
             if parent is not None and parent.idle and parent.num_children == 0:
-                use = BlockUse(parent.last_used, parent.num_uses)
-                block_id = self._candidates.push_and_pop(parent.block_id, use)
+                block_id = self._candidates.push_and_pop(parent.block_id, parent.last_used)
             else:
                 block_id = self._candidates.pop()
         return evicted
 
     def _queue_if_candidate(self, node: _Node) -> None:
         if node.idle and node.num_children == 0:
-            self._candidates.push(node.block_id, BlockUse(node.last_used, node.num_uses))
+            self._candidates.push(node.block_id, node.last_used)
 
     def block_ids(self) -> set[int]:
         return set(self._by_block)

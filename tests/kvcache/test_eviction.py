@@ -1,15 +1,9 @@
-"""Eviction: policies are orderings, and the queue follows them whatever was pushed and discarded before."""
+"""Eviction: the queue follows its order whatever was pushed and discarded before."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.kvcache.eviction import (
-    EVICTION_POLICIES,
-    BlockUse,
-    EvictionQueue,
-    least_frequently_used,
-    least_recently_used,
-)
+from common.kvcache.eviction import EvictionQueue
 
 
 def drain(queue: EvictionQueue) -> list[int]:
@@ -19,29 +13,18 @@ def drain(queue: EvictionQueue) -> list[int]:
     return blocks
 
 
-def test_lru_evicts_the_block_that_was_let_go_first() -> None:
-    queue = EvictionQueue(least_recently_used)
+def test_the_block_that_was_let_go_first_goes_first() -> None:
+    queue = EvictionQueue()
     for block, last_used in ((1, 30), (2, 10), (3, 20)):
-        queue.push(block, BlockUse(last_used, num_uses=block))
+        queue.push(block, last_used)
     assert drain(queue) == [2, 3, 1]
 
 
-def test_lfu_evicts_the_rarest_block_and_then_the_oldest() -> None:
-    queue = EvictionQueue(least_frequently_used)
-    for block, num_uses, last_used in ((1, 9, 1), (2, 1, 3), (3, 1, 2)):
-        queue.push(block, BlockUse(last_used, num_uses))
-    assert drain(queue) == [3, 2, 1]
-
-
-def test_policies_have_the_names_of_the_configuration() -> None:
-    assert dict(EVICTION_POLICIES) == {"lru": least_recently_used, "lfu": least_frequently_used}
-
-
 def test_a_block_that_is_pushed_again_takes_its_new_place() -> None:
-    queue = EvictionQueue(least_recently_used)
-    queue.push(1, BlockUse(1, 1))
-    queue.push(2, BlockUse(2, 1))
-    queue.push(1, BlockUse(3, 1))
+    queue = EvictionQueue()
+    queue.push(1, 1)
+    queue.push(2, 2)
+    queue.push(1, 3)
     assert len(queue) == 2
     assert drain(queue) == [2, 1]
 
@@ -52,10 +35,10 @@ operations = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=300)
 @settings(deadline=None, max_examples=100, derandomize=True, database=None)
 @given(operations)
 def test_the_queue_equals_a_sorted_dictionary(steps: list[tuple[int, bool]]) -> None:
-    queue, model = EvictionQueue(least_recently_used), dict[int, int]()
+    queue, model = EvictionQueue(), dict[int, int]()
     for time, (block, is_push) in enumerate(steps):
         if is_push:
-            queue.push(block, BlockUse(time, 1))
+            queue.push(block, time)
             model[block] = time
         else:
             queue.discard(block)
@@ -68,19 +51,19 @@ def test_the_queue_equals_a_sorted_dictionary(steps: list[tuple[int, bool]]) -> 
 @settings(deadline=None, max_examples=100, derandomize=True, database=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=20), st.integers(0, 3))
 def test_push_and_pop_equals_the_two(entries: list[tuple[int, bool]], last_used: int) -> None:
-    one, other = EvictionQueue(least_recently_used), EvictionQueue(least_recently_used)
+    one, other = EvictionQueue(), EvictionQueue()
     for queue in (one, other):
         for block, (used, is_stale) in enumerate(entries):
-            queue.push(block, BlockUse(used, 1))
+            queue.push(block, used)
             if is_stale:
                 queue.discard(block)
-    other.push(99, BlockUse(last_used, 1))
-    assert one.push_and_pop(99, BlockUse(last_used, 1)) == other.pop()
+    other.push(99, last_used)
+    assert one.push_and_pop(99, last_used) == other.pop()
     assert drain(one) == drain(other)
 
 
 def test_stale_entries_do_not_pile_up() -> None:
-    queue = EvictionQueue(least_recently_used)
+    queue = EvictionQueue()
     for time in range(10_000):
-        queue.push(0, BlockUse(time, 1))
+        queue.push(0, time)
     assert len(queue._heap) < 100

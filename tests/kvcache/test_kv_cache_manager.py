@@ -13,7 +13,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from common.errors import InternalError, InvalidArgument
 from common.kvcache.block_hash import hash_blocks
-from common.kvcache.eviction import least_frequently_used
 from common.kvcache.kv_cache_manager import KVCacheManager, SequenceBlocks
 
 BLOCK_SIZE = 2
@@ -237,16 +236,6 @@ def test_hits_are_counted_in_tokens_once_the_sequence_has_its_blocks() -> None:
     assert manager.extend(seq, 4) is True
     stats = manager.stats()
     assert (stats.num_lookup_tokens, stats.num_hit_tokens) == (6 * BLOCK_SIZE, 2 * BLOCK_SIZE)
-
-
-def test_the_policy_decides_what_goes_first() -> None:
-    manager = KVCacheManager(2, BLOCK_SIZE, policy=least_frequently_used)
-    for _ in range(2):
-        manager.release(run_sequence(manager, prompt(1, last=1)))
-    manager.release(run_sequence(manager, prompt(1, last=2)))
-    assert manager.extend(manager.admit([], 0), 1)
-    assert manager.match_prefix(hashes_of(prompt(1, last=1))) == 1
-    assert manager.match_prefix(hashes_of(prompt(1, last=2))) == 0
 
 
 def test_a_block_size_below_one_is_refused() -> None:

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from common.errors import InternalError
 from common.kvcache.block_hash import hash_blocks
-from common.kvcache.eviction import least_recently_used
 from common.kvcache.prefix_trie import PrefixTrie
 
 SALT = b"salt"
@@ -24,7 +23,7 @@ def insert_path(trie: PrefixTrie, hashes: list[bytes]) -> None:
 def test_match_equals_a_dictionary_of_token_prefixes(
     stored: list[list[int]], asked: list[int], block_size: int
 ) -> None:
-    trie, model = PrefixTrie(least_recently_used), dict[tuple[int, ...], int]()
+    trie, model = PrefixTrie(), dict[tuple[int, ...], int]()
     for prompt in stored:
         insert_path(trie, hash_blocks(prompt, block_size, SALT))
         for end in range(block_size, len(prompt) + 1, block_size):
@@ -40,7 +39,7 @@ def test_match_equals_a_dictionary_of_token_prefixes(
 
 
 def test_only_idle_leaves_are_evicted() -> None:
-    trie = PrefixTrie(least_recently_used)
+    trie = PrefixTrie()
     insert_path(trie, hash_blocks([1, 2, 3], 1, SALT))
     assert trie.evict(1) == []
     trie.mark_idle(2)
@@ -54,7 +53,7 @@ def test_only_idle_leaves_are_evicted() -> None:
 
 
 def test_a_parent_is_evicted_after_its_children_even_if_it_is_older() -> None:
-    trie = PrefixTrie(least_recently_used)
+    trie = PrefixTrie()
     insert_path(trie, hash_blocks([1, 2], 1, SALT))
     trie.mark_idle(0)
     trie.mark_idle(1)
@@ -62,7 +61,7 @@ def test_a_parent_is_evicted_after_its_children_even_if_it_is_older() -> None:
 
 
 def test_the_branch_that_was_used_last_is_evicted_last() -> None:
-    trie = PrefixTrie(least_recently_used)
+    trie = PrefixTrie()
     for token in (1, 2, 3):
         insert_path(trie, hash_blocks([token], 1, SALT))
     for block in (0, 1, 2):
@@ -73,7 +72,7 @@ def test_the_branch_that_was_used_last_is_evicted_last() -> None:
 
 
 def test_an_exposed_parent_keeps_its_age() -> None:
-    trie = PrefixTrie(least_recently_used)
+    trie = PrefixTrie()
     insert_path(trie, hash_blocks([1, 2], 1, SALT))
     insert_path(trie, hash_blocks([3], 1, SALT))
     for block in (0, 1, 2):
@@ -81,18 +80,8 @@ def test_an_exposed_parent_keeps_its_age() -> None:
     assert trie.evict(3) == [1, 0, 2]
 
 
-def test_frequency_reaches_the_policy() -> None:
-    trie = PrefixTrie(lambda use: (use.num_uses,))
-    for token in (1, 2):
-        insert_path(trie, hash_blocks([token], 1, SALT))
-    trie.record_use(0)
-    trie.mark_idle(0)
-    trie.mark_idle(1)
-    assert trie.evict(1) == [1]
-
-
 def test_inserting_a_known_hash_or_below_an_unknown_parent_is_an_error() -> None:
-    trie = PrefixTrie(least_recently_used)
+    trie = PrefixTrie()
     first, second, third = hash_blocks([1, 2, 3], 1, SALT)
     trie.insert(first, None, 0)
     with pytest.raises(InternalError):
@@ -106,7 +95,7 @@ def test_inserting_a_known_hash_or_below_an_unknown_parent_is_an_error() -> None
 
 
 def test_an_idle_block_gets_no_children() -> None:
-    trie = PrefixTrie(least_recently_used)
+    trie = PrefixTrie()
     first, second = hash_blocks([1, 2], 1, SALT)
     trie.insert(first, None, 0)
     trie.mark_idle(0)
@@ -116,7 +105,7 @@ def test_an_idle_block_gets_no_children() -> None:
 
 
 def test_the_integrity_check_notices_a_busy_block_below_an_idle_one() -> None:
-    trie = PrefixTrie(least_recently_used)
+    trie = PrefixTrie()
     insert_path(trie, hash_blocks([1, 2], 1, SALT))
     trie.mark_idle(0)
     with pytest.raises(InternalError, match="busy below"):
