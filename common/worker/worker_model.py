@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InvalidArgument, ModelError
+from common.kernels.head_sizes import check_head_dim
 from common.kvcache.layout import KVLayout, heads_of_rank
 from common.models.checkpoint import drawn_model_digest, model_digest
 from common.models.config import DTYPES, ModelConfig, read_model_config
@@ -36,6 +37,7 @@ def read_worker_model(
     if not model_dir.is_dir():
         raise ModelError(f"{model_dir} is not a directory")
     config = read_model_config(model_dir)
+    check_head_dim(config.head_dim, device)
     resolved = resolve_dtype(dtype, device, config)
     heads_of_rank(config.num_kv_heads, tp_size, 0)
     if config.num_heads % tp_size:

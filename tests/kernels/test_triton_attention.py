@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from common.kernels import cuda_backend, reference, triton_backend, triton_decode, triton_prefill
 from common.kernels.batch import KVShape, Span
+from common.kernels.head_sizes import CUDA_HEAD_DIMS
 from common.kernels.triton_device import num_multiprocessors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,7 +89,9 @@ def test_packs_any_number_of_grouped_heads(num_heads: int, num_kv_heads: int) ->
     assert relative_error(case.attend(None), case.expected(None)) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize(("block_size", "head_dim"), [(16, 128), (32, 32), (32, 64), (64, 32), (64, 64), (64, 128)])
+@pytest.mark.parametrize(
+    ("block_size", "head_dim"), [(16, 128), (32, 32), (32, 64), *((64, size) for size in CUDA_HEAD_DIMS)]
+)
 def test_takes_every_block_and_head_size(block_size: int, head_dim: int) -> None:
     case = make_case([(20, 90), (1, 130), (1, 64)], 4, 2, head_dim, block_size, torch.float16)
     assert relative_error(case.attend(None), case.expected(None)) < TOLERANCE[torch.float16]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import InvalidArgument, ModelError
+from common.kernels.head_sizes import CUDA_HEAD_DIMS
 from common.models.config import read_model_config
 from common.worker.worker_model import read_worker_model, resolve_dtype
 
@@ -38,6 +39,23 @@ def test_a_checkpoint_that_is_cut_short_is_refused_before_any_rank_starts(model_
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors .*3900 bytes of tensors, its header describes 4000"):
         read_worker_model(model_dir, "cpu", "auto", 64, 1)
+
+
+@pytest.mark.parametrize("head_dim", [8, 80, 96, 100, 112, 120, 256])
+def test_heads_that_kernels_of_gpus_do_not_take_are_refused_in_one_line(model_dir: Path, head_dim: int) -> None:
+    (model_dir / "config.json").write_text(json.dumps(CONFIG | {"head_dim": head_dim}))
+    assert read_worker_model(model_dir, "cpu", "auto", 64, 1).config.head_dim == head_dim
+    with pytest.raises(ModelError) as refusal:
+        read_worker_model(model_dir, "cuda", "auto", 64, 1)
+    assert str(refusal.value) == (
+        f"config.json: head_dim = {head_dim} is not served on cuda, only {', '.join(map(str, CUDA_HEAD_DIMS))}"
+    )
+
+
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+def test_heads_that_kernels_of_gpus_take_are_served(model_dir: Path, head_dim: int) -> None:
+    (model_dir / "config.json").write_text(json.dumps(CONFIG | {"head_dim": head_dim}))
+    assert read_worker_model(model_dir, "cuda", "auto", 64, 1).config.head_dim == head_dim
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
