@@ -1,0 +1,1 @@
+"""What strangers, clients and broken peers may send, from a seed; and what must hold meanwhile and afterwards."""
