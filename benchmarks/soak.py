@@ -1,20 +1,18 @@
-"""What is lost when workers die: requests under way while workers and ranks are killed at random.
+"""What is lost when processes die or stand still: requests under way while they are killed and frozen at random.
 
     python -m benchmarks.soak [--seconds 90] [--local-prefill when-empty] [--first-token steady]
 
-Two prefill and two decode workers on this machine, a decode pool too small for all, clients that cancel and clients
-with too little time. Every greedy output is compared with transformers on the same weights; a request that is neither
-given up by its client nor out of time must end well; and afterwards no worker may hold a block or a slot.
+Two router processes, two prefill and two decode workers on this machine, a decode pool too small for all, clients
+that cancel and clients with too little time. Every greedy output is compared with transformers on the same weights; a
+request that is neither given up by its client nor out of time must end well, if need be asked again because its router
+was killed; nobody may wait beyond a deadline; and afterwards no worker may hold a block or a slot.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -22,42 +20,43 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
-
+from benchmarks.soak_troubles import Troubles
 from cli.client import Client, connect
 from cli.deployment import Deployment, DeploymentSpec
 from cli.up import DEFAULT_MODEL
-from common.errors import BatonError, DeadlineExceeded
+from common.errors import BatonError, DeadlineExceeded, Unavailable
 from tests.integration.reference import Reference
-from tests.integration.requests import ask, greedy_request
+from tests.integration.requests import Answer, ask, greedy_request
 
 FLOAT32 = ("--dtype", "float32")
 PROMPT_LENGTHS = (5, 63, 64, 65, 120, 200, 300, 40) * 2
 NUM_TOKENS = 40
 NUM_CLIENTS = 10
 PATIENCE_S, IMPATIENCE_S = 60.0, 0.05
-SETTLING_S = 20.0  # the last kill comes so long before the end
+LATENESS_S = 2.0  # of a client's own event loop; all processes share two cores
+RETRY_S = 0.2
+SETTLING_S = 20.0  # the last trouble begins so long before the end
 SHARE_CANCELLED, SHARE_IMPATIENT = 0.15, 0.05
 
 
 @dataclass
 class Soak:
-    """One run's clients and killer, and what they saw."""
+    """One run's clients, and what they saw."""
 
     deployment: Deployment
     client: Client
+    troubles: Troubles
     cases: list[tuple[list[int], list[int]]]  # prompt, expected output
     end_s: float  # of time.monotonic()
     rng: random.Random
     outcomes: Counter[str] = field(default_factory=Counter)
-    kills: Counter[str] = field(default_factory=Counter)
     num_moves: int = 0
     faults: list[str] = field(default_factory=list)
 
     async def run(self) -> None:
         """Until the time is up; raises nothing that a request ended with."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._kill())
+            tasks.create_task(self.troubles.run(self.end_s - SETTLING_S))
             for _ in range(NUM_CLIENTS):
                 tasks.create_task(self._send())
 
@@ -75,8 +74,9 @@ class Soak:
 
     async def _ask(self, timeout_s: float) -> None:
         prompt, expected = self.rng.choice(self.cases)
+        start_s = time.monotonic()
         try:
-            answer = await ask(self.client, greedy_request(prompt, NUM_TOKENS), timeout_s)
+            answer = await self._answer(prompt, start_s + timeout_s)
         except DeadlineExceeded:
             self.outcomes["out of time"] += 1
             if timeout_s == PATIENCE_S:
@@ -89,19 +89,21 @@ class Soak:
             self.num_moves += answer.lifetime.num_migrations
             if answer.tokens != expected:
                 self.faults.append(f"wrong tokens: {answer.tokens} instead of {expected}")
+        late_s = time.monotonic() - start_s - timeout_s
+        if late_s > LATENESS_S:
+            self.faults.append(f"a client waited {late_s:.1f} s beyond its deadline")
 
-    async def _kill(self) -> None:
-        while time.monotonic() < self.end_s - SETTLING_S:
-            await asyncio.sleep(self.rng.uniform(2.0, 6.0))
-            worker = self.rng.choice([*self.deployment.prefill, *self.deployment.decode])
-            pids, what = [worker.pid], f"{worker.role} worker"
-            if self.rng.random() < 0.5:
-                with contextlib.suppress(grpc.aio.AioRpcError):  # it is starting: the worker itself, then
-                    pids = [*(await self.deployment.status(worker, 2.0)).rank_pids] or pids
-                    what = f"{worker.role} rank"
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.rng.choice(pids), signal.SIGKILL)
-                self.kills[what] += 1
+    async def _answer(self, prompt: list[int], deadline_s: float) -> Answer:
+        """Asks again if the router was killed or stopped: what it had ends with it."""
+        while True:
+            try:
+                remaining_s = max(deadline_s - time.monotonic(), 0.001)
+                return await ask(self.client, greedy_request(prompt, NUM_TOKENS), remaining_s)
+            except Unavailable:
+                if not self.troubles.router_is_in_trouble():
+                    raise
+                self.outcomes["asked again"] += 1
+                await asyncio.sleep(RETRY_S)
 
     async def check_nothing_is_held(self) -> None:
         """Every worker is back, and has nothing of what is over."""
@@ -127,6 +129,7 @@ async def soak(args: argparse.Namespace, log_dir: Path) -> Soak:
         model=DEFAULT_MODEL,
         num_prefill=2,
         num_decode=2,
+        router_processes=2,
         prefill_args=FLOAT32,
         decode_args=(*FLOAT32, "--num-blocks", "64"),
         router_args=("--local-prefill", args.local_prefill, "--first-token", args.first_token),
@@ -134,7 +137,9 @@ async def soak(args: argparse.Namespace, log_dir: Path) -> Soak:
     )
     async with Deployment(spec) as deployment, connect(deployment.router_address) as client:
         await deployment.ready(90.0)
-        run = Soak(deployment, client, cases, time.monotonic() + args.seconds, random.Random(args.seed))
+        rng = random.Random(args.seed)
+        troubles = Troubles(deployment, random.Random(args.seed))
+        run = Soak(deployment, client, troubles, cases, time.monotonic() + args.seconds, rng)
         await run.run()
         await run.check_nothing_is_held()
     return run
@@ -145,12 +150,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=90.0, help="how long requests are sent (90)")
     parser.add_argument("--local-prefill", choices=("never", "when-empty", "always"), default="when-empty")
     parser.add_argument("--first-token", choices=("eager", "steady"), default="steady")
-    parser.add_argument("--seed", type=int, default=1, help="of what is sent and who is killed (1)")
+    parser.add_argument("--logs", type=Path, default=None, help="where the processes' logs go and stay")
+    parser.add_argument("--seed", type=int, default=1, help="of what is sent and who is killed or frozen (1)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as log_dir:
-        run = asyncio.run(soak(args, Path(log_dir)))
+        run = asyncio.run(soak(args, args.logs or Path(log_dir)))
     print(f"requests: {dict(run.outcomes)}, {run.num_moves} moves to other workers")
-    print(f"kills: {dict(run.kills)}")
+    print(f"troubles: {dict(sorted(run.troubles.counts.items()))}")
     for fault in run.faults:
         print(f"FAULT: {fault}")
     print("every complete output was right, and nothing is held" if not run.faults else "FAILED")
