@@ -54,6 +54,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             raise NotFound(f"no service {request.service!r} here")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
+    async def List(  # noqa: N802
+        self, request: health_pb2.HealthListRequest, context: _Context
+    ) -> health_pb2.HealthListResponse:
+        answers = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in self.names}
+        return health_pb2.HealthListResponse(statuses=answers)
+
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: _Context) -> None:  # noqa: N802
         if self._num_watches >= MAX_WATCHES:
             raise ResourceExhausted(f"{MAX_WATCHES} streams watch this server's health, which is all it serves")

@@ -65,7 +65,7 @@ async def fuzz(
         async with Sender(_ports(deployment), names, seed).open() as sender, _running(watch):
             for start in range(inputs.start, inputs.stop, per_round):
                 numbers = iter(range(start, min(start + per_round, inputs.stop)))
-                await _send(sender, numbers, outcome.num_inputs)
+                await _send(sender, numbers, outcome)
                 await _ask_valid(client, prompt, expected, outcome)
                 watch.check_processes()
                 slowest = max(outcome.slowest_s.values(), default=0.0)
@@ -119,10 +119,13 @@ async def _running(watch: Watch) -> AsyncIterator[None]:
             watching.cancel()
 
 
-async def _send(sender: Sender, numbers: Iterator[int], counts: Counter[str]) -> None:
+async def _send(sender: Sender, numbers: Iterator[int], outcome: Outcome) -> None:
     async def work() -> None:
         for number in numbers:
-            counts[await sender.send(number)] += 1
+            try:
+                outcome.num_inputs[await sender.send(number)] += 1
+            except TimeoutError:
+                outcome.faults.append(f"input {number} did not end")
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(SIDE_BY_SIDE):

@@ -22,6 +22,7 @@ from tests.fuzz.messages import METHODS, MessageMaker, Names
 
 CALL_S: Final = 0.25  # of a call, at most
 CONNECT_S: Final = 2.0
+TOO_LONG_S: Final = 20.0
 _READ_BYTES: Final = 1 << 16
 _CALLS_PER_CHANNEL: Final = 200
 
@@ -35,6 +36,15 @@ class Port:
     number: int
 
 
+@dataclass(slots=True)
+class _Channel:
+    """Used for some calls, then closed when the last of them is over."""
+
+    channel: grpc.aio.Channel
+    num_calls: int = 0
+    num_running: int = 0
+
+
 class Sender:
     """Sends inputs to the ports of one deployment. Use `open` as a context."""
 
@@ -42,7 +52,7 @@ class Sender:
         self.ports = ports
         self._names = names
         self._seed = seed
-        self._channels: dict[int, tuple[grpc.aio.Channel, int]] = {}
+        self._channels: dict[int, _Channel] = {}
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Sender]:
@@ -50,11 +60,15 @@ class Sender:
         try:
             yield self
         finally:
-            for channel, _ in self._channels.values():
-                await channel.close()
+            for used in self._channels.values():
+                await used.channel.close()
 
     async def send(self, index: int) -> str:
-        """Send the input with this number; what kind it was. Takes a few seconds at most."""
+        """Send the input with this number; what kind it was. Raises `TimeoutError` if that took too long."""
+        async with asyncio.timeout(TOO_LONG_S):
+            return await self._send(index)
+
+    async def _send(self, index: int) -> str:
         rng = random.Random(f"{self._seed}:{index}")
         (port,) = rng.choices(self.ports, [8 if port.speaks == "grpc" else 1 for port in self.ports])
         if port.speaks == "grpc" and rng.random() < 0.65:
@@ -67,33 +81,34 @@ class Sender:
         method = rng.choice(METHODS[port.service])
         requests = MessageMaker(rng, self._names).call(method)
         reads, is_abandoned = rng.choice((0, 1, 3)), rng.random() < 0.5
-        channel = await self._channel(port)
-        call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(method.path)(
-            timeout=rng.choice((0.02, CALL_S))
-        )
-        try:
-            await _talk(call, requests, is_abandoned, reads)
-        except (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
-            pass  # it was refused, or is over
-        except asyncio.CancelledError:
-            if is_being_cancelled():
-                raise
-        finally:
-            call.cancel()
-
-    async def _channel(self, port: Port) -> grpc.aio.Channel:
-        channel, num_calls = self._channels.get(port.number, (None, 0))
-        if channel is None or num_calls >= _CALLS_PER_CHANNEL:
-            # The one before is dropped with the calls that are under way on it.
-            before, channel = (
-                channel,
-                grpc.aio.insecure_channel(f"127.0.0.1:{port.number}", options=[("grpc.use_local_subchannel_pool", 1)]),
+        async with self._channel(port) as channel:
+            call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(method.path)(
+                timeout=rng.choice((0.02, CALL_S))
             )
-            self._channels[port.number] = channel, 0
-            if before is not None:
-                await before.close()
-        self._channels[port.number] = channel, num_calls % _CALLS_PER_CHANNEL + 1
-        return channel
+            try:
+                await _talk(call, requests, is_abandoned, reads)
+            except (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
+                pass  # it was refused, or is over
+            except asyncio.CancelledError:
+                if is_being_cancelled():
+                    raise
+            finally:
+                call.cancel()
+
+    @contextlib.asynccontextmanager
+    async def _channel(self, port: Port) -> AsyncIterator[grpc.aio.Channel]:
+        used = self._channels.get(port.number)
+        if used is None or used.num_calls >= _CALLS_PER_CHANNEL:
+            address, options = f"127.0.0.1:{port.number}", [("grpc.use_local_subchannel_pool", 1)]
+            used = self._channels[port.number] = _Channel(grpc.aio.insecure_channel(address, options=options))
+        used.num_calls += 1
+        used.num_running += 1
+        try:
+            yield used.channel
+        finally:
+            used.num_running -= 1
+            if not used.num_running and self._channels[port.number] is not used:
+                await used.channel.close()
 
     async def _connect(self, rng: random.Random, port: Port) -> None:
         maker = BytesMaker(rng)

@@ -255,6 +255,15 @@ async def test_watches_of_health_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
             watch.cancel()
 
 
+async def test_health_lists_every_name() -> None:
+    async with Served() as served:
+        served.server.set_serving(True)
+        health: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(served.channel)
+        listed = await health.List(health_pb2.HealthListRequest())
+        states = {name: answer.status for name, answer in listed.statuses.items()}
+        assert states == dict.fromkeys(("", "baton.v1.Worker"), health_pb2.HealthCheckResponse.SERVING)
+
+
 async def test_health_of_a_service_that_is_not_there() -> None:
     async with Served() as served:
         health: health_pb2_grpc.HealthStub = health_pb2_grpc.HealthStub(served.channel)
