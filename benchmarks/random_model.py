@@ -26,7 +26,7 @@ GREEDY = SamplingParams(max_tokens=1 << 20, seed=0, temperature=0.0)
 
 def read_shape(name: str, num_layers: int | None = None) -> ModelConfig:
     """A shape of `benchmarks/shapes`, perhaps with fewer layers."""
-    config = parse_model_config(json.loads((SHAPES / f"{name}.json").read_bytes()), {})
+    config = parse_model_config(json.loads((SHAPES / f"{name}.json").read_bytes()))
     if num_layers is None:
         return config
     return dataclasses.replace(config, num_layers=num_layers, windows=config.windows[:num_layers])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.models.config import RopeConfig
+from common.models.rope_config import RopeConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from baton.v1 import decode_pb2, kv_pb2, sampling_pb2
 
 from common.kvcache.layout import KVLayout
-from common.models.config import ModelConfig, RopeConfig
+from common.models.config import ModelConfig
+from common.models.rope_config import RopeConfig
 from common.telemetry.tracing import NO_SPAN, Span
 from common.worker.rank_group import RankGroup
 from common.worker.rank_messages import PostReceive
@@ -49,7 +50,6 @@ def make_model() -> WorkerModel:
         tie_word_embeddings=True,
         windows=(None,) * NUM_LAYERS,
         dtype="float32",
-        eos_token_ids=(0,),
     )
     return WorkerModel("tiny", config, "float32", LAYOUT, b"model", "layout")
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ModelError
-from common.models.config import ModelConfig, RopeConfig
+from common.models.config import ModelConfig
+from common.models.rope_config import RopeConfig
 from common.parallel.sharding import shard_of
 
 
@@ -31,7 +32,6 @@ def config(num_heads: int, num_kv_heads: int, intermediate_size: int = 100, voca
         tie_word_embeddings=False,
         windows=(None,),
         dtype="float32",
-        eos_token_ids=(),
     )
 
 

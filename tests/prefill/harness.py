@@ -44,7 +44,7 @@ _MODEL = {
 
 
 def make_model() -> WorkerModel:
-    config = parse_model_config(_MODEL, {})
+    config = parse_model_config(_MODEL)
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, "float32")
     return WorkerModel("tiny", config, "float32", layout, b"digest", "fingerprint")
 
