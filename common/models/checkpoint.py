@@ -1,11 +1,10 @@
-"""The files of a Hugging Face checkpoint: which safetensors file holds which tensor, and a digest of it all.
+"""The tensors of a Hugging Face checkpoint: which file holds which, where and how, and a digest of it all.
 
 Reads headers, and of tensor data only samples for the digest. Knows neither torch nor what the tensors are for.
 """
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -15,12 +14,13 @@ from typing import Final
 import msgspec
 
 from common.errors import ModelError
+from common.models.checkpoint_files import INDEX_FILE, checkpoint_files, indexed_tensors
 
 MODEL_DIGEST_BYTES: Final = 16
-_INDEX: Final = "model.safetensors.index.json"
-_SINGLE: Final = "model.safetensors"
 _NUM_SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
+_PIECE_BYTES: Final = 1 << 20
+_LENGTH_BYTES: Final = 8  # before the header
 _MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the format itself
 
 
@@ -31,31 +31,44 @@ class TensorEntry:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # the format's name: F32, BF16, F16...
+    start: int  # in the file, bytes
+    num_bytes: int
 
 
 def tensor_entries(model_dir: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint by name. Raises `ModelError` for a missing or damaged file."""
+    """Every tensor of the checkpoint by name.
+
+    Raises `ModelError` for a missing or damaged file, a tensor that is in two files, and one that is not where the
+    index says.
+    """
     entries: dict[str, TensorEntry] = {}
     for file in checkpoint_files(model_dir):
-        for name, described in _read_header(file).tensors.items():
-            entries[name] = TensorEntry(file, described.shape, described.dtype)
+        header = _read_header(file)
+        for name, described in header.tensors.items():
+            if name in entries:
+                raise ModelError(f"{file}: tensor {name} is in {entries[name].file.name} as well")
+            begin, end = described.data_offsets
+            entries[name] = TensorEntry(file, described.shape, described.dtype, header.num_bytes + begin, end - begin)
+    for name, file_name in indexed_tensors(model_dir).items():
+        if name not in entries or entries[name].file.name != file_name:
+            raise ModelError(f"{model_dir / INDEX_FILE}: weight_map.{name} = {file_name!r}, which does not hold it")
     return entries
 
 
-def checkpoint_files(model_dir: Path) -> list[Path]:
-    """The safetensors files, sorted: those of the index if there is one, else the single file."""
-    index = model_dir / _INDEX
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_bytes())["weight_map"]
-            return [model_dir / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} holds no weight_map") from error
-        except OSError as error:
-            raise ModelError(f"{index} cannot be read: {error.strerror}") from error
-    if not (model_dir / _SINGLE).exists():
-        raise ModelError(f"{model_dir} holds neither {_SINGLE} nor {_INDEX}")
-    return [model_dir / _SINGLE]
+def is_same_data(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors agree in dtype, shape and every byte. Reads both, up to where they differ."""
+    if (one.dtype, one.shape, one.num_bytes) != (other.dtype, other.shape, other.num_bytes):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        left = one.num_bytes
+        while left > 0:
+            piece = first.read(min(left, _PIECE_BYTES))
+            if not piece or piece != second.read(len(piece)):
+                return False
+            left -= len(piece)
+    return True
 
 
 def model_digest(model_dir: Path) -> bytes:
@@ -118,12 +131,17 @@ class _Header:
     encoded: bytes
     tensors: dict[str, _Described]
 
+    @property
+    def num_bytes(self) -> int:
+        """Up to where the tensors begin."""
+        return _LENGTH_BYTES + len(self.encoded)
+
 
 def _read_header(file: Path) -> _Header:
     """8 bytes of length, little-endian, then JSON. Raises `ModelError` for a file that is not what its header says."""
     try:
         with file.open("rb") as stream:
-            (num_bytes,) = struct.unpack("<Q", stream.read(8))
+            (num_bytes,) = struct.unpack("<Q", stream.read(_LENGTH_BYTES))
             encoded = stream.read(num_bytes) if num_bytes <= _MAX_HEADER_BYTES else b""
         size = file.stat().st_size
     except (OSError, struct.error) as error:
@@ -131,7 +149,7 @@ def _read_header(file: Path) -> _Header:
     if len(encoded) != num_bytes:
         raise ModelError(f"{file} is cut short or no safetensors file")
     tensors = _parse_header(file, encoded)
-    found = size - 8 - num_bytes
+    found = size - _LENGTH_BYTES - num_bytes
     described = max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if found != described:
         raise ModelError(f"{file} holds {found} bytes of tensors, its header describes {described}")
@@ -141,13 +159,13 @@ def _read_header(file: Path) -> _Header:
 def _parse_header(file: Path, encoded: bytes) -> dict[str, _Described]:
     try:
         parts = msgspec.json.decode(encoded, type=dict[str, msgspec.Raw])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ModelError(f"{file} has a header that cannot be read: {error}") from error
     parts.pop("__metadata__", None)
     tensors = {}
     for name, part in parts.items():
         try:
             tensors[name] = msgspec.json.decode(part, type=_Described)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ModelError(f"{file} has a header that cannot be read: tensor {name!r}: {error}") from error
     return tensors
