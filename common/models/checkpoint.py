@@ -5,7 +5,9 @@ Reads headers, and of tensor data only samples for the digest. Knows neither tor
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +23,10 @@ _NUM_SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 _PIECE_BYTES: Final = 1 << 20
 _LENGTH_BYTES: Final = 8  # before the header
+_ITEM_BYTES: Final = {  # of dtypes whose items are whole bytes
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
 _MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the format itself
 
 
@@ -153,7 +159,22 @@ def _read_header(file: Path) -> _Header:
     described = max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if found != described:
         raise ModelError(f"{file} holds {found} bytes of tensors, its header describes {described}")
+    _check_places(file, tensors)
     return _Header(encoded, tensors)
+
+
+def _check_places(file: Path, tensors: Mapping[str, _Described]) -> None:
+    """As the format wants them: one behind the other, each of the size that its shape and dtype make."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        begin, stop = tensor.data_offsets
+        num_bytes = math.prod(tensor.shape) * _ITEM_BYTES.get(tensor.dtype, 0)
+        if min(tensor.shape, default=0) < 0 or (tensor.dtype in _ITEM_BYTES and stop - begin != num_bytes):
+            told = f"dtype {tensor.dtype} and shape {list(tensor.shape)} do not fit its {stop - begin} bytes"
+            raise ModelError(f"{file} is damaged: tensor {name}: {told}")
+        if begin != end:
+            raise ModelError(f"{file} is damaged: tensor {name} begins at byte {begin} of the tensors, expected {end}")
+        end = stop
 
 
 def _parse_header(file: Path, encoded: bytes) -> dict[str, _Described]:

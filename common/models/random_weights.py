@@ -14,13 +14,13 @@ from typing import Final
 import torch
 
 from common.models.config import ModelConfig
+from common.models.tensor_shapes import EMBEDDING
 from common.models.weights import ModelWeights, assemble_weights
 from common.parallel.sharding import Shard
 
 RANDOM_SEED: Final = 0  # of the model that workers draw: all of them must draw the same
 _BIAS_SCALE: Final = 0.1
 _NORM_SCALE: Final = 0.1
-_EMBEDDING: Final = "model.embed_tokens.weight"
 
 
 def random_weights(
@@ -70,4 +70,4 @@ class _DrawnTensors:
 def _scale_of(name: str, shape: tuple[int, ...]) -> float:
     if len(shape) == 1:
         return _BIAS_SCALE
-    return 1.0 if name == _EMBEDDING else float(shape[1] ** -0.5)
+    return 1.0 if name == EMBEDDING else float(shape[1] ** -0.5)

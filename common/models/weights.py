@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from common.errors import ModelError
 from common.models.checkpoint import TensorEntry, tensor_entries
 from common.models.config import ModelConfig
+from common.models.tensor_shapes import EMBEDDING, FINAL_NORM, HEAD
+from common.models.weights_check import check_tensor
 from common.parallel.sharding import Shard
-
-_DTYPES: Final = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +95,10 @@ def assemble_weights(
     """The shard's weights as the decoder wants them; see `load_weights`."""
     loader = _Loader(source, config, shard, layout_weight)
     hidden = config.hidden_size
-    embedding = source.rows("model.embed_tokens.weight", shard.vocab, (config.vocab_size, hidden))
+    embedding = source.rows(EMBEDDING, shard.vocab, (config.vocab_size, hidden))
     layers = tuple(loader.layer(index) for index in range(config.num_layers))
-    final_norm = source.whole("model.norm.weight", (hidden,))
-    head = (
-        embedding
-        if config.tie_word_embeddings
-        else source.rows("lm_head.weight", shard.vocab, (config.vocab_size, hidden))
-    )
+    final_norm = source.whole(FINAL_NORM, (hidden,))
+    head = embedding if config.tie_word_embeddings else source.rows(HEAD, shard.vocab, (config.vocab_size, hidden))
     padding = shard.vocab_stride - head.shape[0]
     if padding:
         head = torch.cat((head, head.new_zeros(padding, hidden)))
@@ -206,14 +202,7 @@ class _Reader:
         return self._placed(self._slice(entry, name)[:, own.start : own.stop])
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
-        entry = self._entries.get(name)
-        if entry is None:
-            raise ModelError(f"tensor {name} is missing in {self._model_dir}")
-        if entry.shape != shape:
-            raise ModelError(f"tensor {name} has shape {list(entry.shape)}, expected {list(shape)}")
-        if entry.dtype not in _DTYPES:
-            raise ModelError(f"tensor {name} has dtype {entry.dtype}, supported are {', '.join(_DTYPES)}")
-        return entry
+        return check_tensor(name, self._entries.get(name), shape, self._model_dir)
 
     def _slice(self, entry: TensorEntry, name: str) -> _Slice:
         return cast(_Slice, self._open[entry.file].get_slice(name))  # type: ignore[no-untyped-call]

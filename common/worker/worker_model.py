@@ -1,4 +1,4 @@
-"""The model as a front needs to know it: limits, KV layout and fingerprint, read without torch and without weights."""
+"""The model as a front needs to know it: limits, KV layout and fingerprint; read without torch, weights unread."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from common.kernels.head_sizes import check_head_dim
 from common.kvcache.layout import KVLayout, heads_of_rank
 from common.models.checkpoint import drawn_model_digest, model_digest
 from common.models.config import DTYPES, ModelConfig, read_model_config
+from common.models.weights_check import check_weights
 
 PROTOCOL_VERSION = 3  # of hand-off messages and payloads; part of the layout fingerprint
 
@@ -43,6 +44,8 @@ def read_worker_model(
     if config.num_heads % tp_size:
         raise InvalidArgument("tp_size", tp_size, f"must divide the model's {config.num_heads} attention heads")
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, resolved)
+    if not random_weights:
+        check_weights(model_dir, config)
     digest = drawn_model_digest(model_dir) if random_weights else model_digest(model_dir)
     fingerprint = layout.fingerprint(digest, PROTOCOL_VERSION)
     return WorkerModel(model_dir.resolve().name, config, resolved, layout, digest, fingerprint)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from common.errors import InvalidArgument, ModelError
 from common.models.checkpoint import drawn_model_digest, model_digest
-from common.models.config import read_model_config
+from common.models.checkpoint_files import holds_weights
+from common.models.config import ModelConfig, read_model_config
+from common.models.weights_check import check_weights
 from services.router.chat_template import ChatTemplate, read_template_sources
 from services.router.generation_config import (
     NO_DEFAULTS,
@@ -89,8 +91,9 @@ def load_served_model(
         special_tokens=tokenizer.special_tokens_below(config.vocab_size),
         defaults=read_sampling_defaults(model_dir) if defaults is DefaultsSource.CHECKPOINT else NO_DEFAULTS,
     )
+    digests = _digests(model_dir, config)
     chats = TemplateHost(sources, tokenizer.special_tokens)
-    return ServedModel(limits, tokenizer, chats, _digests(model_dir))
+    return ServedModel(limits, tokenizer, chats, digests)
 
 
 def _eos_of_tokenizer(tokenizer: Tokenizer) -> list[EosSource]:
@@ -128,9 +131,9 @@ def _tell_tokens_without_embedding(tokenizer: Tokenizer, vocab_size: int) -> Non
         )
 
 
-def _digests(model_dir: Path) -> frozenset[bytes]:
-    """With its weights read or drawn; none for a directory without weights."""
-    try:
-        return frozenset({model_digest(model_dir), drawn_model_digest(model_dir)})
-    except ModelError:
+def _digests(model_dir: Path, config: ModelConfig) -> frozenset[bytes]:
+    """With its weights read or drawn; none for a directory without weights. Raises `ModelError`, as workers would."""
+    if not holds_weights(model_dir):
         return frozenset()
+    check_weights(model_dir, config)
+    return frozenset({model_digest(model_dir), drawn_model_digest(model_dir)})

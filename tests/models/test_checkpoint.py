@@ -87,6 +87,13 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (file_of(b'{"a": {"dtype": "F32", "data_offsets": [0, 0]}}'), "tensor 'a'.*shape"),
         (file_of(b'{"a": {"dtype": "F32", "shape": [2]}}'), "tensor 'a'.*data_offsets"),
         (file_of(json.dumps({"a": ENTRY | {"shape": 2}}).encode(), bytes(8)), "tensor 'a'.*shape"),
+        (
+            file_of(json.dumps({"a": ENTRY | {"shape": [3]}}).encode(), bytes(8)),
+            r"damaged: tensor a: .*\[3\] do not fit",
+        ),
+        (file_of(json.dumps({"a": ENTRY | {"shape": [-1, -2]}}).encode(), bytes(8)), "damaged: tensor a: .*do not fit"),
+        (file_of(json.dumps({"a": ENTRY, "b": ENTRY}).encode(), bytes(8)), "damaged: tensor b begins at byte 0 .*8"),
+        (file_of(json.dumps({"a": ENTRY | {"data_offsets": [8, 16]}}).encode(), bytes(16)), "damaged: tensor a begins"),
         (file_of(json.dumps({"a": ENTRY | {"dtype": None}}).encode(), bytes(8)), "tensor 'a'.*dtype"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,16 @@ async def test_a_broken_chat_template_refuses_chats_and_serves_texts(
     with pytest.raises(ModelError, match=f"the checkpoint's chat template is broken: {reason}"):
         validate(chat_request("hello"), model.limits)
     assert await model.prompt_ids(validate(text_request("ab"), model.limits)) == byte_ids("ab")
+
+
+def test_a_checkpoint_that_workers_would_refuse_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: is_causal = False"):
+        load(tmp_path, is_causal=False)
+    assert load(tmp_path).digests == frozenset()  # it holds no weights: nothing is to be compared
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"holds neither model\.safetensors .*pytorch_model\.bin is a pickle"):
+        load(tmp_path)
+    header = b'{"lm_head.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(ModelError, match=r"tensor model\.embed_tokens\.weight is missing"):
+        load(tmp_path)

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from common.errors import InvalidArgument, ModelError
 from common.kernels.head_sizes import CUDA_HEAD_DIMS
-from common.models.config import read_model_config
+from common.models.config import parse_model_config, read_model_config
+from common.models.tensor_shapes import tensor_shapes
 from common.worker.worker_model import read_worker_model, resolve_dtype
 
 CONFIG: dict[str, object] = {
@@ -29,7 +30,8 @@ CONFIG: dict[str, object] = {
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    save_file({"weight": torch.ones(1000)}, tmp_path / "model.safetensors")
+    shapes = tensor_shapes(parse_model_config(CONFIG))
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -37,14 +39,14 @@ def test_a_checkpoint_that_is_cut_short_is_refused_before_any_rank_starts(model_
     assert read_worker_model(model_dir, "cpu", "auto", 64, 1).dtype == "float32"
     file = model_dir / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"model\.safetensors .*3900 bytes of tensors, its header describes 4000"):
+    with pytest.raises(ModelError, match=r"model\.safetensors .*2300 bytes of tensors, its header describes 2400"):
         read_worker_model(model_dir, "cpu", "auto", 64, 1)
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 96, 100, 112, 120, 256])
 def test_heads_that_kernels_of_gpus_do_not_take_are_refused_in_one_line(model_dir: Path, head_dim: int) -> None:
     (model_dir / "config.json").write_text(json.dumps(CONFIG | {"head_dim": head_dim}))
-    assert read_worker_model(model_dir, "cpu", "auto", 64, 1).config.head_dim == head_dim
+    assert read_worker_model(model_dir, "cpu", "auto", 64, 1, random_weights=True).config.head_dim == head_dim
     with pytest.raises(ModelError) as refusal:
         read_worker_model(model_dir, "cuda", "auto", 64, 1)
     assert str(refusal.value) == (
@@ -55,7 +57,14 @@ def test_heads_that_kernels_of_gpus_do_not_take_are_refused_in_one_line(model_di
 @pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
 def test_heads_that_kernels_of_gpus_take_are_served(model_dir: Path, head_dim: int) -> None:
     (model_dir / "config.json").write_text(json.dumps(CONFIG | {"head_dim": head_dim}))
-    assert read_worker_model(model_dir, "cuda", "auto", 64, 1).config.head_dim == head_dim
+    assert read_worker_model(model_dir, "cuda", "auto", 64, 1, random_weights=True).config.head_dim == head_dim
+
+
+def test_weights_that_are_not_the_configuration_s_are_refused_before_any_rank_starts(model_dir: Path) -> None:
+    (model_dir / "config.json").write_text(json.dumps(CONFIG | {"attention_bias": True}))
+    with pytest.raises(ModelError, match=r"tensor model\.layers\.0\.self_attn\.q_proj\.bias is missing"):
+        read_worker_model(model_dir, "cpu", "auto", 64, 1)
+    assert read_worker_model(model_dir, "cpu", "auto", 64, 1, random_weights=True).config.qkv_bias
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
