@@ -10,7 +10,7 @@ import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
 from cli.flag_types import host_port, number, seconds, whole
-from common.rpc.client import open_channel
+from common.rpc.client import decoded, open_channel
 from common.rpc.status import error_from_call
 from common.sampling import limits
 
@@ -32,7 +32,7 @@ class Client:
         call = self._stub.Generate(request, timeout=timeout_s)
         try:
             async for response in call:
-                yield response
+                yield decoded(response, self._address)
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error, self._address) from error
         finally:
@@ -41,7 +41,8 @@ class Client:
     async def model_info(self, timeout_s: float = 5.0) -> inference_pb2.GetModelInfoResponse:
         """What the router serves."""
         try:
-            return await self._stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=timeout_s)
+            info = await self._stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=timeout_s)
+            return decoded(info, self._address)
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error, self._address) from error
 

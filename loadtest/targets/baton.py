@@ -10,7 +10,7 @@ import grpc
 from baton.v1 import inference_pb2, inference_pb2_grpc
 
 from common.errors import Unavailable
-from common.rpc.client import open_channel
+from common.rpc.client import decoded, open_channel
 from common.rpc.status import error_from_call, error_from_rpc
 from loadtest.targets.base import TIMEOUT_TO_DESCRIBE_S, Account, ModelInfo, Target, TargetSpec
 
@@ -62,7 +62,8 @@ class BatonTarget(Target):
         call = next(self._generate)(body, timeout=timeout_s)
         account = Account()
         try:
-            async for response in call:
+            async for message in call:
+                response = decoded(message, "the router")
                 if response.token_ids:
                     on_tokens(len(response.token_ids))
                 if response.HasField("usage"):

@@ -217,6 +217,9 @@ class DecodeSession:
                     await call.write(self._outgoing.popleft())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             _logger.debug("writing to %s failed", self._address, exc_info=True)
+        except Exception:  # nothing would be written any more, and nobody told
+            _logger.exception("writing to %s failed", self._address)
+            self.give_up("nothing can be written to it")
 
     def _send(self, request: decode_pb2.SessionRequest) -> None:
         self._outgoing.append(request)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
 import pytest
-from baton.v1 import inference_pb2, sampling_pb2, worker_pb2
+from baton.v1 import decode_pb2, inference_pb2, sampling_pb2, worker_pb2
 
 from services.router.choice import Choice
 from services.router.worker import Worker
@@ -106,3 +107,23 @@ async def test_tokens_that_cannot_be_taken_end_their_request_alone(
         await assert_serves(cluster, num_moves=0)
         assert len(cluster.decodes[0].sessions_begun) == 1
         await cluster.wait_all_closed()
+
+
+async def test_a_session_that_can_write_no_more_is_given_up_and_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_cluster(tmp_path) as cluster:
+        session = cluster.router.registry.worker(Role.DECODE, cluster.decodes[0].address).session
+
+        class NotOurs(deque[decode_pb2.SessionRequest]):
+            def popleft(self) -> decode_pb2.SessionRequest:
+                monkeypatch.undo()
+                raise RuntimeError("what nobody thought of")
+
+        monkeypatch.setattr(session, "_outgoing", NotOurs())
+        session.close(7)
+        await cluster.wait_until(lambda: not session.stands)
+        await cluster.wait_until(lambda: session.stands)
+        await assert_serves(cluster, num_moves=0)
+    failed = [record for record in caplog.records if record.message.startswith("writing to")]
+    assert [record.exc_info is not None for record in failed] == [True]
