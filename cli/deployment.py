@@ -191,7 +191,6 @@ class Deployment:
         name = f"{role}-{index}"
         address = f"{self._spec.host}:{port}"
         flags = ["--worker-id", name, "--listen", address, "--model", str(self._spec.model)]
-        flags += ["--transport-url", f"ucx://{self._spec.host}:0"]
         if role == "decode" and self._spec.host == _EVERY_INTERFACE:
             flags += ["--advertise", f"{_LOOPBACK}:{port}"]  # all prefill workers are on this machine
         flags += self._metrics_flags(self._spec.router_processes + self._num_workers)

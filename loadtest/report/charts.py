@@ -93,14 +93,14 @@ def rate_chart(runs: Sequence[NamedRun], limits: Limits, share: float | None, an
     return draw_against_rate(chart, lines, share, answer)
 
 
-def timeline_chart(run: NamedRun, max_points: int) -> Chart:
+def timeline_chart(run: NamedRun, max_points: int, width: int) -> Chart:
     """Queues and batches of the target over time; if it does not tell, the requests in flight."""
     if run.run.samples:
-        chart = Chart("Queues and batches", "What the target's workers had waiting and running, summed over workers.")
+        note = "What the target's workers had waiting and running, summed over workers."
+        chart = Chart("Queues and batches", note, width=width)
         return draw_timeline(chart, pools(run.run.samples), max_points)
-    chart = Chart(
-        "Requests in flight", "Requests that were sent and had not ended. The target did not tell its queues."
-    )
+    note = "Requests that were sent and had not ended. The target did not tell its queues."
+    chart = Chart("Requests in flight", note, width=width)
     records = [record for record in run.run.records if not record.is_warmup]
     return draw_timeline(chart, [in_flight("in flight", records)], max_points)
 

@@ -12,7 +12,11 @@ from loadtest.report.curves import Curve, thin_distribution, thin_timeline
 from loadtest.report.plots import LABEL_GAP_PX, Scale, line_path, linear_scale, log_scale, step_path, ticks
 
 WIDTH, HEIGHT = 480, 284
-LEFT, RIGHT, TOP, BOTTOM = 54, WIDTH - 14, 36, HEIGHT - 42
+WIDE = 1010  # of a chart across both columns of the page: text is as large as in the others then
+_RIGHT_MARGIN = 14
+LEFT, RIGHT, TOP, BOTTOM = 54, WIDTH - _RIGHT_MARGIN, 36, HEIGHT - 42
+_LINE_WIDTH, _RIM = 2.0, 1.0
+_MAX_RIMMED = 4
 _NUM_STRIPS = 48
 _ROW_GAP_PX = 20.0  # between ticks one above the other: the height of a label
 _MIN_TIME_S = 1e-6  # an axis of times goes no further down, one of shares no further than `_MIN_SHARE`
@@ -47,12 +51,13 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One drawn line; `hue` is its colour in degrees."""
+    """One drawn line; `hue` is its colour in degrees. What is drawn below others is wider, and shows beside them."""
 
     name: str
     hue: int
     path: str
     dots: tuple[Dot, ...] = ()
+    width_px: float = _LINE_WIDTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,12 @@ class Chart:
     lines: tuple[Line, ...] = ()
     rules: tuple[Rule, ...] = ()
     strips: tuple[Strip, ...] = ()
+    width: int = WIDTH
+
+    @property
+    def right(self) -> int:
+        """Where the plot ends."""
+        return self.width - _RIGHT_MARGIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +136,7 @@ def draw_distributions(
     ]
     strips = _strips(curves, x, lambda time_s: f"within {wording.time(time_s)}", wording.share)
     axes = (_time_axis(x), Axis("share", _ticks(y, wording.short_share)))
-    return replace(chart, x=axes[0], y=axes[1], lines=tuple(lines), rules=_limit_rules(x, limits_s), strips=strips)
+    return replace(chart, x=axes[0], y=axes[1], lines=distinct(lines), rules=_limit_rules(x, limits_s), strips=strips)
 
 
 def draw_tails(
@@ -144,7 +155,7 @@ def draw_tails(
     ]
     strips = _strips(curves, x, lambda time_s: f"longer than {wording.time(time_s)}", _small_share)
     axes = (_time_axis(x), Axis("share", _ticks(y, wording.short_share, min_gap_px=_ROW_GAP_PX)))
-    return replace(chart, x=axes[0], y=axes[1], lines=tuple(lines), rules=_limit_rules(x, limits_s), strips=strips)
+    return replace(chart, x=axes[0], y=axes[1], lines=distinct(lines), rules=_limit_rules(x, limits_s), strips=strips)
 
 
 def draw_timeline(chart: Chart, curves: Sequence[Curve], max_points: int) -> Chart:
@@ -152,7 +163,7 @@ def draw_timeline(chart: Chart, curves: Sequence[Curve], max_points: int) -> Cha
     ends_s = [float(curve.x[-1]) for curve in curves if curve.x.size]
     if not ends_s or max(ends_s) <= 0:
         return chart
-    x = Scale(0.0, max(ends_s), LEFT, RIGHT)
+    x = Scale(0.0, max(ends_s), LEFT, chart.right)
     y = linear_scale(max(1.0, *(float(curve.y.max()) for curve in curves)), BOTTOM, TOP)
     lines = [
         Line(curve.name, hue, step_path(thin_timeline(curve, max_points), x, y))
@@ -160,7 +171,7 @@ def draw_timeline(chart: Chart, curves: Sequence[Curve], max_points: int) -> Cha
     ]
     strips = _strips(curves, x, lambda time_s: f"at {wording.time(time_s)}", lambda num: f"{num:,.0f}")
     counts = Axis("requests", _ticks(y, lambda num: f"{num:,g}", whole=True))
-    return replace(chart, x=_time_axis(x, "time of the run"), y=counts, lines=tuple(lines), strips=strips)
+    return replace(chart, x=_time_axis(x, "time of the run"), y=counts, lines=distinct(lines), strips=strips)
 
 
 def draw_against_rate(
@@ -176,7 +187,22 @@ def draw_against_rate(
     rules += [] if answer is None else [Rule(x.pixel(answer), f"highest: {answer:.3g}/s")]
     rate_axis = Axis("requests/s", _ticks(x, lambda rate: f"{rate:,.6g}"))
     share_axis = Axis("share", _ticks(y, wording.short_share))
-    return replace(chart, x=rate_axis, y=share_axis, lines=tuple(drawn), rules=tuple(rules))
+    return replace(chart, x=rate_axis, y=share_axis, lines=rimmed(drawn), rules=tuple(rules))
+
+
+def distinct(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """Lines that are the same become one with the names of all; the rest are `rimmed`."""
+    merged: dict[str, Line] = {}
+    for line in lines:
+        first = merged.get(line.path)
+        merged[line.path] = line if first is None else replace(first, name=f"{first.name} = {line.name}")
+    return rimmed(tuple(merged.values()))
+
+
+def rimmed(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """Of a few lines, each shows beside those above it; the first is drawn on top."""
+    rim = _RIM if len(lines) <= _MAX_RIMMED else 0.0
+    return tuple(replace(line, width_px=_LINE_WIDTH + rim * index) for index, line in enumerate(lines))
 
 
 def _line(name: str, hue: int, points: Sequence[Point], x: Scale, y: Scale) -> Line:
@@ -209,7 +235,7 @@ def _percentile_dots(curve: Curve, percents: Sequence[int], x: Scale, y: Scale) 
 def _strips(
     curves: Sequence[Curve], x: Scale, place: Callable[[float], str], value: Callable[[float], str]
 ) -> tuple[Strip, ...]:
-    width_px = (RIGHT - LEFT) / _NUM_STRIPS
+    width_px = (x.end_px - x.start_px) / _NUM_STRIPS
     strips = []
     for index in range(_NUM_STRIPS):
         middle = x.value(LEFT + (index + 0.5) * width_px)

@@ -112,7 +112,9 @@ def _page(runs: tuple[NamedRun, ...], limits: Limits, search: RateSearch | None)
     if len(runs) > 1:
         asked = (None, None) if search is None else (search.share, search.answer)
         shared.insert(0, charts.rate_chart(runs, limits, *asked))
-    sections = [_section(run, summary, limits, max_points) for run, summary in zip(runs, summaries, strict=True)]
+    # Of a single run all charts are in one grid, where it would stand alone in the last row.
+    width = drawing.WIDE if len(runs) == 1 else drawing.WIDTH
+    sections = [_section(run, summary, limits, max_points, width) for run, summary in zip(runs, summaries, strict=True)]
     return _TEMPLATES.get_template("page.html.j2").render(
         info=runs[0].run.info,
         tiles=tiles_of(runs, summaries, limits, search),
@@ -127,7 +129,7 @@ def _page(runs: tuple[NamedRun, ...], limits: Limits, search: RateSearch | None)
     )
 
 
-def _section(run: NamedRun, summary: Summary, limits: Limits, max_points: int) -> RunSection:
+def _section(run: NamedRun, summary: Summary, limits: Limits, max_points: int, timeline_width: int) -> RunSection:
     results = goodputs(run.measured, limits)
     return RunSection(
         name=run.name,
@@ -145,7 +147,7 @@ def _section(run: NamedRun, summary: Summary, limits: Limits, max_points: int) -
         warnings=summary.warnings,
         headline=wording.limit(results[0].ttft_s, results[0].itl_s),
         overview=_overview(summary, results[0]),
-        charts=(charts.limit_chart(run, limits, max_points), charts.timeline_chart(run, max_points)),
+        charts=(charts.limit_chart(run, limits, max_points), charts.timeline_chart(run, max_points, timeline_width)),
     )
 
 

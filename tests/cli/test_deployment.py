@@ -60,19 +60,3 @@ async def test_a_start_that_takes_too_long_says_who_is_late(tmp_path: Path, ship
     said = str(failure.value)
     assert said.startswith("after 0.1 s prefill-0 does not answer: beginning [")
     assert "; decode-0 does not answer: beginning [" in said
-
-
-def test_everything_listens_on_the_host_that_is_asked_for(shipped_model: Path) -> None:
-    deployment = Deployment(DeploymentSpec(model=shipped_model, host="127.0.0.1", metrics_port=20000))
-    for process in deployment.processes:
-        hosts = [argument for argument in process.argv if "0.0.0.0" in argument]
-        assert not hosts
-    for worker in (*deployment.prefill, *deployment.decode):
-        assert worker.argv[worker.argv.index("--transport-url") + 1] == "ucx://127.0.0.1:0"
-
-
-def test_decode_workers_on_every_interface_say_where_they_are(shipped_model: Path) -> None:
-    deployment = Deployment(DeploymentSpec(model=shipped_model, host="0.0.0.0"))
-    for worker in deployment.decode:
-        port = worker.address.rpartition(":")[2]
-        assert worker.argv[worker.argv.index("--advertise") + 1] == f"127.0.0.1:{port}"

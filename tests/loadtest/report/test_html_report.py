@@ -15,7 +15,7 @@ from common.errors import InvalidArgument
 from loadtest.goodput import Limits
 from loadtest.rate_search import RateSearch, find_rate
 from loadtest.record import Run
-from loadtest.report import html_report
+from loadtest.report import drawing, html_report
 from tests.loadtest.sample_runs import ALL_FAILED, ODD_RUNS, random_run, request, run_of
 
 LIMITS = Limits(0.5, (0.02, 0.05))
@@ -91,6 +91,30 @@ def test_every_chart_has_named_axes_limits_and_tooltips(tmp_path: Path) -> None:
     assert any(title.startswith("within ") and "requests/s: " in title for title in titles)
     assert any("decode batch: 4" in title for title in titles)
     assert any("p99" in title for title in titles)
+
+
+def test_a_chart_alone_in_its_row_fills_it_with_text_as_large_as_elsewhere(tmp_path: Path) -> None:
+    page = page_of([random_run(4.0)], tmp_path)
+    widths = [int((attrs["viewbox"] or "").split()[2]) for tag, attrs in page.tags if tag == "svg"]
+    assert widths == [drawing.WIDTH] * 4 + [drawing.WIDE]
+    cards = [attrs["class"] for tag, attrs in page.tags if tag == "figure"]
+    assert cards == ["card"] * 4 + ["card across"]
+    ends = [float(end) for end in re.findall(r'class="frame" d="M54 36V242H(\d+)"', page.source)]
+    assert ends[-1] - ends[0] == drawing.WIDE - drawing.WIDTH
+    assert "across" not in page_of([random_run(4.0), random_run(2.0)], tmp_path).source.partition("</style>")[2]
+
+
+def test_lines_that_are_the_same_are_one_line_and_one_entry_of_the_legend(tmp_path: Path) -> None:
+    few_gaps = [request(float(index), (index + 0.1, index + 0.12, index + 0.15)) for index in range(9)]
+    page = page_of([run_of(*few_gaps)], tmp_path)  # the largest of few gaps is their p99 as well
+    assert page.texts_of("li") == ["every gap = p99 gap of the request", "mean TPOT of the request"]
+
+
+def test_what_is_drawn_below_shows_beside_what_is_above() -> None:
+    lines = [drawing.Line(name, 0, path) for name, path in (("a", "M0"), ("b", "M1"), ("c", "M0"), ("d", "M2"))]
+    assert [(line.name, line.width_px) for line in drawing.distinct(lines)] == [("a = c", 2), ("b", 3), ("d", 4)]
+    many = drawing.distinct([drawing.Line(str(index), 0, f"M{index}") for index in range(9)])
+    assert {line.width_px for line in many} == {2.0}
 
 
 def test_several_runs_are_drawn_against_their_rate(tmp_path: Path) -> None:
