@@ -17,6 +17,10 @@ def read_json(path: Path) -> Json:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path.name} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise ModelError(f"{path.name} cannot be read: it is nested too deeply") from error
     except ValueError as error:
         raise ModelError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -97,3 +97,16 @@ def test_a_checkpoint_that_workers_would_refuse_is_refused(tmp_path: Path) -> No
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(ModelError, match=r"tensor model\.embed_tokens\.weight is missing"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json"]
+)
+@pytest.mark.parametrize("content", ['{"x": ' + "[" * 100_000, '{"x": ' + "9" * 5000 + "}", "[1]"])
+def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, file: str, content: str) -> None:
+    load(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()  # with it, not all of the others are read
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ModelError, match=file.replace(".", r"\.")) as error:
+        load_served_model("bytes", tmp_path, 1 << 20)
+    assert "\n" not in str(error.value)
