@@ -53,7 +53,7 @@ class ModelConfig:
     qk_norm: bool  # RMSNorm over each head of Q and K before the rotation
     tie_word_embeddings: bool
     windows: tuple[int | None, ...]  # per layer: how many tokens a token sees, itself included; None = all
-    dtype: str  # of the checkpoint
+    dtype: str | None  # of the checkpoint; None: whatever its tensors are of
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
@@ -175,12 +175,12 @@ def _window(config: JsonObject) -> int | None:
     return config.positive("sliding_window", _DEFAULT_WINDOW, least=_MIN_WINDOW)
 
 
-def _dtype(config: JsonObject) -> str:
+def _dtype(config: JsonObject) -> str | None:
     """`torch_dtype` is read where `dtype` is missing or null."""
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     dtype = config.get(key)
     if dtype is None:
-        return "float32"
+        return None
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise config.refused(key, f"supported are {', '.join(DTYPES)}")
     return dtype

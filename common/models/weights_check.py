@@ -16,7 +16,7 @@ from common.models.config import ModelConfig
 from common.models.json_object import some
 from common.models.tensor_shapes import EMBEDDING, HEAD, is_computed, tensor_shapes
 
-DTYPES: Final = ("F32", "BF16", "F16")  # of stored tensors, by the format's names
+DTYPES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of stored tensors, by the format's names
 
 # What quantised checkpoints hold beside their matrices, or in their place: GPTQ, AWQ, compressed-tensors, FP8,
 # bitsandbytes, mlx, ModelOpt.
@@ -36,6 +36,14 @@ def check_weights(model_dir: Path, config: ModelConfig) -> None:
     for name, shape in shapes.items():
         check_tensor(name, entries.get(name), shape, model_dir)
     _check_unread(model_dir, entries, shapes, config)
+
+
+def stored_dtype(model_dir: Path) -> str:
+    """What transformers computes in where the configuration names no dtype: that of the first tensor by name."""
+    entries = tensor_entries(model_dir)
+    first_file = min(entry.file for entry in entries.values())
+    name = min(name for name, entry in entries.items() if entry.file == first_file and entry.dtype in DTYPES)
+    return DTYPES[entries[name].dtype]
 
 
 def check_tensor(name: str, entry: TensorEntry | None, shape: tuple[int, ...], model_dir: Path) -> TensorEntry:

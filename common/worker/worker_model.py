@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import InvalidArgument, ModelError
@@ -10,7 +10,7 @@ from common.kernels.head_sizes import check_head_dim
 from common.kvcache.layout import KVLayout, heads_of_rank
 from common.models.checkpoint import drawn_model_digest, model_digest
 from common.models.config import DTYPES, ModelConfig, read_model_config
-from common.models.weights_check import check_weights
+from common.models.weights_check import check_weights, stored_dtype
 
 PROTOCOL_VERSION = 3  # of hand-off messages and payloads; part of the layout fingerprint
 
@@ -39,13 +39,15 @@ def read_worker_model(
         raise ModelError(f"{model_dir} is not a directory")
     config = read_model_config(model_dir)
     check_head_dim(config.head_dim, device)
+    if not random_weights:
+        check_weights(model_dir, config)
+    if config.dtype is None and not random_weights:
+        config = replace(config, dtype=stored_dtype(model_dir))
     resolved = resolve_dtype(dtype, device, config)
     heads_of_rank(config.num_kv_heads, tp_size, 0)
     if config.num_heads % tp_size:
         raise InvalidArgument("tp_size", tp_size, f"must divide the model's {config.num_heads} attention heads")
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, resolved)
-    if not random_weights:
-        check_weights(model_dir, config)
     digest = drawn_model_digest(model_dir) if random_weights else model_digest(model_dir)
     fingerprint = layout.fingerprint(digest, PROTOCOL_VERSION)
     return WorkerModel(model_dir.resolve().name, config, resolved, layout, digest, fingerprint)
@@ -57,7 +59,7 @@ def resolve_dtype(dtype: str, device: str, config: ModelConfig) -> str:
     Raises `InvalidArgument` for what ranks do not compute in.
     """
     if dtype == "auto":
-        return "float32" if device == "cpu" else config.dtype
+        return "float32" if device == "cpu" or config.dtype is None else config.dtype
     if dtype not in DTYPES:
         raise InvalidArgument("dtype", dtype, f"must be auto or one of {', '.join(DTYPES)}")
     return dtype

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from common.errors import InvalidArgument, ModelError
 from common.kernels.head_sizes import CUDA_HEAD_DIMS
@@ -82,3 +83,16 @@ def test_the_dtype_of_the_checkpoint_is_not_taken_on_a_cpu(model_dir: Path) -> N
 def test_other_dtypes_are_refused_with_those_that_may_be(model_dir: Path, dtype: str) -> None:
     with pytest.raises(InvalidArgument, match=r"must be auto or one of float32, bfloat16, float16$"):
         read_worker_model(model_dir, "cpu", dtype, 64, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_dtype_that_no_key_names_is_the_tensors(model_dir: Path, dtype: torch.dtype) -> None:
+    unsaid = {key: value for key, value in CONFIG.items() if key != "dtype"} | {"model_type": "llama", "head_dim": 64}
+    (model_dir / "config.json").write_text(json.dumps(unsaid))
+    shapes = tensor_shapes(parse_model_config(unsaid))
+    tensors = {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
+    served = read_worker_model(model_dir, "cuda", "auto", 64, 1).dtype
+    reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    assert served == str(reference.dtype).removeprefix("torch.")
