@@ -32,7 +32,8 @@ LOOK_EVERY_S = 0.5  # whether gRPC's loop has ended, which nothing tells
 class RpcServer:
     """A gRPC server on one address. Health says NOT_SERVING until `set_serving(True)`.
 
-    Clients are asked to connect anew after `max_connection_age_s`; what runs on the old connection goes on.
+    Of callers it takes messages of up to `max_request_bytes`, by default as large as it sends itself. Clients are asked
+    to connect anew after `max_connection_age_s`; what runs on the old connection goes on.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class RpcServer:
         address: str,
         *,
         max_message_bytes: int,
+        max_request_bytes: int | None = None,
         so_reuseport: bool = False,
         max_connection_age_s: float | None = None,
     ) -> None:
@@ -56,7 +58,7 @@ class RpcServer:
             options=[
                 *age_ms,
                 ("grpc.max_send_message_length", max_message_bytes),
-                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_receive_message_length", max_request_bytes or max_message_bytes),
                 ("grpc.so_reuseport", int(so_reuseport)),
                 # A client that is gone without a word, or frozen, must not keep what it holds until its deadline.
                 *KEEPALIVE_OPTIONS,

@@ -73,7 +73,11 @@ async def serve_worker(
     status = StatusService(worker.status, worker.drain, worker.refresh)
     # A router's session carries the sequences of all its clients: no prompt that the model can take may break it.
     longest_bytes = worker.model.config.context_length * _TOKEN_BYTES + _SEQUENCE_BYTES
-    server = RpcServer(config.listen, max_message_bytes=max(config.max_message_bytes, longest_bytes))
+    server = RpcServer(
+        config.listen,
+        max_message_bytes=max(config.max_message_bytes, longest_bytes),
+        max_request_bytes=longest_bytes,  # nobody has more to say
+    )
     server.add(add_service, servicer, service_name)
     server.add(worker_pb2_grpc.add_WorkerServicer_to_server, status, status_service.SERVICE_NAME)
     metrics = MetricsServer(worker.counters, config.metrics_port, config.metrics_address)

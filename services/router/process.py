@@ -65,6 +65,7 @@ class RouterProcess:
         self._server = RpcServer(
             config.listen,
             max_message_bytes=2 * config.max_message_bytes,
+            max_request_bytes=2 * model.limits.max_message_bytes,
             so_reuseport=config.reuse_port,
             max_connection_age_s=config.max_connection_age_s or None,
         )

@@ -24,7 +24,7 @@ from services.router.generation_config import (
 )
 from services.router.template_host import TemplateHost
 from services.router.tokenizer import Tokenizer
-from services.router.validation import ModelLimits, ValidatedRequest, within
+from services.router.validation import ModelLimits, ValidatedRequest, longest_request_bytes, within
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def load_served_model(
         eos_token_ids=eos_token_ids((*eos_sources, *_eos_of_tokenizer(tokenizer)), config.vocab_size),
         has_chat_template=bool(sources) and not chat_fault,
         chat_template_fault=chat_fault,
-        max_message_bytes=max_message_bytes,
+        max_message_bytes=min(max_message_bytes, longest_request_bytes(config.context_length)),
         special_tokens=tokenizer.special_tokens_below(config.vocab_size),
         defaults=read_sampling_defaults(model_dir) if defaults is DefaultsSource.CHECKPOINT else NO_DEFAULTS,
     )

@@ -101,6 +101,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         with self._recorded(context) as record:
             validated = validate(request, self._limits)
+            del request  # a message takes many times its size, and the call may wait long
             record.request_id = validated.request_id
             deadline = Deadline.of_call(context.time_remaining(), self._max_timeout_s, time.monotonic())
             if deadline.timeout_s <= 0:

@@ -24,6 +24,7 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_ROLE_CHARS = 64
 # No tokenizer in use makes fewer tokens of a text than this; spares encoding what cannot fit anyway.
 MAX_CHARS_PER_TOKEN = 128
+OTHER_FIELDS_BYTES = 256 << 10  # of all of a request but its prompt, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,11 @@ class ValidatedRequest:
     include_stop_in_output: bool
 
 
+def longest_request_bytes(context_length: int) -> int:
+    """What a request that the model can take needs as a message, at most: memory for a larger one would be wasted."""
+    return context_length * (MAX_CHARS_PER_TOKEN + MAX_ROLE_CHARS) + OTHER_FIELDS_BYTES
+
+
 def validate(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> ValidatedRequest:
     """The request as a value, or the first field that is out of bounds."""
     if (num_bytes := request.ByteSize()) > limits.max_message_bytes:
@@ -86,7 +92,7 @@ def validate(request: inference_pb2.GenerateRequest, limits: ModelLimits) -> Val
         token_ids=request.token_ids.ids if kind == "token_ids" else None,
         chat=tuple((m.role, m.content) for m in chat.messages) if kind == "chat" else None,
         add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
-        sampling=request.sampling,
+        sampling=_own(request.sampling),
         seed=seed,
         n=n,
         stop=tuple(request.stop),
@@ -136,6 +142,13 @@ def resolve_sampling(
         stop_token_ids=_stop_token_ids(request, limits),
         ignore_eos=given.ignore_eos,
     )
+
+
+def _own(sampling: sampling_pb2.SamplingParams) -> sampling_pb2.SamplingParams:
+    """A part of a message keeps all of it in memory; a copy does not."""
+    copy = sampling_pb2.SamplingParams()
+    copy.CopyFrom(sampling)
+    return copy
 
 
 def _stop_token_ids(request: ValidatedRequest, limits: ModelLimits) -> list[int]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.errors import BatonError, InvalidArgument, NotFound
 from common.rpc.status import error_from_rpc
 from services.router import validation
-from services.router.validation import ModelLimits, resolve_sampling, validate
+from services.router.validation import ModelLimits, longest_request_bytes, resolve_sampling, validate
 from tests.router.cluster import Cluster, running_cluster
 
 LIMITS = ModelLimits(
@@ -188,11 +188,12 @@ def test_a_request_without_a_prompt_is_refused() -> None:
 
 def test_a_message_above_the_limit_reaches_no_worker(served: tuple[asyncio.Runner, Cluster]) -> None:
     runner, cluster = served
-    error = runner.run(refusal(cluster, make(text="x" * (17 << 20))))
+    most = longest_request_bytes(LIMITS.context_length)
+    error = runner.run(refusal(cluster, make(text="x" * (most + 1))))
     assert isinstance(error, InvalidArgument)
     assert error.field == "request"
-    assert "at most 16777216 bytes" in error.limit
-    far_above = runner.run(refusal(cluster, make(text="x" * (33 << 20))))
+    assert f"at most {most} bytes" in error.limit
+    far_above = runner.run(refusal(cluster, make(text="x" * (2 * most + 1))))
     assert "larger than max" in str(far_above)
     assert cluster.num_opened == 0
 
