@@ -96,7 +96,11 @@ def open_request(sequence_id: int = 1, **sampling: int) -> decode_pb2.OpenReques
 
 def begin() -> kv_pb2.HandoffRequest:
     message = kv_pb2.HandoffBegin(
-        ticket_id=TICKET_ID, prefill_tp_size=1, layout_fingerprint="layout", rank_peer_names=["prefill/0"]
+        ticket_id=TICKET_ID,
+        prefill_tp_size=1,
+        layout_fingerprint="layout",
+        rank_peer_names=["prefill/0"],
+        connection_secrets=[bytes(16)],
     )
     return kv_pb2.HandoffRequest(begin=message)
 

@@ -21,7 +21,8 @@ from tests.integration.reference import Reference
 from tests.integration.requests import Answer, ask, greedy_request
 
 FLOAT32 = ("--dtype", "float32")
-GONE_ON_S = 8.0  # 5 s until it is noticed, and what was lost is computed again
+NOTICED_S = 8.0  # the promise is 5 s; a machine may be busy with something else
+GONE_ON_S = 30.0  # what was lost is computed again; unnoticed, it would wait for its deadline
 PATIENCE_S = 20.0
 NUM_TOKENS = 150
 
@@ -36,8 +37,10 @@ def stopped(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-async def _until_ready(client: Client, condition: Callable[[inference_pb2.GetModelInfoResponse], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
+async def _until_ready(
+    client: Client, condition: Callable[[inference_pb2.GetModelInfoResponse], bool], timeout_s: float = PATIENCE_S
+) -> None:
+    async with asyncio.timeout(timeout_s):
         while True:
             if condition(await client.model_info()):
                 return
@@ -48,7 +51,7 @@ async def test_what_is_stopped_is_gone_on_with_elsewhere(shipped_model: Path, sh
     spec = DeploymentSpec(
         model=shipped_model, num_prefill=2, num_decode=2, prefill_args=FLOAT32, decode_args=FLOAT32, restart=False
     )
-    prompts = shipped_reference.prompts((80, 130, 64, 200), seed=51)
+    prompts = shipped_reference.prompts((80, 130, 64), seed=51)
     expected = [shipped_reference.greedy(prompt, NUM_TOKENS) for prompt in prompts]
 
     async with deployed(spec) as (deployment, client):
@@ -69,15 +72,16 @@ async def test_what_is_stopped_is_gone_on_with_elsewhere(shipped_model: Path, sh
             asked = ask_all()
             await decode.until(lambda status: status.num_running > 0, PATIENCE_S)
             with stopped(deployment.decode[0].pid):
+                await _until_ready(client, lambda info: info.num_decode_workers == 1, NOTICED_S)
                 answers = await assert_gone_on(asked)
                 assert any(answer.lifetime.num_migrations for answer in answers)
-                await _until_ready(client, lambda info: info.num_decode_workers == 1)
             await _until_ready(client, lambda info: info.num_decode_workers == 2)
 
         # A front that is asked for prompts while it is stopped.
         with stopped(deployment.prefill[0].pid):
-            await assert_gone_on(ask_all())
-            await _until_ready(client, lambda info: info.num_prefill_workers == 1)
+            asked = ask_all()
+            await _until_ready(client, lambda info: info.num_prefill_workers == 1, NOTICED_S)
+            await assert_gone_on(asked)
         await _until_ready(client, lambda info: info.num_prefill_workers == 2)
 
         async with watching(deployment.decode[1]) as decode:
@@ -85,5 +89,5 @@ async def test_what_is_stopped_is_gone_on_with_elsewhere(shipped_model: Path, sh
             asked = ask_all()
             await decode.until(lambda status: status.num_running > 0, PATIENCE_S)
             with stopped(decode.latest.rank_pids[0]):
+                await decode.until(lambda status: status.counters["ranks_lost"] == 1, NOTICED_S)
                 await assert_gone_on(asked)
-                await decode.until(lambda status: status.counters["ranks_lost"] == 1, PATIENCE_S)
