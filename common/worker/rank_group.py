@@ -36,6 +36,7 @@ from common.worker.stderr_relay import StderrRelay
 from common.worker.step_plan import StepResult
 
 _log = logging.getLogger(__name__)
+MAX_UNREAD_RESULTS = 16  # fronts have two steps under way
 _EXIT_TIMEOUT_S = 1.0  # for a process whose channels are closed to be gone
 _step_decoder: msgspec.msgpack.Decoder[RankStepMessage] = msgspec.msgpack.Decoder(RankStepMessage)
 _kv_decoder: msgspec.msgpack.Decoder[RankKVMessage] = msgspec.msgpack.Decoder(RankKVMessage)
@@ -108,7 +109,8 @@ class RankGroup:
     def __init__(self) -> None:
         self.has_served = False  # a step, at least
         self._ranks: list[_Rank] = []
-        self._results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # None: the group is lost
+        # None, for which there is always a place: the group is lost.
+        self._results: asyncio.Queue[StepResult | None] = asyncio.Queue(MAX_UNREAD_RESULTS + 1)
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._op_ids = itertools.count(1)
         self._readers: list[asyncio.Task[None]] = []
@@ -244,6 +246,9 @@ class RankGroup:
             message = _step_decoder.decode(frame)
             if isinstance(message, StepResult):
                 self.has_served = True
+                if self._results.qsize() >= MAX_UNREAD_RESULTS:
+                    self.lose(f"rank {index} sent results of steps that nobody asked for")
+                    return
                 self._results.put_nowait(message)
             elif isinstance(message, RankFailed):
                 self.lose(f"rank {index} failed: {message.kind}: {message.detail}")

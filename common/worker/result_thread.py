@@ -17,6 +17,7 @@ from common.worker.model_runner import Pending
 from common.worker.rank_messages import RankFailed
 
 _log = logging.getLogger(__name__)
+MAX_UNSENT = 64  # steps and what ends them
 
 
 class ResultThread:
@@ -37,6 +38,7 @@ class ResultThread:
 
     def put(self, pending: Pending) -> None:
         """Send the step's result when it is there."""
+        assert self._queue.qsize() < MAX_UNSENT, "the front bounds how many steps are under way"
         self._queue.put(pending)
 
     def fail(self, error: Exception) -> None:

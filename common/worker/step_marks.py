@@ -9,6 +9,9 @@ all are stored at its end. Steps pass in the order of their ids.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import os
 import queue
 import threading
 from collections import deque
@@ -18,6 +21,8 @@ from typing import Final
 
 import torch
 
+_log = logging.getLogger(__name__)
+_MAX_WAITS: Final = 1 << 14  # for stored layers, at once
 _KEPT_STEPS: Final = 8  # more than a front plans ahead; older ones are over
 
 
@@ -72,7 +77,8 @@ class StepMarks:
         future: asyncio.Future[None] = loop.create_future()
 
         def done() -> None:
-            loop.call_soon_threadsafe(_finish, future)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_finish, future)
 
         wait = _Wait(step_id, num_layers, done)
         with self._lock:
@@ -126,6 +132,7 @@ class _EventSleeper:
         self._thread.start()
 
     def put(self, event: torch.cuda.Event, done: Callable[[], None]) -> None:
+        assert self._queue.qsize() < _MAX_WAITS, "there are fewer slots to send from"
         self._queue.put((event, done))
 
     def close(self) -> None:
@@ -133,10 +140,14 @@ class _EventSleeper:
         self._thread.join(timeout=2.0)
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            event, done = item
-            event.synchronize()
-            done()
+        try:
+            while (item := self._queue.get()) is not None:
+                event, done = item
+                event.synchronize()
+                done()
+        except BaseException:  # the process edge: without this thread nothing is ever sent again
+            _log.exception("the thread that waits for stored layers failed")
+            os._exit(1)  # the front sees both channels close and replaces the worker's ranks
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -128,6 +128,7 @@ class Handoffs:
 
 def _check_begin(begin: kv_pb2.HandoffBegin) -> None:
     check_count("begin.rank_peer_names", len(begin.rank_peer_names), MAX_RANKS, least=1)
+    check_count("begin.connection_secrets", len(begin.connection_secrets), MAX_RANKS)
     for index, name in enumerate(begin.rank_peer_names):
         check_chars(f"begin.rank_peer_names[{index}]", name, MAX_NAME_CHARS)
     check_chars("begin.prefill_worker_id", begin.prefill_worker_id, MAX_NAME_CHARS, least=0)

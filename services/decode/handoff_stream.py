@@ -25,6 +25,7 @@ from services.decode.request import DecodeSequence
 
 _log = logging.getLogger(__name__)
 WRITE_TIMEOUT_S = 10.0  # messages are small, and the other end only queues them
+MAX_UNSENT = 1024  # answers: a few for each chunk under way
 Write = Callable[[kv_pb2.HandoffResponse], Awaitable[object]]
 
 
@@ -42,7 +43,7 @@ class HandoffStream:
         self.legs: Sequence[Leg] = legs
         self.max_layer_blocks_per_chunk = _max_layer_blocks_per_chunk(setup, legs)
         self._context = context
-        self._outgoing: asyncio.Queue[kv_pb2.HandoffResponse | BatonError] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[kv_pb2.HandoffResponse | BatonError] = asyncio.Queue(MAX_UNSENT)
         self._chunks: dict[int, asyncio.Task[None]] = {}
         self._coverage = HandoffCoverage(seq.blocks.num_cached_blocks, setup.layout.num_layers)
         self._finish: kv_pb2.HandoffFinish | None = None
@@ -80,11 +81,16 @@ class HandoffStream:
 
     def fail(self, error: BatonError) -> None:
         """End the stream with an error."""
+        if self._outgoing.full():  # what was to be said before is of no use any more
+            self._outgoing.get_nowait()
         self._outgoing.put_nowait(error)
 
     def send(self, response: kv_pb2.HandoffResponse) -> None:
-        """Queue an answer. Bounded by the chunks in flight."""
-        self._outgoing.put_nowait(response)
+        """Queue an answer. A prefill worker that reads none of many loses the stream."""
+        if self._outgoing.qsize() < MAX_UNSENT - 1:
+            self._outgoing.put_nowait(response)
+        else:
+            self.fail(TransferTimeout(f"prefill leaves {MAX_UNSENT - 1} answers unread"))
 
     def chunk_verified(self, chunk: kv_pb2.ChunkOffer) -> None:
         """The chunk is in place, and the answer that says so is queued."""

@@ -127,7 +127,7 @@ class Handoff:
                 answer: Answer = getattr(response, kind)
                 chunk = self._chunks.get(answer.chunk_index)
                 if chunk is not None:  # else: about an attempt that ended otherwise
-                    chunk.inbox.put_nowait(answer)
+                    chunk.answer(answer)
             else:
                 raise errors.TransferError(f"decode sent an unexpected {kind}")
 
@@ -156,7 +156,7 @@ class Handoff:
                 num_layers = self._setup.layout.num_layers
                 for shape in cut_chunks(first_block, blocks.end_block, num_layers, last, most):
                     await in_flight.acquire()
-                    chunk = Chunk(len(self._chunks), shape, blocks.step_id, asyncio.Queue())
+                    chunk = Chunk(len(self._chunks), shape, blocks.step_id)
                     self._chunks[chunk.index] = chunk
                     tasks.create_task(self._ship(chunk, in_flight))
                 first_block = blocks.end_block
@@ -214,7 +214,7 @@ class Handoff:
     async def _answer(self, chunk: Chunk) -> Answer:
         """The next message of decode about the chunk; a failure of our own send is passed on as ChunkAborted."""
         while True:
-            answer = await chunk.inbox.get()
+            answer = await chunk.next()
             if not isinstance(answer, SendFailed):
                 return answer
             if answer.attempt == chunk.attempt:
@@ -244,7 +244,7 @@ class Handoff:
 
         def fail(error: errors.BatonError) -> None:
             _resolve(begun, 0)
-            chunk.inbox.put_nowait(SendFailed(attempt, error))
+            chunk.send_failed(SendFailed(attempt, error))
 
         num_bytes = sum(leg.num_bytes for leg in legs)
         self.stats.bytes_shipped += num_bytes

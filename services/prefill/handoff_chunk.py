@@ -1,14 +1,16 @@
-"""One chunk of a hand-off on the prefill end, and what may be said about it. Plain values."""
+"""One chunk of a hand-off on the prefill end, and what may be said about it."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.v1 import kv_pb2
 
 from common import errors
 from services.prefill.chunk_shapes import ChunkShape
+
+MAX_UNREAD_ANSWERS = 8  # a grant and a verdict, of one attempt after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,22 @@ class Chunk:
     index: int
     shape: ChunkShape
     step_id: int
-    inbox: asyncio.Queue[Answer | SendFailed]
     attempt: int = 0
+    _inbox: asyncio.Queue[Answer | SendFailed] = field(default_factory=lambda: asyncio.Queue(2 * MAX_UNREAD_ANSWERS))
+
+    async def next(self) -> Answer | SendFailed:
+        """What was heard of it next."""
+        return await self._inbox.get()
+
+    def answer(self, answer: Answer) -> None:
+        """Decode said something of it. Raises `TransferError` if it says more than anybody asked for."""
+        if self._inbox.qsize() >= MAX_UNREAD_ANSWERS:
+            raise errors.TransferError(f"decode answers chunk {self.index} again and again")
+        self._inbox.put_nowait(answer)
+
+    def send_failed(self, failed: SendFailed) -> None:
+        """There is a place for it: one attempt follows the other, and each reads what the last one left."""
+        self._inbox.put_nowait(failed)
 
     def offer(self, num_final_blocks: int) -> kv_pb2.ChunkOffer:
         """The message that offers it. `num_final_blocks`: leading blocks of the sequence that are computed."""

@@ -239,6 +239,27 @@ async def test_a_peer_that_does_not_read_loses_its_stream(monkeypatch: pytest.Mo
         await router.leave()
 
 
+async def test_a_peer_that_leaves_many_answers_unread_loses_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.decode.handoff_stream.MAX_UNSENT", 3)
+    async with running_front(max_chunk_resends=100) as front:
+        router = await Router(front).subscribed()
+        prefill = Prefill(front, router.open(1), num_unread=1)
+        await prefill.receive("accepted")
+        (stream,) = front.worker.handoffs._streams.values()
+        for _ in range(5):
+            stream.send(kv_pb2.HandoffResponse(grant=kv_pb2.ChunkGrant()))
+        reading = asyncio.create_task(_read_on(prefill))
+        with pytest.raises(TransferTimeout, match="leaves 2 answers unread"):
+            await reading
+        await front.until_free()
+        await router.leave()
+
+
+async def _read_on(prefill: Prefill) -> None:
+    while True:
+        await prefill.receive("grant")
+
+
 async def test_a_rank_that_does_not_say_whether_its_peer_came_costs_the_chunk_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

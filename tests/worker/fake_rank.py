@@ -49,6 +49,9 @@ def main() -> None:
         if start.model_dir == "fail-step":
             steps.send(RankFailed(start.rank, "RuntimeError", "boom"))
             return
+        if start.model_dir == "babble":
+            while True:
+                steps.send(StepResult(message.step_id, [], 1))
         if start.rank == 0:
             sampled = [SampledToken(segment.row, segment.position) for segment in message.segments]
             steps.send(StepResult(message.step_id, sampled, 1))

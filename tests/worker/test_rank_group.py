@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import InternalError, ModelError, Unavailable
 from common.sampling.params import SamplingParams
-from common.worker.rank_group import RankGroup, error_of
+from common.worker.rank_group import MAX_UNREAD_RESULTS, RankGroup, error_of
 from common.worker.rank_messages import ConnectDone, ConnectPeer, StartRank
 from common.worker.step_plan import AddRow, Segment, StepPlan
 
@@ -120,6 +120,18 @@ async def test_rank_that_fails_a_step_loses_the_group_with_its_reason() -> None:
         with pytest.raises(Unavailable, match="boom"):
             await group.next_result()
         assert group.lost_reason is not None
+
+
+async def test_a_rank_that_sends_results_nobody_asked_for_loses_the_group() -> None:
+    group = await RankGroup.start(MODULE, _specs("babble", count=1), 30.0)
+    async with group:
+        group.submit(_plan(0))
+        assert "nobody asked for" in await asyncio.wait_for(group.wait_lost(), 20)
+        for _ in range(MAX_UNREAD_RESULTS):
+            await group.next_result()
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="nobody asked for"):
+                await group.next_result()
 
 
 async def test_why_a_rank_was_ended_is_said(capfd: pytest.CaptureFixture[str]) -> None:

@@ -118,3 +118,28 @@ async def test_another_thread_tells_and_a_wait_that_is_given_up_leaves_nothing(m
     assert given_up.cancelled()
     assert not marks._waits
     marks.close()
+
+
+async def test_a_thread_that_cannot_wait_for_events_ends_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nothing would ever be sent again, and nobody would say so."""
+
+    class FailingEvent:
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+    monkeypatch.setattr(torch.cuda, "Event", FailingEvent)
+    monkeypatch.setattr(
+        "common.worker.step_marks.os._exit", lambda status: loop.call_soon_threadsafe(ended.set_result, status)
+    )
+    marks = StepMarks(torch.device("cuda"))
+    waiting = asyncio.create_task(marks.reached(0, 1))
+    await turn()
+    marks.begin(0)
+    marks.stored()
+    assert await asyncio.wait_for(ended, 20) == 1
+    waiting.cancel()
