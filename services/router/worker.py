@@ -205,9 +205,9 @@ class Worker:
         request = worker_pb2.WatchStatusRequest(min_interval_ms=STATUS_INTERVAL_MS)
         self._heard_s = self._owner.clock.now_s
         self._patience_s = min(self._patience_s, FIRST_STATUS_S)
-        self._watch = self._status_stub.WatchStatus(request, wait_for_ready=True)
         was_known = False
         try:
+            self._watch = self._status_stub.WatchStatus(request, wait_for_ready=True)
             async for message in self._watch:
                 self._update(decoded(message, self.address))
                 was_known = True
@@ -223,8 +223,9 @@ class Worker:
             if not self._asked_anew or is_being_cancelled():
                 raise
         finally:
-            self._watch.cancel()
-            self._watch = None
+            if self._watch is not None:
+                self._watch.cancel()
+                self._watch = None
         return was_known
 
     def _note_silence(self) -> None:

@@ -107,7 +107,7 @@ class WorkerRegistry:
     def look(self, monotonic_s: float) -> None:
         """One tick: which workers are silent?"""
         self.clock.tick(monotonic_s)
-        for worker in self._workers.values():
+        for worker in tuple(self._workers.values()):
             worker.look()
 
     def drop_unlisted(self) -> None:

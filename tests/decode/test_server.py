@@ -20,6 +20,7 @@ from common.rpc.status import error_from_rpc, error_from_status
 from services.decode.server import SERVICE_NAME, DecodeService
 from tests.decode.front import Front, next_post, running_front
 from tests.decode.requests import token_of
+from tests.rpc.garbage import GARBAGE
 
 TICKET_ID = 77
 
@@ -30,6 +31,7 @@ class Service:
 
     front: Front
     stub: decode_pb2_grpc.DecodeAsyncStub
+    channel: grpc.aio.Channel
 
     async def session(self) -> RouterSession:
         """A router's stream that stands."""
@@ -76,7 +78,7 @@ async def serving(**settings: object) -> AsyncIterator[Service]:
         try:
             async with open_channel(f"127.0.0.1:{port}", 1 << 20) as channel:
                 stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(channel)
-                yield Service(front, stub)
+                yield Service(front, stub, channel)
         finally:
             await server.stop(0.0)
 
@@ -245,6 +247,49 @@ async def test_what_a_later_router_may_say_is_no_fault() -> None:
         await service.front.until_free()
 
 
+def raw(service: Service, method: str) -> grpc.aio.StreamStreamCall[bytes, bytes]:
+    """A call of which the bytes are the test's."""
+    return service.channel.stream_stream(f"/{SERVICE_NAME}/{method}")()
+
+
+async def test_what_cannot_be_decoded_ends_the_session_that_it_came_on_alone() -> None:
+    async with serving() as service:
+        other = await service.session()
+        await other.open(open_request(sequence_id=1))
+        garbled = raw(service, "Session")
+        for request in (
+            decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id="garbled")),
+            decode_pb2.SessionRequest(open=open_request(sequence_id=2)),
+        ):
+            await garbled.write(request.SerializeToString())
+        await service.front.until(lambda: service.front.worker.scheduler.num_open == 2)
+        await garbled.write(GARBAGE)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_to_end(garbled)
+        assert isinstance(error_from_rpc(caught.value), InvalidArgument)
+        await service.front.until(lambda: service.front.worker.scheduler.num_open == 1)
+        await other.open(open_request(sequence_id=3))
+        other.call.cancel()
+        await service.front.until_free()
+
+
+async def test_what_cannot_be_decoded_ends_the_hand_off_that_it_came_on_alone() -> None:
+    async with serving() as service:
+        session = await service.session()
+        await session.open(open_request(sequence_id=1))
+        await session.open(open_request(sequence_id=2))
+        garbled = raw(service, "Handoff")
+        await garbled.write(begin().SerializeToString())
+        await garbled.read()
+        await garbled.write(GARBAGE)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_to_end(garbled)
+        assert isinstance(error_from_rpc(caught.value), InvalidArgument)
+        await service.front.until(lambda: service.front.worker.scheduler.num_open == 1)
+        session.call.cancel()
+        await service.front.until_free()
+
+
 class Deaf:
     """The context of a call whose other end reads nothing: a write never ends."""
 
@@ -276,9 +321,7 @@ async def test_a_session_that_is_over_holds_nothing_although_its_router_reads_no
             await asyncio.wait_for(session, 20)
 
 
-async def read_to_end(
-    call: grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse],
-) -> None:
+async def read_to_end(call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
     while await call.read() is not grpc.aio.EOF:
         pass
 
