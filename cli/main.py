@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted, 141 if nobody
     reads its output any more, as of a program that SIGPIPE ends."""
+    _spell_out_what_the_terminal_lacks()
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
@@ -108,6 +110,13 @@ def _require_utf8(argv: Sequence[str]) -> None:
             argument.encode()
         except UnicodeEncodeError as error:
             raise InvalidArgument(f"argument {position}", argument, "not UTF-8") from error
+
+
+def _spell_out_what_the_terminal_lacks() -> None:
+    """Where standard output is not UTF-8, a character that it has not is shown as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _discard_output() -> None:

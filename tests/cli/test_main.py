@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -98,6 +99,14 @@ def test_alone_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None
 def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"baton {metadata.version('baton')}\n"
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_number() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [*BATON, "top", "--once", "--decode", "127.0.0.1:9"]
+    process = subprocess.run(command, capture_output=True, env=environment)
+    assert process.stderr == b""
+    assert rb"blocks: \u2588 held" in process.stdout
 
 
 def test_an_output_that_cannot_be_written_is_one_line() -> None:
