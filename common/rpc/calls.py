@@ -33,6 +33,7 @@ _Handler = Callable[[Any, _Context], Coroutine[Any, Any, Any]]
 
 MAX_STALL_S = 30.0  # for a peer to make room for the next message of a stream
 STATUS_GRACE_S = 1.0  # for a status; a caller that does not read what was written before it gets none
+REQUEST_TIMEOUT_S = 30.0  # from a call's headers to the end of its one message
 _STOPS = "the server stops"
 
 
@@ -155,7 +156,12 @@ class Calls(grpc.aio.ServerInterceptor):
 
 
 async def _only_request(context: _Context) -> Any:
-    request = await context.read()
+    try:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            request = await context.read()
+    except TimeoutError as error:
+        limit = f"one message, which did not come within {REQUEST_TIMEOUT_S:g} s"
+        raise InvalidArgument("message", None, limit) from error
     if request is grpc.aio.EOF:
         raise InvalidArgument("message", None, "one message, which did not come")
     return request

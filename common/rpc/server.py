@@ -126,6 +126,7 @@ class RpcServer:
             # gRPC answers CANCELLED to calls that come while it shuts down: from here on it talks to nobody.
             close_connections(self._port)
         await self._server.stop(None)
+        self._port = 0  # it may be somebody else's from here on
 
     async def _last_calls(self, longest_s: float) -> None:
         """Until none is under way."""

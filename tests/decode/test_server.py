@@ -355,3 +355,16 @@ async def test_errors_of_a_hand_off_arrive_in_their_classes() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert isinstance(error_from_rpc(caught.value), NotFound)
+
+
+@pytest.mark.parametrize("method", ["Session", "Handoff"])
+async def test_what_cannot_be_decoded_is_the_callers_fault(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as service:
+        raw: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
+        raw = service.channel.stream_stream(f"/{SERVICE_NAME}/{method}")
+        call = raw()
+        await call.write(b"\xff\xff\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not any(record.exc_info for record in caplog.records)

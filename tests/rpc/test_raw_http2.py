@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from common.errors import InternalError, InvalidArgument
 from common.rpc import grpc_server
 from common.rpc.status import error_from_rpc
-from tests.rpc.raw_http2 import END_HEADERS, END_STREAM, HEADERS, call_frames, call_headers, exchange, frame
+from tests.rpc.raw_http2 import DATA, END_HEADERS, END_STREAM, HEADERS, call_frames, call_headers, exchange, frame
 from tests.rpc.test_server import Served
 
 UNIMPLEMENTED = b"Method not found"
@@ -87,6 +87,13 @@ async def test_a_call_without_its_message_is_the_callers_fault() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(iter(()))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_call_whose_message_never_comes_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.rpc.calls.REQUEST_TIMEOUT_S", 0.05)
+    async with Served() as served:
+        half = frame(HEADERS, END_HEADERS, 1, call_headers(b"/baton.v1.Worker/GetStatus")) + frame(DATA, 0, 1, b"\0\0")
+        assert b"did not come" in await exchange(served.port, half, until=b"did not come")
 
 
 async def test_health_is_answered_after_all_of_it() -> None:
