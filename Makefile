@@ -6,13 +6,18 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # One torch thread per process: two of them on two cores fight (docs/performance.md).
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test check fix proto clean
+.PHONY: demo test test-gpu check fix proto clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/baton demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations=10
+
+# What uses a GPU, where there is one or two, in as many processes as there are cores. Sets itself up as `test` does, unless
+# told where a Python with all packages is: `make test-gpu BIN=/usr/bin` takes /usr/bin/python3 and installs nothing.
+test-gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.dev)
+	$(BIN)/python3 -m tests.gpu_suite
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

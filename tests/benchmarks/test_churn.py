@@ -17,13 +17,14 @@ from common.worker.device_runner import DeviceRunner
 from common.worker.step_plan import AddRow
 
 BATCH = 3
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")
 def traffic() -> Traffic:
     torch.set_num_threads(1)
     config = dataclasses.replace(small_config(rehearses=True), num_layers=1, windows=(None,), vocab_size=257)
-    decoder = random_decoder(config, torch.device("cpu"), torch.float32, KERNELS)
+    decoder = random_decoder(config, DEVICE, torch.float32, KERNELS)
     return Traffic(decoder, BATCH, context=70)
 
 
@@ -46,6 +47,7 @@ def rows_seen(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_the_batch_stays_full_while_sequences_join_and_leave(traffic: Traffic, rows_seen: Counter[str]) -> None:
     times = traffic.churning(num_steps=12, life=8)
@@ -56,6 +58,7 @@ def test_the_batch_stays_full_while_sequences_join_and_leave(traffic: Traffic, r
     assert traffic.scheduler.kv_stats().num_held == 0
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_without_churn_nobody_joins_or_leaves_while_steps_count(traffic: Traffic, rows_seen: Counter[str]) -> None:
     times = traffic.steady(num_steps=6, life=4)

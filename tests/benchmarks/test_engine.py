@@ -15,15 +15,18 @@ from common.worker.device_runner import DeviceRunner
 from common.worker.device_step import DeviceStep
 from common.worker.step_plan import StepPlan
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     torch.set_num_threads(1)
     config = dataclasses.replace(small_config(rehearses=True), num_layers=1, windows=(None,), vocab_size=257)
-    decoder = random_decoder(config, torch.device("cpu"), torch.float32, KERNELS)
+    decoder = random_decoder(config, DEVICE, torch.float32, KERNELS)
     return Bench(decoder, max_blocks=6, max_rows=3, sizes=(1,))
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_decode_cases_that_find_too_few_blocks_are_left_out(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     (timing,) = time_decode(bench, [(40, 1), (300, 2)], num_steps=4)
@@ -32,6 +35,7 @@ def test_decode_cases_that_find_too_few_blocks_are_left_out(bench: Bench, capsys
     assert "LEFT OUT: context 300, batch 2 needs 10 of 6 blocks" in capsys.readouterr().out
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_prefill_that_runs_out_of_memory_is_left_out_and_the_next_one_is_timed(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from benchmarks.seeded import Model, Request, make_model, make_requests, measure
 from benchmarks.seeded_agreement import compare
 from benchmarks.seeded_draws import _device_sampler, _host_sampler, check_draws
 from benchmarks.tensor_parallel_engine import KERNELS, small_config
+from common.kernels import reference
+from common.kernels.backend import KernelBackend
 from common.models.config import ModelConfig
 from common.sampling.params import SamplingParams
 from common.sampling.sampler import BatchSampler
 from common.worker.device_runner import DeviceRunner
+from common.worker.model_runner import ModelRunner
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REQUESTS = [
     SamplingParams(max_tokens=4, seed=(1 << 63) + 7 * n, choice=n % 3, top_p=(1.0, 0.95)[n % 2]) for n in range(6)
 ]
@@ -70,11 +75,12 @@ def test_a_sampler_whose_numbers_depend_on_the_row_is_found_out(monkeypatch: pyt
         check_draws(CPU, 1000, REQUESTS, batch=4, num_tokens=5)
 
 
+@pytest.mark.gpu
 def test_the_sampler_of_captured_steps_draws_as_the_host_does() -> None:
     logits = torch.randn((len(REQUESTS), 300), generator=torch.Generator().manual_seed(1)) * 3
     for flat in (logits, torch.zeros_like(logits)):
-        device, host = (make(CPU, 300, REQUESTS) for make in (_device_sampler, _host_sampler))
-        assert [device(flat, at) for at in range(3)] == [host(flat, at) for at in range(3)]
+        device, host = _device_sampler(DEVICE, 300, REQUESTS), _host_sampler(CPU, 300, REQUESTS)
+        assert [device(flat.to(DEVICE), at) for at in range(3)] == [host(flat, at) for at in range(3)]
 
 
 def test_requests_are_whole_pieces_of_the_text_with_two_kinds_of_sampling() -> None:
@@ -96,14 +102,19 @@ def test_measuring_compares_both_kinds_and_the_control() -> None:
     assert found["the same batch again"].differing == 0
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_the_gpu_engine_is_driven_to_the_outputs_of_the_cpus() -> None:
+    """Both on one device, as another draws other weights."""
     config = tiny_config()
     requests = make_tiny_requests(3, 3)
-    model = make_model("reference", random_decoder(config, CPU, torch.float32, seed=2), 3, 3)
-    decoder = random_decoder(config, CPU, torch.float32, KERNELS, seed=2)
-    runner = DeviceRunner(decoder, random_storage(decoder, model.num_blocks), 3, graph_sizes=(1, 3))
-    captured = Model("captured", runner, model.num_blocks, config.vocab_size, CPU)
-    expected = outputs(model, requests, 3, 3)
+    num_blocks = make_model("tiny", random_decoder(config, CPU, torch.float32), 3, 3).num_blocks
+    plain = random_decoder(config, DEVICE, torch.float32, cast(KernelBackend, reference), seed=2)
+    sampler = BatchSampler(config.vocab_size, 3, DEVICE)
+    host = ModelRunner(plain, random_storage(plain, num_blocks), sampler, 3)
+    decoder = random_decoder(config, DEVICE, torch.float32, KERNELS, seed=2)
+    runner = DeviceRunner(decoder, random_storage(decoder, num_blocks), 3, graph_sizes=(1, 3))
+    captured = Model("captured", runner, num_blocks, config.vocab_size, DEVICE)
+    expected = outputs(Model("reference", host, num_blocks, config.vocab_size, DEVICE), requests, 3, 3)
     assert outputs(captured, requests, 1, 3) == outputs(captured, requests, 3, 3) == expected
     assert len({tuple(tokens) for tokens in expected}) == 3

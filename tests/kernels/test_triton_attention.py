@@ -17,6 +17,7 @@ from common.kernels.head_sizes import CUDA_HEAD_DIMS
 from common.kernels.triton_device import num_multiprocessors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from common.kernels import blocks_reference, triton_backend, triton_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
 
 
 def random_kv(num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:

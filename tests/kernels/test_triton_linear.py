@@ -23,6 +23,7 @@ from common.kernels.triton_linear import (
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 # [T, in, out]: one row, ragged rows, inputs and outputs that fill no tile, all rows
 SIZES = [(1, 64, 48), (5, 136, 72), (17, 256, 128), (64, 96, 40), (128, 96, 40)]

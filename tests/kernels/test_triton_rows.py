@@ -10,6 +10,7 @@ from common.kernels.batch import KVShape, Span
 from common.kernels.scaled_rows import ScaledRows, finished
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
 

@@ -8,6 +8,7 @@ import torch
 from common.kernels.triton_step import judge_chunks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

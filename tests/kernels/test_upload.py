@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from common.kernels.upload import IntArray, overwrite, upload
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
 
 
 def test_arrays_of_any_size_arrive_as_they_are() -> None:

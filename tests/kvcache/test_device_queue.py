@@ -9,10 +9,8 @@ import torch
 
 from common.kvcache.device_queue import DeviceQueue, Parcel
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 
 def filled(queue: DeviceQueue, values: range) -> Parcel:
@@ -81,6 +79,7 @@ def test_marked_work_is_done_once_it_was_waited_for(device: str) -> None:
     assert total.item() == 1 << 20
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_thread_gets_its_stream_back() -> None:
     queue = DeviceQueue(torch.device("cuda", 0))

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import DigestMismatch, InternalError, Truncated
-from common.kernels import triton_backend
+from common.kernels import reference, triton_backend
 from common.kernels.backend import KernelBackend
 from common.kvcache.layout import HEADER_BYTES, KVLayout, plan_legs
 from common.kvcache.storage import KVStorage
@@ -23,33 +23,60 @@ SHARED = [HealthCheck.function_scoped_fixture]  # the way to the digests is the 
 TAG = 0xFEDC_BA98_7654_3210
 
 
-@pytest.fixture(params=["reference", "triton"], autouse=True)
-def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Checked by the host, and by the device (which an interpreter plays here)."""
-    chosen.kernels = cast(KernelBackend, triton_backend) if request.param == "triton" else None
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the blocks are, and by what they are moved."""
+
+    device: torch.device
+    kernels: KernelBackend
+
+    @property
+    def checks_on_device(self) -> bool:
+        return self.kernels is not REFERENCE
+
+
+REFERENCE = cast(KernelBackend, reference)
+HOST = Place(torch.device("cpu"), REFERENCE)
+# Without a GPU an interpreter plays the device.
+DEVICE = Place(torch.device("cuda" if torch.cuda.is_available() else "cpu"), cast(KernelBackend, triton_backend))
+here = HOST  # of the test that runs
+
+
+@pytest.fixture(
+    params=[pytest.param(HOST, id="reference"), pytest.param(DEVICE, id="triton", marks=pytest.mark.gpu)], autouse=True
+)
+def place(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Checked by the host, and by the device."""
+    global here
+    here = request.param
     yield
-    chosen.kernels = None
+    here = HOST
 
 
-@dataclass(slots=True)
-class Chosen:
-    kernels: KernelBackend | None = None
+def bytes_of(num_bytes: int, fill: int = 0) -> torch.Tensor:
+    """A slot."""
+    slot = torch.full((num_bytes,), fill, dtype=torch.uint8, device=here.device)
+    synchronize()
+    return slot
 
 
-chosen = Chosen()
+def synchronize() -> None:
+    """Copies run on a stream of their own: what tests do to slots and blocks must be over before."""
+    if here.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def storage(num_kv_heads: int = 4, dtype: torch.dtype = torch.float32, seed: int | None = None) -> KVStorage:
     """Noise if there is a seed, else zeros."""
-    cpu = torch.device("cpu")
-    made = KVStorage(LAYERS, BLOCKS, num_kv_heads, BLOCK_SIZE, HEAD_DIM, dtype, cpu, chosen.kernels)
+    made = KVStorage(LAYERS, BLOCKS, num_kv_heads, BLOCK_SIZE, HEAD_DIM, dtype, here.device, here.kernels)
     if seed is not None:
-        made.kv.normal_(generator=torch.Generator().manual_seed(seed))
+        made.kv.copy_(torch.randn(made.kv.shape, generator=torch.Generator().manual_seed(seed)))
+    synchronize()
     return made
 
 
 def filled_slot(source: KVStorage, block_ids: list[int]) -> torch.Tensor:
-    slot = torch.empty(source.leg_bytes(len(block_ids), 2), dtype=torch.uint8)
+    slot = bytes_of(source.leg_bytes(len(block_ids), 2))
     source.gather(block_ids, 1, 2, slot, TAG)
     return slot
 
@@ -57,7 +84,7 @@ def filled_slot(source: KVStorage, block_ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_payload_is_the_blocks_in_the_order_asked_for(dtype: torch.dtype) -> None:
     source = storage(dtype=dtype, seed=1)
-    slot = torch.empty(1 << 20, dtype=torch.uint8)
+    slot = bytes_of(1 << 20)
     num_bytes = source.gather([7, 2, 9], 1, 2, slot, TAG)
     payload = slot[HEADER_BYTES:num_bytes].view(dtype).view(LAYERS, 3, 2, 2, BLOCK_SIZE, HEAD_DIM)
     assert torch.equal(payload, source.kv[:, [7, 2, 9], :, 1:3])
@@ -80,7 +107,7 @@ def test_a_run_of_layers_travels_by_itself() -> None:
     layers = range(1, LAYERS)
     num_bytes = source.leg_bytes(2, 2, layers)
     assert num_bytes - HEADER_BYTES == (source.leg_bytes(2, 2) - HEADER_BYTES) * len(layers) // LAYERS
-    slot = torch.empty(num_bytes, dtype=torch.uint8)
+    slot = bytes_of(num_bytes)
     assert source.gather([7, 2], 1, 2, slot, TAG, layers) == num_bytes
     with pytest.raises(Truncated):
         target.scatter([5, 0], 1, 2, slot, TAG)
@@ -94,7 +121,7 @@ def test_a_run_of_layers_travels_by_itself() -> None:
 @pytest.mark.parametrize("layers", [range(0), range(-1, 1), range(1, LAYERS + 1), range(1, 1)])
 def test_layers_outside_the_storage_are_refused(layers: range) -> None:
     with pytest.raises(InternalError, match="not within"):
-        storage().gather([0], 0, 1, torch.empty(1 << 20, dtype=torch.uint8), TAG, layers)
+        storage().gather([0], 0, 1, bytes_of(1 << 20), TAG, layers)
 
 
 @settings(deadline=None, max_examples=20, suppress_health_check=SHARED)
@@ -121,10 +148,11 @@ def test_legs_between_any_two_groups_bring_every_head_over(
     for rank, sender in enumerate(senders):
         first = first_head(rank, prefill_tp)
         sender.kv.copy_(whole[:, :, :, first : first + sender.shape.num_kv_heads])
+    synchronize()
     receivers = [rank_storage(decode_tp) for _ in range(decode_tp)]
     for leg in plan_legs(num_kv_heads, prefill_tp, decode_tp):
         sender, receiver = senders[leg.prefill_rank], receivers[leg.decode_rank]
-        slot = torch.empty(sender.leg_bytes(4, leg.num_heads), dtype=torch.uint8)
+        slot = bytes_of(sender.leg_bytes(4, leg.num_heads))
         local = leg.first_head - first_head(leg.prefill_rank, prefill_tp)
         sender.gather(source_ids, local, leg.num_heads, slot, TAG)
         local = leg.first_head - first_head(leg.decode_rank, decode_tp)
@@ -143,6 +171,7 @@ def test_a_flipped_bit_anywhere_reaches_no_block(data: st.DataObject) -> None:
     meaningful = [*range(12), *range(16, 40), *range(HEADER_BYTES, slot.numel())]
     byte, bit = data.draw(st.sampled_from(meaningful)), data.draw(st.integers(0, 7))
     slot[byte] ^= 1 << bit
+    synchronize()
     with pytest.raises((DigestMismatch, Truncated)):
         target.scatter([0, 1], 0, 2, slot, TAG)
     assert not target.kv.any()
@@ -167,7 +196,7 @@ def test_another_number_of_bytes_than_expected_is_refused() -> None:
 
 def test_bytes_that_were_never_gathered_are_refused() -> None:
     with pytest.raises(DigestMismatch, match="no KV payload"):
-        storage().scatter([0], 0, 2, torch.zeros(1 << 20, dtype=torch.uint8), TAG)
+        storage().scatter([0], 0, 2, bytes_of(1 << 20), TAG)
 
 
 @pytest.mark.parametrize(
@@ -178,41 +207,34 @@ def test_blocks_and_heads_outside_the_storage_are_refused(
     block_ids: list[int], first_head: int, num_heads: int
 ) -> None:
     with pytest.raises(InternalError, match="not within"):
-        storage().gather(block_ids, first_head, num_heads, torch.empty(1 << 20, dtype=torch.uint8), TAG)
+        storage().gather(block_ids, first_head, num_heads, bytes_of(1 << 20), TAG)
 
 
 def test_a_slot_that_is_too_small_is_refused() -> None:
     with pytest.raises(InternalError, match="do not fit"):
-        storage().gather([0], 0, 1, torch.empty(HEADER_BYTES, dtype=torch.uint8), TAG)
+        storage().gather([0], 0, 1, bytes_of(HEADER_BYTES), TAG)
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
-)
-def test_copies_that_were_started_together_do_not_meet(device: str) -> None:
+def test_copies_that_were_started_together_do_not_meet() -> None:
     """Each has its own ids, header and verdict, also of several sizes, and whoever asks last learns the same."""
     source, target = storage(seed=1), storage(seed=2)
-    if device == "cuda":
-        source, target = (on_gpu(one) for one in (source, target))
     before = target.kv.clone()
     id_lists = [[7, 2], [3], [11, 0, 5, 9], [8], [1, 10]]
-    slots = [torch.zeros(source.leg_bytes(4, 2), dtype=torch.uint8, device=device) for _ in id_lists]
-    synchronize(device)
+    slots = [bytes_of(source.leg_bytes(4, 2)) for _ in id_lists]
     works = [
         source.start_gather(ids, 1, 2, slot, TAG + n) for n, (ids, slot) in enumerate(zip(id_lists, slots, strict=True))
     ]
     for work in works:
         work.wait()
     slots[3][HEADER_BYTES + 99] ^= 1
-    synchronize(device)
-    if chosen.kernels is None and device == "cpu":  # there a host looks before it returns
+    synchronize()
+    if here.checks_on_device:
+        tags = [TAG + n for n in range(5)]
+    else:  # a host looks before it returns
         with pytest.raises(DigestMismatch):
             target.start_scatter(id_lists[3], 1, 2, slots[3], TAG + 3)
         del id_lists[3], slots[3]
         tags = [TAG, TAG + 1, TAG + 2, TAG + 4]
-    else:
-        tags = [TAG + n for n in range(5)]
     works = [target.start_scatter(ids, 1, 2, slot, tag) for ids, slot, tag in zip(id_lists, slots, tags, strict=True)]
     for work, tag in reversed(list(zip(works, tags, strict=True))):
         work.wait()
@@ -226,34 +248,16 @@ def test_copies_that_were_started_together_do_not_meet(device: str) -> None:
     assert torch.equal(target.kv, before)
 
 
-def on_gpu(source: KVStorage) -> KVStorage:
-    made = KVStorage(LAYERS, BLOCKS, 4, BLOCK_SIZE, HEAD_DIM, torch.float32, torch.device("cuda", 0))
-    made.kv.copy_(source.kv)
-    return made
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_writes_the_same_slot_and_takes_it_in_again() -> None:
-    device = torch.device("cuda", 0)
-    source, target = storage(seed=1), KVStorage(LAYERS, BLOCKS, 4, BLOCK_SIZE, HEAD_DIM, torch.float32, device)
-    target.kv.copy_(source.kv)
-    expected = filled_slot(source, [7, 2])
-    slot = torch.empty(expected.numel(), dtype=torch.uint8, device=device)
-    torch.cuda.synchronize(device)
-    work = target.start_gather([7, 2], 1, 2, slot, TAG)
+def test_a_device_writes_the_slot_that_a_host_writes_and_takes_it_in_again() -> None:
+    source = storage(seed=1)
+    slot = filled_slot(source, [7, 2])
+    host = KVStorage(LAYERS, BLOCKS, 4, BLOCK_SIZE, HEAD_DIM, torch.float32, HOST.device, REFERENCE)
+    host.kv.copy_(source.kv)
+    expected = torch.zeros_like(slot, device="cpu")
+    host.gather([7, 2], 1, 2, expected, TAG)
+    assert torch.equal(slot.cpu(), expected)
+    work = source.start_scatter([5, 0], 1, 2, slot, TAG)
     work.wait()
     assert work.done()
-    assert torch.equal(slot.cpu(), expected)
-    target.scatter([5, 0], 1, 2, slot, TAG)
-    assert torch.equal(target.kv[:, [5, 0], :, 1:3].cpu(), source.kv[:, [7, 2], :, 1:3])
-    before = target.kv.clone()
-    slot[HEADER_BYTES + 99] ^= 1
-    torch.cuda.synchronize(device)
-    with pytest.raises(DigestMismatch, match="payload digest"):
-        target.scatter([5, 0], 1, 2, slot, TAG)
-    assert torch.equal(target.kv, before)
+    work.result()
+    assert torch.equal(source.kv[:, [5, 0], :, 1:3].cpu(), host.kv[:, [7, 2], :, 1:3])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_every_way_gives_the_exact_sum_in_replayed_graphs() -> None:
     done = subprocess.run(

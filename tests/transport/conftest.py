@@ -32,8 +32,8 @@ needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs
         "ucx",
         "ucx-polling",
         "nccl-protocol",
-        pytest.param("ucx-cuda", marks=needs_two_gpus),
-        pytest.param("nccl", marks=needs_two_gpus),
+        pytest.param("ucx-cuda", marks=[pytest.mark.gpu, needs_two_gpus]),
+        pytest.param("nccl", marks=[pytest.mark.gpu, needs_two_gpus]),
     ]
 )
 def backend(request: pytest.FixtureRequest) -> str:

@@ -18,6 +18,7 @@ from tests.models.tiny_checkpoints import write_tiny_checkpoint
 from tests.worker.runner_script import DRAWN, GREEDY, Script, device_parts, reference_runner
 
 MAX_ROWS = 6
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from tests.models.tiny_checkpoints import write_tiny_checkpoint
 from tests.worker.runner_script import DRAWN, GREEDY, NUM_BLOCKS, Script, device_parts, reference_runner
 
 MAX_ROWS, CHUNK_TOKENS = 10, 32
+pytestmark = pytest.mark.gpu
 Size = tuple[int, int]
 
 

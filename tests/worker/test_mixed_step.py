@@ -17,6 +17,7 @@ from common.worker.mixed_step import MAX_CHUNKS, MixedSize, blank, cut, fill, nu
 from common.worker.step_plan import Segment, pack_tokens, unpack_tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
 SPARE_ROW = 31
 BLOCK_SIZE, COLUMNS = 16, 24
 

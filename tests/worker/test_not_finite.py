@@ -123,6 +123,7 @@ def make_script(
     return Script([model_runner, runner]), [expected, storage]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("chunk_tokens", "fault"), [(0, INFINITE_KEY), (16, INFINITE_EMBEDDING)], ids=["kernel by kernel", "captured"]
 )
@@ -143,6 +144,7 @@ def test_chunks_on_a_gpu_fail_as_on_a_cpu(
     assert all(bool(storage.kv.isfinite().all()) for storage in storages)
 
 
+@pytest.mark.gpu
 def test_a_captured_decode_step_fails_the_row_whose_token_overflows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
