@@ -12,11 +12,13 @@ from typing import Any
 from google.protobuf.message import DecodeError, Message
 
 from common.errors import InvalidArgument
+from common.rpc.wire import has_more_fields
 
 _logger = logging.getLogger(__name__)
 
 SAY_EVERY_S = 10.0  # a line in the log about messages that cannot be decoded
-LARGE_BYTES = 64 << 10  # below, what a message holds in vain is not worth a copy
+LARGE_BYTES = 64 << 10  # below, what a message holds in vain is worth neither a look nor a copy
+MAX_FIELDS = 1 << 14  # in a message and those in it; numbers travel packed, and take what they take
 
 
 def decoder(
@@ -26,9 +28,12 @@ def decoder(
     if parse is None:
         return None
     said_s = -SAY_EVERY_S
+    descriptor = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
 
     def decode(raw: bytes) -> Any:
         nonlocal said_s
+        if descriptor is not None and len(raw) >= LARGE_BYTES and has_more_fields(raw, descriptor, MAX_FIELDS):
+            raise InvalidArgument("message", f"{len(raw)} bytes", f"at most {MAX_FIELDS} fields and entries of lists")
         try:
             message = parse(raw)
         except DecodeError as error:

@@ -12,7 +12,7 @@ from baton.v1 import inference_pb2
 
 from common.errors import InvalidArgument
 from common.rpc.client import open_channel
-from common.rpc.decoding import LARGE_BYTES, SAY_EVERY_S, decoder
+from common.rpc.decoding import LARGE_BYTES, MAX_FIELDS, SAY_EVERY_S, decoder
 from common.rpc.server import RpcServer
 
 METHOD = "/test.Service/Call"
@@ -40,6 +40,28 @@ def test_a_large_message_that_is_known_is_taken_as_it_is() -> None:
     assert decode is not None
     known = inference_pb2.GenerateRequest(text="a" * LARGE_BYTES)
     assert decode(known.SerializeToString()) == known
+
+
+@pytest.mark.parametrize("field", ["chat", "stop"])
+def test_many_entries_are_refused_before_memory_is_taken_for_them(field: str) -> None:
+    decode = decoder(inference_pb2.GenerateRequest.FromString, METHOD)
+    assert decode is not None
+    request = inference_pb2.GenerateRequest()
+    if field == "chat":
+        for _ in range(MAX_FIELDS + 1):
+            request.chat.messages.add(role="user")
+    else:
+        request.stop.extend(["a"] * (2 * MAX_FIELDS))
+    with pytest.raises(InvalidArgument, match=f"at most {MAX_FIELDS} fields"):
+        decode(request.SerializeToString())
+
+
+def test_packed_numbers_are_no_fields() -> None:
+    decode = decoder(inference_pb2.GenerateRequest.FromString, METHOD)
+    assert decode is not None
+    request = inference_pb2.GenerateRequest()
+    request.token_ids.ids.extend([7] * LARGE_BYTES)
+    assert decode(request.SerializeToString()) == request
 
 
 def test_a_line_in_a_while_says_that_messages_cannot_be_decoded(caplog: pytest.LogCaptureFixture) -> None:
