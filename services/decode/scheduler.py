@@ -35,6 +35,7 @@ from services.decode.request import (
 )
 from services.decode.row_table import RowTable
 from services.decode.steps import Steps
+from services.decode.turnover import RowTurnover
 from services.decode.victims import idlest, youngest
 
 _State = SequenceState
@@ -58,6 +59,8 @@ class DecodeScheduler:
         self._waiting: dict[int, DecodeSequence] = {}  # for blocks, by serial, first come first served
         self._ready: dict[int, DecodeSequence] = {}  # for a row, by serial, in order of join
         self._rows = RowTable(max_rows)
+        self._max_rows = max_rows
+        self._turnover = RowTurnover()
         self._events: list[Event] = []
         self._steps = Steps(self._blocks, self._rows, chunk_tokens, self._make_room, self._end, self._events)
         self._next_serial = 0
@@ -79,6 +82,23 @@ class DecodeScheduler:
     @property
     def num_waiting_for_blocks(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_at_once(self) -> int:
+        """Sequences that can decode at once: the rows, or as many as have found blocks while others wait for some."""
+        if not self._waiting:
+            return self._max_rows
+        return min(self._max_rows, max(1, self._open.num_active))
+
+    @property
+    def row_s(self) -> float:
+        """See `RowTurnover.row_s`."""
+        return self._turnover.row_s(self.num_at_once)
+
+    @property
+    def step_s(self) -> float:
+        """Time between two tokens of a sequence lately; 0 while none runs."""
+        return self._turnover.step_s if self.num_running else 0.0
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -238,6 +258,7 @@ class DecodeScheduler:
     def complete(self, result: StepResult, now_s: float) -> int:
         """Take a plan's tokens, in order of plans. Returns how many were discarded."""
         num_discarded = self._steps.complete(result, now_s)
+        self._turnover.stepped(now_s, is_busy=self._steps.num_in_flight > 0)
         self._grant_waiting()
         return num_discarded
 
@@ -273,6 +294,8 @@ class DecodeScheduler:
             self._blocks.commit_all(seq)
         if seq.state is _State.RUNNING:
             self._rows.leave(seq)
+            if seq.last_token_s and end not in (End.LOST, End.PREEMPTED):
+                self._turnover.left(seq.last_token_s - (seq.scheduled_s if seq.is_local else seq.first_step_s))
         self._waiting.pop(seq.serial, None)
         self._ready.pop(seq.serial, None)
         self._open.remove(seq)

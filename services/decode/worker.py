@@ -153,6 +153,8 @@ class DecodeWorker(WorkerFront[DecodeConfig, DecodeMetrics]):
         status = self.base_status()
         status.num_open, status.num_waiting = scheduler.num_open, scheduler.num_waiting
         status.num_running = scheduler.num_running
+        status.num_at_once, status.load_unit_ns = scheduler.num_at_once, round(scheduler.row_s * 1e9)
+        status.step_ns = round(scheduler.step_s * 1e9)
         status.num_waiting_tokens = scheduler.num_waiting_tokens
         status.num_blocks_free, status.num_blocks_cached = blocks.num_free, blocks.num_cached
         status.num_blocks_held = blocks.num_held

@@ -72,6 +72,11 @@ class Scheduler:
         return self._num_queued_tokens + sum(prompt.num_remaining for prompt in list(self._running))
 
     @property
+    def token_s(self) -> float:
+        """How long a token takes in a step that has many; 0 while nothing is known."""
+        return self._token_s
+
+    @property
     def num_in_flight(self) -> int:
         """Plans that the ranks have and whose results are not back."""
         return len(self._in_flight)
@@ -274,6 +279,8 @@ class Scheduler:
 
     def _measure(self, compute_ns: int, num_tokens: int) -> None:
         newest = compute_ns / 1e9 / num_tokens
+        if 2 * num_tokens < self.limits.max_step_tokens and 0.0 < self._token_s < newest:
+            return  # of a small step: each of its tokens costs more, which says nothing of a queue
         self._token_s += (newest - self._token_s) * (_SMOOTHING if self._token_s else 1.0)
 
     def _retry_after_s(self) -> float:

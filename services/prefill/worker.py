@@ -108,6 +108,7 @@ class PrefillWorker(WorkerFront[PrefillConfig, PrefillMetrics]):
         status.num_waiting = scheduler.num_waiting
         status.num_running = session.engine.num_jobs - scheduler.num_waiting
         status.num_waiting_tokens = scheduler.num_waiting_tokens
+        status.load_unit_ns = round(scheduler.token_s * 1e9)
         status.num_blocks_free, status.num_blocks_cached = blocks.num_free, blocks.num_cached
         status.num_blocks_held = blocks.num_held
         status.num_slots_free = session.sends.slots.num_free

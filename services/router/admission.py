@@ -1,7 +1,8 @@
 """How many sequences are under way at once, and who waits: a bounded first-come queue.
 
 `AdmissionQueue` is the pure core (ints in, names of the admitted out); `Admission` lets tasks wait on it. What does
-not fit is refused with a hint when to come back, estimated from how fast places came free lately.
+not fit is refused with a hint when to come back, estimated from how fast places came free lately; so is what would wait
+here and at the workers (`expected_wait`) for longer than it has.
 Knows nothing of prompts, workers or gRPC.
 """
 
@@ -14,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 
 from common.errors import ResourceExhausted
+from services.router.expected_wait import Outlook
 
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
@@ -29,6 +31,7 @@ class AdmissionQueue:
         self.num_in_flight = 0
         self.num_unread = 0  # places of outputs that are complete and that their clients have not read
         self._waiting: OrderedDict[int, int] = OrderedDict()  # request -> its places
+        self._num_waiting_places = 0  # of them
         self._mean_release_s: float | None = None  # mean time between two places coming free
         self._last_release_s: float | None = None
 
@@ -36,8 +39,10 @@ class AdmissionQueue:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def enter(self, request: int, num_places: int) -> bool:
-        """True: admitted. False: waiting. Raises `ResourceExhausted` if there is no room to wait in."""
+    def enter(self, request: int, num_places: int, outlook: Outlook | None = None) -> bool:
+        """True: admitted. False: waiting. Raises `ResourceExhausted` if there is no room to wait in, or no time."""
+        if outlook is not None:
+            self._refuse_late(num_places, outlook)
         if not self._waiting and self.num_in_flight + num_places <= self.max_in_flight:
             self.num_in_flight += num_places
             return True
@@ -45,7 +50,13 @@ class AdmissionQueue:
             message = f"{self.num_in_flight} sequences under way and {len(self._waiting)} requests waiting"
             raise ResourceExhausted(message, self.retry_after_s())
         self._waiting[request] = num_places
+        self._num_waiting_places += num_places
         return False
+
+    def wait_s(self, num_places: int) -> float:
+        """How long a request that comes now would wait here, at the recent rate."""
+        num_missing = self.num_in_flight + self._num_waiting_places + num_places - self.max_in_flight
+        return max(0, num_missing) * (self._mean_release_s or 0.0)
 
     def leave(self, num_places: int, now_s: float) -> list[int]:
         """Give places back. Returns the requests that are admitted now, in order."""
@@ -81,13 +92,22 @@ class AdmissionQueue:
 
     def give_up(self, request: int) -> list[int]:
         """Take a waiting request out. Returns the requests that it stood in the way of."""
-        del self._waiting[request]
+        self._num_waiting_places -= self._waiting.pop(request)
         return self._admit()
 
     def retry_after_s(self) -> float:
         """When the queue should have moved by its own length, at the recent rate."""
         mean_s = 1.0 if self._mean_release_s is None else self._mean_release_s
         return min(max(mean_s * (len(self._waiting) + 1), MIN_RETRY_S), MAX_RETRY_S)
+
+    def _refuse_late(self, num_places: int, outlook: Outlook) -> None:
+        own_wait_s = self.wait_s(num_places)
+        excess_s = outlook.excess_s(own_wait_s)
+        if excess_s > 0:
+            needs_s = (own_wait_s + outlook.worker_wait_s, outlook.service.now_s)
+            message = "about {:.1f} s to wait and {:.1f} s to be served".format(*needs_s)
+            message += f", with {outlook.left_s:.1f} s to the deadline"
+            raise ResourceExhausted(message, min(max(excess_s, MIN_RETRY_S), MAX_RETRY_S))
 
     def _admit(self) -> list[int]:
         admitted: list[int] = []
@@ -96,6 +116,7 @@ class AdmissionQueue:
             if self.num_in_flight + num_places > self.max_in_flight:
                 break
             del self._waiting[request]
+            self._num_waiting_places -= num_places
             self.num_in_flight += num_places
             admitted.append(request)
         return admitted
@@ -111,10 +132,10 @@ class Admission:
         self._last_request = 0
 
     @contextlib.asynccontextmanager
-    async def places(self, num_places: int) -> AsyncIterator[Places]:
+    async def places(self, num_places: int, outlook: Outlook | None = None) -> AsyncIterator[Places]:
         """Hold so many places; waits for its turn, and gives up its turn if the waiting task is cancelled."""
         self._last_request += 1
-        if not self.queue.enter(self._last_request, num_places):
+        if not self.queue.enter(self._last_request, num_places, outlook):
             await self._wait_turn(self._last_request, num_places)
         places = Places(self, num_places)
         try:

@@ -23,6 +23,7 @@ from services.router import lifetime
 from services.router.attempt import Attempts, Moved, Pair, RequestPlan
 from services.router.cancellation import is_being_cancelled
 from services.router.choice import Choice
+from services.router.expected_wait import Outlook, ServiceTimes, step_s, worker_wait_s
 from services.router.moves import Failure, MoveLimits, Moves, Patience, Reason, reason_of
 from services.router.placement import LocalPrefill, Penalties, capacities, place
 from services.router.sequence_receiver import FirstToken
@@ -52,6 +53,7 @@ class Dispatcher:
         self._registry = registry
         self._rng = rng
         self._penalties = Penalties()
+        self._service = ServiceTimes()
         self.limits = limits
         self.attempts = Attempts(limits.first_token)
 
@@ -88,6 +90,16 @@ class Dispatcher:
             starts_until_s = self._starts_until_s(0, 0, bool(prefills), bool(decodes))
             await self._wait_changed(patience, starts_until_s, _missing(self.limits.local_prefill))
 
+    def outlook(self, max_tokens: int | None, left_s: float) -> Outlook:
+        """What a request that comes now has before it."""
+        prefills, decodes = (self._registry.candidates(role) for role in Role)
+        wait_s = worker_wait_s(prefills, decodes, self.limits.local_prefill)
+        return Outlook(wait_s, self._service.expected(max_tokens, step_s(decodes)), left_s)
+
+    def cut_off(self, choice: Choice) -> None:
+        """An output ended before it was complete."""
+        self._service.cut_off(len(choice.tokens))
+
     def moves(self) -> Moves:
         """For an output that begins."""
         return Moves(self.limits.moves, self._registry.life_of, self._rng)
@@ -100,10 +112,14 @@ class Dispatcher:
             if reason in _SUSPICIOUS:
                 worker.suspect()
 
-    def succeeded(self, pair: Pair) -> None:
+    def succeeded(self, pair: Pair, choice: Choice) -> None:
         """An attempt ended well."""
         for worker in (pair.first, pair.decode):
             self._penalties.forgive(worker.address)
+        took = choice.lifetime
+        if not took.num_migrations:
+            first_token_s = (took.prefill_ns + took.exposed_handoff_ns) * 1e-9
+            self._service.served(first_token_s, took.decode_ns * 1e-9, len(choice.tokens))
 
     async def place(self, plan: RequestPlan, choice: Choice, avoid: set[str], pinned: str | None) -> Pair:
         """The next pair, waiting for one to become ready if there is none that the sequence fits. Raises
@@ -186,7 +202,7 @@ class _ChoiceRun:
                 try:
                     ending = await self._dispatcher.attempts.attempt(self._plan, choice, pair, self.prefilled.set)
                     lifetime.add_decode(choice.lifetime, ending)
-                    self._dispatcher.succeeded(pair)
+                    self._dispatcher.succeeded(pair, choice)
                     break
                 except Moved as moved:
                     if is_being_cancelled():
@@ -207,6 +223,8 @@ class _ChoiceRun:
             choice.complete()
         finally:
             self.prefilled.set()
+            if not choice.is_complete:
+                self._dispatcher.cut_off(choice)
 
     async def _prepare_move(self, failure: Failure) -> None:
         pause_s = self._moves.pause_s(failure)

@@ -35,6 +35,14 @@ class Candidate:
     layout_fingerprint: str
     load: int
     max_sequence_tokens: int = 0  # what it can hold of one sequence, prompt and output together; 0: it does not say
+    num_at_once: int = 0  # of the load, that waits for nothing
+    unit_s: float = 0.0  # how long each unit of load beyond it holds up what comes after it
+    step_s: float = 0.0  # time between two tokens of those that decode there now
+
+    @property
+    def wait_s(self) -> float:
+        """How long its queue holds up a sequence that comes now."""
+        return max(0, self.load + 1 - self.num_at_once) * self.unit_s
 
     def holds(self, num_tokens: int) -> bool:
         """Whether a sequence that may become so long fits."""

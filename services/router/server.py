@@ -106,9 +106,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             deadline = Deadline.of_call(context.time_remaining(), self._max_timeout_s, time.monotonic())
             if deadline.timeout_s <= 0:
                 raise DeadlineExceeded("the request's deadline had passed when it came")
+            max_tokens = validated.sampling.max_tokens if validated.sampling.HasField("max_tokens") else None
+            outlook = self._dispatcher.outlook(max_tokens, deadline.timeout_s)
             with late_not_cancelled(deadline):
                 try:
-                    async with asyncio.timeout_at(deadline.at_s), self._admission.places(validated.n) as places:
+                    async with (
+                        asyncio.timeout_at(deadline.at_s),
+                        self._admission.places(validated.n, outlook) as places,
+                    ):
                         await self._generate(validated, context, record, deadline.at_s, places)
                 except TimeoutError as error:
                     raise DeadlineExceeded(f"not done within {deadline.timeout_s:.3f} s") from error

@@ -119,7 +119,13 @@ class Worker:
         else:
             return None
         return Candidate(
-            self.address, status.layout_fingerprint, load + self._dispatched_load, status.max_sequence_tokens
+            self.address,
+            status.layout_fingerprint,
+            load + self._dispatched_load,
+            status.max_sequence_tokens,
+            status.num_at_once,
+            status.load_unit_ns * 1e-9,
+            status.step_ns * 1e-9,
         )
 
     @property

@@ -327,3 +327,13 @@ def test_times_of_queue_and_decode_come_with_the_end() -> None:
     scheduler.complete(result_of(plan, 5), 15.0)
     (end,) = (event for event in scheduler.take_events() if isinstance(event, SequenceEnded))
     assert (end.decode_queue_ns, end.decode_ns) == (2_000_000_000, 3_000_000_000)
+    assert scheduler.row_s == pytest.approx(3.0 / 4)
+
+
+def test_as_many_decode_at_once_as_find_blocks() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    start(scheduler, 1, 5)
+    assert scheduler.num_at_once == 4
+    scheduler.reserve(scheduler.open(ROUTER, make_request(2, range(7)), ticket_id=2))
+    assert scheduler.num_waiting_for_blocks == 1
+    assert scheduler.num_at_once == 1

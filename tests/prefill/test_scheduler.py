@@ -163,6 +163,22 @@ def test_full_queue_refuses_with_a_hint() -> None:
     assert 0.1 <= raised.value.retry_after_s <= 10.0
 
 
+def test_small_steps_say_nothing_of_the_time_that_a_queue_takes() -> None:
+    scheduler = make_scheduler(SchedulerLimits(max_rows=2, max_step_tokens=16, max_waiting=2))
+    times_s = []
+    for num_tokens, compute_ns in ((3, 12_000), (16, 16_000), (3, 12_000), (3, 1_500)):
+        scheduler.add(make_request(num_tokens))
+        plan = next_plan(scheduler)
+        assert plan is not None
+        result = answer(plan)
+        scheduler.complete(StepResult(result.step_id, result.sampled, compute_ns))
+        times_s.append(scheduler.token_s)
+    assert times_s[0] == pytest.approx(4e-6)  # better than nothing
+    assert times_s[1] < times_s[0]
+    assert times_s[2] == times_s[1]
+    assert times_s[3] < times_s[2]
+
+
 def test_prompt_that_can_never_run_is_refused() -> None:
     with pytest.raises(InvalidArgument):
         make_scheduler(num_blocks=4).add(make_request(17))

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import grpc
 import pytest
-from baton.v1 import inference_pb2, sampling_pb2
+from baton.v1 import inference_pb2, sampling_pb2, worker_pb2
 
 from common.errors import DeadlineExceeded, InternalError, ResourceExhausted
 from common.rpc.status import error_from_rpc
 from services.router.attempt import RequestPlan
 from services.router.choice import Choice
 from services.router.dispatcher import Dispatcher
+from services.router.worker_list import Role
 from tests.router.byte_checkpoint import EOS_TOKEN_ID, USER_TOKEN_ID, byte_ids
 from tests.router.cluster import Cluster, running_cluster
-from tests.router.fake_workers import letters
+from tests.router.fake_workers import FakeWorker, letters
 
 
 def text_request(max_tokens: int = 8, **fields: object) -> inference_pb2.GenerateRequest:
@@ -305,6 +306,23 @@ async def test_a_full_router_refuses_with_a_hint(tmp_path: Path) -> None:
         assert cluster.num_opened == 1
         cluster.script.before_first_token.set()
         assert len(await wide) == 16
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+async def test_a_request_that_would_wait_for_too_long_is_refused_at_once(cluster: Cluster, role: Role) -> None:
+    worker: FakeWorker = cluster.prefills[0] if role is Role.PREFILL else cluster.decodes[0]
+    worker.status.num_waiting_tokens, worker.status.num_open = 30_000, 130
+    worker.status.num_at_once, worker.status.load_unit_ns = (0, 10**6) if role is Role.PREFILL else (30, 3 * 10**8)
+    worker.set_state(worker_pb2.WORKER_STATE_READY)
+    registry = cluster.router.registry
+    await cluster.wait_until(lambda: any(c.wait_s > 0 for c in registry.candidates(role)))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.generate(text_request(3), timeout_s=10.0)
+    error = error_from_rpc(caught.value)
+    assert isinstance(error, ResourceExhausted)
+    assert 20 < error.retry_after_s < 30
+    assert cluster.num_opened == 0
+    assert (await cluster.generate(text_request(3), timeout_s=60.0))[0].token_ids == letters(0, 3)
 
 
 async def test_a_waiting_request_is_served_when_a_place_comes_free(tmp_path: Path) -> None:

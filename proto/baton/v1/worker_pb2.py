@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\"F\n\x12WatchStatusRequest\x12\x1c\n\x0fmin_interval_ms\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_min_interval_ms\"\x12\n\x10GetStatusRequest\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\xaa\x05\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\"\n\x04role\x18\x03 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.baton.v1.WorkerState\x12\x1a\n\x12layout_fingerprint\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x0f\n\x07tp_size\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x13\n\x0bnum_running\x18\n \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x0b \x01(\x04\x12\x17\n\x0fnum_blocks_free\x18\x0c \x01(\r\x12\x19\n\x11num_blocks_cached\x18\r \x01(\r\x12\x17\n\x0fnum_blocks_held\x18\x0e \x01(\r\x12\x16\n\x0enum_slots_free\x18\x0f \x01(\r\x12\x18\n\x10num_slots_in_use\x18\x10 \x01(\r\x12\x1d\n\x15num_slots_quarantined\x18\x11 \x01(\r\x12\x1a\n\x12num_grants_waiting\x18\x12 \x01(\r\x12\x36\n\x08\x63ounters\x18\x13 \x03(\x0b\x32$.baton.v1.WorkerStatus.CountersEntry\x12\x11\n\trank_pids\x18\x14 \x03(\r\x12\x1b\n\x13max_sequence_tokens\x18\x15 \x01(\x04\x12\x10\n\x08num_open\x18\x16 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x17 \x01(\x0c\x12\x17\n\x0fmax_interval_ms\x18\x18 \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x32\xca\x01\n\x06Worker\x12\x45\n\x0bWatchStatus\x12\x1c.baton.v1.WatchStatusRequest\x1a\x16.baton.v1.WorkerStatus0\x01\x12?\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x16.baton.v1.WorkerStatus\x12\x38\n\x05\x44rain\x12\x16.baton.v1.DrainRequest\x1a\x17.baton.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\"F\n\x12WatchStatusRequest\x12\x1c\n\x0fmin_interval_ms\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_min_interval_ms\"\x12\n\x10GetStatusRequest\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\xe6\x05\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\"\n\x04role\x18\x03 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.baton.v1.WorkerState\x12\x1a\n\x12layout_fingerprint\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x0f\n\x07tp_size\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x13\n\x0bnum_running\x18\n \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x0b \x01(\x04\x12\x17\n\x0fnum_blocks_free\x18\x0c \x01(\r\x12\x19\n\x11num_blocks_cached\x18\r \x01(\r\x12\x17\n\x0fnum_blocks_held\x18\x0e \x01(\r\x12\x16\n\x0enum_slots_free\x18\x0f \x01(\r\x12\x18\n\x10num_slots_in_use\x18\x10 \x01(\r\x12\x1d\n\x15num_slots_quarantined\x18\x11 \x01(\r\x12\x1a\n\x12num_grants_waiting\x18\x12 \x01(\r\x12\x36\n\x08\x63ounters\x18\x13 \x03(\x0b\x32$.baton.v1.WorkerStatus.CountersEntry\x12\x11\n\trank_pids\x18\x14 \x03(\r\x12\x1b\n\x13max_sequence_tokens\x18\x15 \x01(\x04\x12\x10\n\x08num_open\x18\x16 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x17 \x01(\x0c\x12\x17\n\x0fmax_interval_ms\x18\x18 \x01(\r\x12\x13\n\x0bnum_at_once\x18\x19 \x01(\r\x12\x14\n\x0cload_unit_ns\x18\x1a \x01(\x04\x12\x0f\n\x07step_ns\x18\x1b \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x32\xca\x01\n\x06Worker\x12\x45\n\x0bWatchStatus\x12\x1c.baton.v1.WatchStatusRequest\x1a\x16.baton.v1.WorkerStatus0\x01\x12?\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x16.baton.v1.WorkerStatus\x12\x38\n\x05\x44rain\x12\x16.baton.v1.DrainRequest\x1a\x17.baton.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERSTATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERROLE']._serialized_start=845
-  _globals['_WORKERROLE']._serialized_end=935
-  _globals['_WORKERSTATE']._serialized_start=937
-  _globals['_WORKERSTATE']._serialized_end=1058
+  _globals['_WORKERROLE']._serialized_start=905
+  _globals['_WORKERROLE']._serialized_end=995
+  _globals['_WORKERSTATE']._serialized_start=997
+  _globals['_WORKERSTATE']._serialized_end=1118
   _globals['_WATCHSTATUSREQUEST']._serialized_start=35
   _globals['_WATCHSTATUSREQUEST']._serialized_end=105
   _globals['_GETSTATUSREQUEST']._serialized_start=107
@@ -46,9 +46,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINRESPONSE']._serialized_start=143
   _globals['_DRAINRESPONSE']._serialized_end=158
   _globals['_WORKERSTATUS']._serialized_start=161
-  _globals['_WORKERSTATUS']._serialized_end=843
-  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_start=796
-  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_end=843
-  _globals['_WORKER']._serialized_start=1061
-  _globals['_WORKER']._serialized_end=1263
+  _globals['_WORKERSTATUS']._serialized_end=903
+  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_start=856
+  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_end=903
+  _globals['_WORKER']._serialized_start=1121
+  _globals['_WORKER']._serialized_end=1323
 # @@protoc_insertion_point(module_scope)

@@ -196,6 +196,9 @@ class WorkerStatus(_message.Message):
     NUM_OPEN_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     MAX_INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    NUM_AT_ONCE_FIELD_NUMBER: _builtins.int
+    LOAD_UNIT_NS_FIELD_NUMBER: _builtins.int
+    STEP_NS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Name, unique in the deployment."""
     incarnation: _builtins.str
@@ -242,6 +245,16 @@ class WorkerStatus(_message.Message):
     """Tells one checkpoint from another, whatever its name, dtype and layout; see `common/models/checkpoint`."""
     max_interval_ms: _builtins.int
     """In WatchStatus: so many milliseconds later at most another one follows, changed or not. 0: only when it changes."""
+    num_at_once: _builtins.int
+    """How much load waits for nothing: the rows that there are for num_open (decode workers; fewer if blocks are scarce),
+    0 of num_waiting_tokens (prefill workers).
+    """
+    load_unit_ns: _builtins.int
+    """How long each unit of load beyond num_at_once holds up what comes after it, in nanoseconds, from how long those
+    before it took: a sequence of num_open (decode), a token of num_waiting_tokens (prefill). 0 while nothing is known.
+    """
+    step_ns: _builtins.int
+    """Time between two tokens of a running sequence lately, in nanoseconds; 0 while none runs (decode workers)."""
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Counters since the start by name; Prometheus has the same numbers, as `services/*/metrics` says."""
@@ -277,10 +290,13 @@ class WorkerStatus(_message.Message):
         num_open: _builtins.int = ...,
         model_digest: _builtins.bytes = ...,
         max_interval_ms: _builtins.int = ...,
+        num_at_once: _builtins.int = ...,
+        load_unit_ns: _builtins.int = ...,
+        step_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "counters", b"counters", "incarnation", b"incarnation", "layout_fingerprint", b"layout_fingerprint", "max_interval_ms", b"max_interval_ms", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "model_digest", b"model_digest", "num_blocks_cached", b"num_blocks_cached", "num_blocks_free", b"num_blocks_free", "num_blocks_held", b"num_blocks_held", "num_grants_waiting", b"num_grants_waiting", "num_open", b"num_open", "num_running", b"num_running", "num_slots_free", b"num_slots_free", "num_slots_in_use", b"num_slots_in_use", "num_slots_quarantined", b"num_slots_quarantined", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "rank_pids", b"rank_pids", "role", b"role", "state", b"state", "tp_size", b"tp_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "counters", b"counters", "incarnation", b"incarnation", "layout_fingerprint", b"layout_fingerprint", "load_unit_ns", b"load_unit_ns", "max_interval_ms", b"max_interval_ms", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "model_digest", b"model_digest", "num_at_once", b"num_at_once", "num_blocks_cached", b"num_blocks_cached", "num_blocks_free", b"num_blocks_free", "num_blocks_held", b"num_blocks_held", "num_grants_waiting", b"num_grants_waiting", "num_open", b"num_open", "num_running", b"num_running", "num_slots_free", b"num_slots_free", "num_slots_in_use", b"num_slots_in_use", "num_slots_quarantined", b"num_slots_quarantined", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "rank_pids", b"rank_pids", "role", b"role", "state", b"state", "step_ns", b"step_ns", "tp_size", b"tp_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
