@@ -18,6 +18,7 @@ FLOAT32 = ("--dtype", "float32")
 BAD = 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("computes", ["prefill", "decode"])
 async def test_a_prompt_that_overflows_in_its_middle_fails_alone_and_is_not_cached(
     computes: str, tmp_path: Path

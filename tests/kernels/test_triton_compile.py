@@ -169,6 +169,8 @@ def row_launches(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield lambda: triton_rows.silu_mul(gate_up)
     begun = ScaledRows(x, torch.empty(128, 16), 1e-5)
     yield lambda: triton_rows.finished(begun)
+    cleaned = torch.zeros(2, dtype=torch.int32)
+    yield lambda: triton_rows.spoil_cleaned(x, cleaned)
     yield lambda: library_rows.layer_norm(x, weight, weight, 1e-5)
     yield lambda: library_rows.softmax(x)
 
@@ -208,6 +210,8 @@ def step_launches() -> Iterator[Callable[[], object]]:
     token_ids, positions, slots = (torch.zeros(512, dtype=torch.int64) for _ in range(3))
     yield lambda: triton_step.begin_step(packed, state, row_tables, 64, token_ids, positions, lengths, tables)
     yield lambda: triton_step.begin_chunks(chunks, new_ids, row_tables, 64, token_ids, positions, slots, tables)
+    hidden = torch.zeros(512, 4096, dtype=torch.bfloat16)
+    yield lambda: triton_step.judge_chunks(hidden, chunks[2], chunks[1], lengths)
 
 
 def draw_launches() -> Iterator[Callable[[], object]]:

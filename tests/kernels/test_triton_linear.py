@@ -152,6 +152,28 @@ def test_one_number_that_overflows_is_noted_for_its_token_alone(column: int, tun
     assert int((kv == 0.0).sum()) == 2 * num_turned
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+@pytest.mark.parametrize("head", [32, 47], ids=["key", "value"])
+def test_products_of_an_8b_model_note_one_number_that_overflows(head: int, rows: int) -> None:
+    """As they are tuned, where that is measured: launched dependently, in bfloat16."""
+    x = random(rows, 4096, dtype=torch.bfloat16)
+    weight = (random(6144, 4096, seed=1) * 0.02).to(torch.bfloat16).t()
+    weight[7] = 0.0
+    weight[7, head * 128 + 99] = 1e38
+    x[:, 7] = 0.0
+    x[rows // 2, 7] = -1e3
+    kv = random(2, 2, 8, 64, 128, dtype=torch.bfloat16)
+    slots, cleaned = torch.arange(rows, device=DEVICE), no_tokens(rows)
+    angles = random(rows, 1, 128, dtype=torch.bfloat16, seed=2)
+    for _ in range(2):
+        q = qkv_rope_store_few(x, weight, 32, angles, angles, kv, slots, cleaned)
+        assert cleaned.nonzero().flatten().tolist() == [rows // 2]
+        assert q.isfinite().all()
+        assert kv.isfinite().all()
+        cleaned.zero_()
+
+
 def test_a_tile_must_be_part_of_half_a_head() -> None:
     kv, weight = random(2, 2, 1, 16, 32), random(3 * 32, 64, seed=1).t()
     angles, slots, cleaned = random(1, 1, 32), torch.zeros(1, dtype=torch.int64, device=DEVICE), no_tokens(1)

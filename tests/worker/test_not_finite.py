@@ -124,6 +124,7 @@ def make_script(
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk_tokens", "fault"), [(0, INFINITE_KEY), (16, INFINITE_EMBEDDING)], ids=["kernel by kernel", "captured"]
 )
