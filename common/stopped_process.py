@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 INTERVAL_S: Final = 1.0
-MAX_STOPPED_LOOKS: Final = 3  # in a row; somebody who looks into a process may stop it for a moment
+MAX_STOPPED_LOOKS: Final = 4  # in a row, so for 3 to 4 s; somebody may stop a process for a moment to look into it
 
 
 def is_stopped(pid: int) -> bool:
@@ -28,7 +28,7 @@ async def wait_stopped(
     look: Callable[[int], bool] = is_stopped,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
-    """Return when the process was found stopped three times in a row; until then, look every second.
+    """Return when the process was found stopped four times in a row; until then, look every second.
 
     What counts is what this process saw: one that was stopped itself, with the other, finds it running again.
     """

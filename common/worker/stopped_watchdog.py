@@ -17,7 +17,7 @@ async def watch_for_stopped(
     look: Callable[[int], bool] = is_stopped,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
-    """Declare the group lost when one of its processes was found stopped three times in a row; returns when it is lost.
+    """Declare the group lost when one of its processes was found stopped four times in a row; returns when it is lost.
 
     What counts is what this process saw: one that was stopped itself, with its ranks, finds them running again.
     """

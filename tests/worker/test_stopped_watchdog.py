@@ -28,9 +28,9 @@ def looks(*seen: str) -> tuple[Callable[[int], bool], Callable[[float], Awaitabl
     return lambda pid: seen[len(slept) - 1][pid - 1000] == "T", sleep, slept
 
 
-async def test_a_rank_that_is_stopped_for_three_looks_ends_the_group() -> None:
+async def test_a_rank_that_is_stopped_for_four_looks_ends_the_group() -> None:
     group = FakeGroup(tp_size=2)
-    look, sleep, slept = looks("RS", "RT", "ST", "RT")
+    look, sleep, slept = looks("RS", "RT", "ST", "RT", "RT")
     await watch_for_stopped(group, look, sleep)
     assert group.lost_reason == "rank 1 (process 1001) is stopped"
     assert sum(slept[1:]) <= 4.0
@@ -38,7 +38,7 @@ async def test_a_rank_that_is_stopped_for_three_looks_ends_the_group() -> None:
 
 async def test_a_rank_that_goes_on_is_left_alone() -> None:
     group = FakeGroup(tp_size=2)
-    look, sleep, _ = looks("RT", "RT", "RS", "TT", "TT", "RR", "RT")
+    look, sleep, _ = looks("RT", "RT", "RT", "RS", "TT", "TT", "TT", "RR", "RT")
     with pytest.raises(asyncio.CancelledError):
         await watch_for_stopped(group, look, sleep)
     assert group.lost_reason is None
