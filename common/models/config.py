@@ -8,20 +8,28 @@ weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from common.errors import ModelError
-from common.models.config_keys import ARCHITECTURES, DECLARED, DEFAULT_NUM_KV_HEADS, LAYER_TYPES, NEUTRAL, TYPES
+from common.models.config_keys import (
+    ARCHITECTURES,
+    DECLARED,
+    DEFAULT_NUM_KV_HEADS,
+    LAYER_TYPES,
+    NEUTRAL,
+    QUANTISATION,
+    TYPES,
+)
 from common.models.foreign_formats import foreign_format
 from common.models.json_object import JsonObject, is_same, read_json_object
 from common.models.rope_config import RopeConfig, parse_rope
 
 DTYPES: Final = ("float32", "bfloat16", "float16")  # of checkpoints, and of what is computed with them
-CONFIG_FILE: Final = "config.json"
 
+_CONFIG_FILE: Final = "config.json"
 _ACTIVATIONS: Final = ("silu", "swish")  # two names of one function
 _MAX_LAYERS: Final = 4096
 _MIN_WINDOW: Final = 2  # with 1, transformers' KV cache and its attention do not agree what a token sees
@@ -58,7 +66,9 @@ class ModelConfig:
 
 def read_model_config(model_dir: Path) -> ModelConfig:
     """Parse `config.json`. Raises `ModelError`."""
-    path = model_dir / CONFIG_FILE
+    if not model_dir.is_dir():
+        raise ModelError(f"{model_dir} is not a directory")
+    path = model_dir / _CONFIG_FILE
     if not path.exists() and (found := foreign_format(model_dir)) is not None:
         raise ModelError(f"{path} is missing; {found}")
     return _parse(read_json_object(path))
@@ -66,7 +76,7 @@ def read_model_config(model_dir: Path) -> ModelConfig:
 
 def parse_model_config(config: Mapping[str, object]) -> ModelConfig:
     """The pure half of `read_model_config`."""
-    return _parse(JsonObject(CONFIG_FILE, config))
+    return _parse(JsonObject(_CONFIG_FILE, config))
 
 
 def _parse(config: JsonObject) -> ModelConfig:
@@ -123,10 +133,15 @@ def _check_types(config: JsonObject, family: str) -> None:
 def _check_neutral(config: JsonObject, family: str) -> None:
     for key, neutral in NEUTRAL[family].items():
         if key in config and not any(is_same(config.get(key), value) for value in neutral):
-            supported = f"supported is only {', '.join(map(repr, neutral))}" if neutral else "which is not supported"
-            raise config.refused(key, supported)
+            raise config.refused(key, _supported(key, neutral))
     if config.get("hidden_act", "silu") not in _ACTIVATIONS:
         raise config.refused("hidden_act", "supported is only 'silu'")
+
+
+def _supported(key: str, neutral: Sequence[object]) -> str:
+    if key in QUANTISATION:
+        return "the checkpoint is quantised, which is not supported"
+    return f"supported is only {', '.join(map(repr, neutral))}" if neutral else "which is not supported"
 
 
 def _heads(config: JsonObject, family: str) -> tuple[int, int]:

@@ -66,10 +66,9 @@ DECLARED: Final[Mapping[str, Mapping[str, str]]] = {
 DEFAULT_NUM_KV_HEADS: Final[Mapping[str, int | None]] = {"llama": None, "qwen2": 32, "qwen3": 32, "mistral": 8}
 
 _ONLY_NULL: Final = (None,)
+QUANTISATION: Final = ("quantization_config", "quantization", "compression_config")  # the second is mlx's
 _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
-    "quantization_config": _ONLY_NULL,
-    "quantization": _ONLY_NULL,  # mlx writes its own
-    "compression_config": _ONLY_NULL,
+    **dict.fromkeys(QUANTISATION, _ONLY_NULL),
     "is_causal": (True,),  # masks ask for it in every model
     "is_encoder_decoder": (False, None),
     "attention_chunk_size": _ONLY_NULL,  # the KV cache goes by it

@@ -15,7 +15,7 @@ from typing import Final
 
 from common.errors import ModelError
 
-MAX_INTEGER: Final = 2**31 - 1  # of every count in a configuration; larger ones are no model's
+_MAX_INTEGER: Final = 2**31 - 1  # of every count in a configuration; larger ones are no model's
 _MAX_OF_TORCH: Final = 2**63 - 1  # integers that a tensor's arithmetic takes
 _MAX_SHOWN: Final = 100  # characters of a value in a message
 _REPR: Final = reprlib.Repr()
@@ -43,7 +43,7 @@ class JsonObject:
             return ModelError(f"{self.file}: {self.prefix}{key} is missing, {limit}")
         return ModelError(f"{self.file}: {self.prefix}{key} = {shown(self.values[key])}, {limit}")
 
-    def positive(self, key: str, default: int | None = None, least: int = 1, most: int = MAX_INTEGER) -> int:
+    def positive(self, key: str, default: int | None = None, least: int = 1, most: int = _MAX_INTEGER) -> int:
         """An integer of a range. `default`: where the key is missing or null."""
         value = self.values.get(key)
         if value is None and default is not None:

@@ -16,7 +16,7 @@ from common.models.config import ModelConfig
 from common.models.json_object import some
 from common.models.tensor_shapes import EMBEDDING, HEAD, is_computed, tensor_shapes
 
-DTYPES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of stored tensors, by the format's names
+_DTYPES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of stored tensors, by the format's names
 
 # What quantised checkpoints hold beside their matrices, or in their place: GPTQ, AWQ, compressed-tensors, FP8,
 # bitsandbytes, mlx, ModelOpt.
@@ -24,7 +24,7 @@ _QUANTISED: Final = re.compile(
     r".*[._](qweight|qzeros|scales|g_idx|(weight|input|output|k|v|q)_scale(_inv|_2)?|weight_(packed|shape|zero_point)"
     r"|(input|output|k|v)_zero_point|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
 )
-_INTEGER_DTYPES: Final = re.compile(r"[IUF]\d(_.*)?|[IU]\d+|F8_.*|F4.*|F6.*|BOOL")
+_QUANTISED_DTYPES: Final = re.compile(r"[IU](8|16|32)|F[468](_.*)?")
 
 
 def check_weights(model_dir: Path, config: ModelConfig) -> None:
@@ -42,8 +42,8 @@ def stored_dtype(model_dir: Path) -> str:
     """What transformers computes in where the configuration names no dtype: that of the first tensor by name."""
     entries = tensor_entries(model_dir)
     first_file = min(entry.file for entry in entries.values())
-    name = min(name for name, entry in entries.items() if entry.file == first_file and entry.dtype in DTYPES)
-    return DTYPES[entries[name].dtype]
+    name = min(name for name, entry in entries.items() if entry.file == first_file and entry.dtype in _DTYPES)
+    return _DTYPES[entries[name].dtype]
 
 
 def check_tensor(name: str, entry: TensorEntry | None, shape: tuple[int, ...], model_dir: Path) -> TensorEntry:
@@ -52,13 +52,13 @@ def check_tensor(name: str, entry: TensorEntry | None, shape: tuple[int, ...], m
         raise ModelError(f"tensor {name} is missing in {model_dir}, expected one of shape {list(shape)}")
     if entry.shape != shape:
         raise ModelError(f"{entry.file}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)}")
-    if entry.dtype not in DTYPES:
-        raise ModelError(f"{entry.file}: tensor {name} has dtype {entry.dtype}, supported are {', '.join(DTYPES)}")
+    if entry.dtype not in _DTYPES:
+        raise ModelError(f"{entry.file}: tensor {name} has dtype {entry.dtype}, supported are {', '.join(_DTYPES)}")
     return entry
 
 
 def _refuse_quantised(name: str, entry: TensorEntry) -> None:
-    if _QUANTISED.fullmatch(name) or (_INTEGER_DTYPES.fullmatch(entry.dtype) and not is_computed(name)):
+    if _QUANTISED.fullmatch(name) or (_QUANTISED_DTYPES.fullmatch(entry.dtype) and not is_computed(name)):
         what = f"tensor {name} has dtype {entry.dtype}"
         raise ModelError(f"{entry.file}: {what}: the checkpoint is quantised, which is not supported")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.errors import InvalidArgument, ModelError
+from common.errors import InvalidArgument
 from common.kernels.head_sizes import check_head_dim
 from common.kvcache.layout import KVLayout, heads_of_rank
 from common.models.checkpoint import drawn_model_digest, model_digest
@@ -35,8 +35,6 @@ def read_worker_model(
 
     Raises `ModelError` for a checkpoint that cannot be served, `InvalidArgument` for a setting that does not fit it.
     """
-    if not model_dir.is_dir():
-        raise ModelError(f"{model_dir} is not a directory")
     config = read_model_config(model_dir)
     check_head_dim(config.head_dim, device)
     if not random_weights:

@@ -159,7 +159,7 @@ def test_families_differ_in_flags() -> None:
         ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "'awq'}, the checkpoint is quantised"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
@@ -231,6 +231,8 @@ def test_what_changes_nothing_is_passed_over(config: dict[str, object]) -> None:
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):
         read_model_config(tmp_path)
+    with pytest.raises(ModelError, match=r"model\.gguf is not a directory"):
+        read_model_config(tmp_path / "model.gguf")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="is not JSON"):
         read_model_config(tmp_path)
