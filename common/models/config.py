@@ -37,6 +37,7 @@ _DEFAULT_WINDOW: Final = 4096  # transformers' value where the key is absent; nu
 _DEFAULT_MAX_WINDOW_LAYERS: Final = 28
 _DEFAULT_QWEN3_HEAD_DIM: Final = 128
 _DEFAULT_EPS: Final = 1e-6
+_MAX_LABELS: Final = 1 << 16  # transformers names each, for models that classify
 _INTEGER: Final = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -209,6 +210,9 @@ def _check_what_only_constructs(config: JsonObject, family: str, parsed: ModelCo
     spread = config.get("initializer_range")
     if family == "llama" and isinstance(spread, float) and not 0.0 <= spread <= 1.0:
         raise config.refused("initializer_range", "expected a number from 0.0 to 1.0")
+    num_labels = config.get("num_labels")
+    if isinstance(num_labels, int) and num_labels > _MAX_LABELS:
+        raise config.refused("num_labels", f"expected at most {_MAX_LABELS}")
     labels = config.get("id2label")
     if isinstance(labels, dict) and not all(_INTEGER.fullmatch(key) for key in labels):
         raise config.refused("id2label", "expected integers for keys")

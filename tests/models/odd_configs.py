@@ -64,6 +64,7 @@ def _rope() -> st.SearchStrategy[object]:
             {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
             {"rope_type": "llama3", "original_max_position_embeddings": 16, **_LLAMA3},
             {"type": "llama3", **_LLAMA3},
+            {"rope_type": "llama3", "original_max_position_embeddings": 64, "rope_theta": 1e4, **_LLAMA3},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
         ]
     )
@@ -141,12 +142,13 @@ def _value_of(key: str) -> st.SearchStrategy[object]:
 
 
 def changes() -> st.SearchStrategy[dict[str, object]]:
-    """One to three changed keys, those of rotary embedding more often than others."""
-    rope_keys = ("rope_theta", "original_max_position_embeddings", *_PLACES_OF_ROPE)
-    keys = st.one_of(st.sampled_from(KEYS), st.sampled_from(KEYS), st.sampled_from(rope_keys))
-    return st.lists(keys, min_size=1, max_size=3, unique=True).flatmap(
+    """One to three changed keys of all, or several of those of rotary embedding, which depend on each other."""
+    any_keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True).flatmap(
         lambda chosen: st.fixed_dictionaries({key: _value_of(key) for key in chosen})
     )
+    beside = {key: st.sampled_from(_MEANT[key]) for key in ("rope_theta", "original_max_position_embeddings")}
+    rope = st.fixed_dictionaries({}, optional={key: _rope() for key in _PLACES_OF_ROPE} | beside)
+    return st.one_of(any_keys, rope)
 
 
 def changed(config: Mapping[str, object], change: Mapping[str, object]) -> dict[str, object]:

@@ -153,6 +153,7 @@ def test_families_differ_in_flags() -> None:
         ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
         ({"max_position_embeddings": 10**30}, "max_position_embeddings"),
         ({"pad_token_id": 128}, "pad_token_id = 128"),
+        ({"num_labels": 10**30}, "num_labels = 10"),
         ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config"),
         ({"text_config": {}}, "text_config = {}"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
