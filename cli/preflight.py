@@ -20,18 +20,18 @@ _BLOCK_SIZE = 64  # of no matter here: what depends on it is checked by the work
 _UNCOUNTED_GPUS = ("dxg", "nvgpu", "nvhost-gpu")
 
 
-def check(spec: DeploymentSpec, environ: Mapping[str, str], devices: Path = Path("/dev")) -> None:
+def check(spec: DeploymentSpec, environ: Mapping[str, str], root: Path = Path("/")) -> None:
     """Raises `InvalidArgument`, `ModelError` or `FailedPrecondition` for the first thing that cannot work."""
     _check_ports(spec)
     _check_model(spec)
     if spec.device == "cuda":
-        _check_gpus(spec, num_visible_gpus(environ, devices))
+        _check_gpus(spec, num_visible_gpus(environ, root))
 
 
-def num_visible_gpus(environ: Mapping[str, str], devices: Path) -> int | None:
-    """GPUs that CUDA would find; None if there are some and nobody says how many."""
+def num_visible_gpus(environ: Mapping[str, str], root: Path) -> int | None:
+    """GPUs that CUDA would find, by the devices under `root`; None if there may be some and nobody says how many."""
     try:
-        names = [entry.name for entry in devices.iterdir()]
+        names = [entry.name for entry in (root / "dev").iterdir()]
     except OSError:
         return None
     num_gpus = sum(1 for name in names if re.fullmatch(r"nvidia[0-9]+", name))
@@ -41,7 +41,8 @@ def num_visible_gpus(environ: Mapping[str, str], devices: Path) -> int | None:
         if not wanted or wanted[0].strip() == "-1":
             return 0
         num_gpus = min(num_gpus, len(wanted))
-    if not num_gpus and any(name.startswith(_UNCOUNTED_GPUS) for name in names):
+    has_driver = (root / "proc/driver/nvidia").exists()
+    if not num_gpus and (has_driver or any(name.startswith(_UNCOUNTED_GPUS) for name in names)):
         return None
     return num_gpus
 

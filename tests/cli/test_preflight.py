@@ -29,9 +29,9 @@ def taken() -> Iterator[int]:
         yield other.getsockname()[1]
 
 
-def said_against(spec: DeploymentSpec, devices: Path = Path("/nowhere")) -> str:
+def said_against(spec: DeploymentSpec, root: Path = Path("/nowhere")) -> str:
     with pytest.raises(BatonError) as refused:
-        check(spec, {}, devices)
+        check(spec, {}, root)
     return str(refused.value)
 
 
@@ -79,8 +79,9 @@ def test_the_routers_port_is_none_of_the_metrics_ports(spec: DeploymentSpec) -> 
 
 
 def devices_with(tmp_path: Path, *names: str) -> Path:
+    (tmp_path / "dev").mkdir(parents=True, exist_ok=True)
     for name in names:
-        (tmp_path / name).touch()
+        (tmp_path / "dev" / name).touch()
     return tmp_path
 
 
@@ -94,12 +95,15 @@ def test_gpus_are_counted_by_their_devices_and_by_what_cuda_may_see(tmp_path: Pa
 
 
 def test_gpus_that_nobody_counts_are_left_to_the_ranks(tmp_path: Path, spec: DeploymentSpec) -> None:
-    check(replace(spec, device="cuda"), {}, devices_with(tmp_path, "dxg"))
+    cuda = replace(spec, device="cuda")
+    check(cuda, {}, devices_with(tmp_path / "wsl", "dxg"))
+    (tmp_path / "elsewhere/proc/driver/nvidia").mkdir(parents=True)
+    check(cuda, {}, devices_with(tmp_path / "elsewhere", "null"))
 
 
 def test_ranks_without_a_gpu_are_refused(tmp_path: Path, spec: DeploymentSpec) -> None:
     cuda = replace(spec, device="cuda", decode_tp=2)
-    assert "there is no NVIDIA GPU here" in said_against(cuda, tmp_path)
+    assert "there is no NVIDIA GPU here" in said_against(cuda, devices_with(tmp_path, "null"))
     devices_with(tmp_path, "nvidia0", "nvidia1")
     assert "3 ranks need a GPU each, and CUDA may use 2 here" in said_against(cuda, tmp_path)
     check(replace(cuda, decode_tp=1), {}, tmp_path)
