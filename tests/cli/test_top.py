@@ -127,6 +127,9 @@ async def test_it_follows_changes_until_q_is_pressed() -> None:
                 os.write(terminal, b"xq")
                 assert await process.wait() == 0
         finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
             seen.close()
 
 
