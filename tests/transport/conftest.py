@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -24,6 +25,15 @@ torch.set_num_threads(1)
 ONLY_CONNECTS = "only connects"
 ACCEPTING = ("receiver", "r", "there")  # what the tests call the end that others connect to
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """What a test leaves goes now. A collection in the middle of a later one ends a UCX context there, which waits for
+    the GPU, which may wait for the other end of an NCCL transfer: in this thread, which both ends share in tests only.
+    """
+    if torch.cuda.is_available():
+        gc.collect()
 
 
 @pytest.fixture(
