@@ -77,6 +77,7 @@ def _rope() -> st.SearchStrategy[object]:
 
 # Values with a meaning, beside the odd ones.
 _MEANT: Final[Mapping[str, tuple[object, ...]]] = {
+    "is_causal": (False, None, True),
     "architectures": (["LlamaForCausalLM"], ["Qwen2ForCausalLM"], ["LlamaForCausalLM", "x"]),
     "model_type": ("llama", "qwen2", "qwen3", "mistral", "ministral"),
     "num_hidden_layers": (2, 3, 4),
@@ -143,7 +144,8 @@ def _value_of(key: str) -> st.SearchStrategy[object]:
 
 def changes() -> st.SearchStrategy[dict[str, object]]:
     """One to three changed keys of all, or several of those of rotary embedding, which depend on each other."""
-    any_keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True).flatmap(
+    keys = st.one_of(st.sampled_from(sorted(_MEANT)), st.sampled_from(KEYS))
+    any_keys = st.lists(keys, min_size=1, max_size=3, unique=True).flatmap(
         lambda chosen: st.fixed_dictionaries({key: _value_of(key) for key in chosen})
     )
     beside = {key: st.sampled_from(_MEANT[key]) for key in ("rope_theta", "original_max_position_embeddings")}

@@ -80,7 +80,7 @@ def assert_told(error: ModelError, config: Mapping[str, object]) -> None:
     assert told[2] == "is missing" or told[3].startswith(shown(value)), text
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(family=st.sampled_from(BASES), change=changes())
 def test_a_configuration_is_obeyed_or_refused(family: str, change: dict[str, object]) -> None:
     path, config = checkpoint(family)
