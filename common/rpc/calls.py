@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeAlias
 
@@ -47,6 +48,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._unread: set[asyncio.Task[Any]] = set()  # have said all, to callers that do not read
         self._are_refused = False
         self._one_is_over = asyncio.Event()
+        self._last_over_s = -math.inf
 
     async def intercept_service(
         self,
@@ -80,6 +82,10 @@ class Calls(grpc.aio.ServerInterceptor):
     async def one_is_over(self) -> None:
         """Wait until some call that is running has ended."""
         await self._one_is_over.wait()
+
+    def idle_s(self) -> float:
+        """How long no call has run."""
+        return 0.0 if self.num_running else asyncio.get_running_loop().time() - self._last_over_s
 
     async def end(self, grace_s: float) -> None:
         """Cancel those that run, but for the caller; each is told UNAVAILABLE, if it is in `grace_s`."""
@@ -148,6 +154,7 @@ class Calls(grpc.aio.ServerInterceptor):
         del self._running[task]
         self._ended.discard(task)
         self._unread.discard(task)
+        self._last_over_s = task.get_loop().time()
         self._tell_over()
 
     def _tell_over(self) -> None:

@@ -26,6 +26,7 @@ _Servicer = TypeVar("_Servicer")
 MIN_PING_INTERVAL_MS = 1_000
 END_GRACE_S = 1.0  # for calls that are cancelled, to send their status
 AGE_JITTER = 1.15  # gRPC adds up to a tenth to a connection's age
+QUIET_S = 1.0  # without a call: then nobody is about to send the next
 LOOK_EVERY_S = 0.5  # whether gRPC's loop has ended, which nothing tells
 
 
@@ -133,8 +134,11 @@ class RpcServer:
         leaving_s = 0.0 if self._max_connection_age_s is None else self._max_connection_age_s * AGE_JITTER
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(leaving_s, longest_s)):
-                while self._calls.num_running:
-                    await self._calls.one_is_over()
+                while (idle_s := self._calls.idle_s()) < QUIET_S:
+                    with contextlib.suppress(TimeoutError):
+                        # Longer, if a call runs: who sends one after the other is between two of them now and then.
+                        async with asyncio.timeout(None if self._calls.num_running else QUIET_S - idle_s):
+                            await self._calls.one_is_over()
         self._calls.refuse()
         while self._calls.num_running:
             close_connections(self._port, except_ports=self._calls.peer_ports())

@@ -173,3 +173,19 @@ async def test_a_stream_that_is_not_read_ends_and_holds_up_no_drain(monkeypatch:
             draining.servicer.release.set()
             await asyncio.wait_for(draining.server.stop(3600), 20)
             unread.cancel()
+
+
+async def test_who_sends_one_call_after_the_other_is_served_between_two_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("common.rpc.server.QUIET_S", 0.2)
+    async with Draining(max_connection_age_s=3600) as draining:
+        draining.servicer.release.set()
+        assert await draining.stream.read() == worker_pb2.WorkerStatus(worker_id="last")
+        assert await draining.stream.read() is grpc.aio.EOF
+        stopping = asyncio.create_task(draining.server.stop(3600))
+        for _ in range(20):
+            assert await draining.call() is grpc.StatusCode.OK
+        assert not stopping.done()
+        await asyncio.wait_for(stopping, 20)  # nobody calls any more
+        assert await draining.call() is grpc.StatusCode.UNAVAILABLE
