@@ -8,7 +8,8 @@ from collections.abc import Callable
 import grpc
 from baton.v1 import worker_pb2, worker_pb2_grpc
 
-from common.rpc.client import open_channel
+from common.errors import Unavailable
+from common.rpc.client import decoded, open_channel
 
 _MAX_STATUS_BYTES = 4 << 20
 _RETRY_S = 0.5
@@ -22,9 +23,9 @@ async def follow_status(address: str, on_status: OnStatus, min_interval_ms: int 
         stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
         while True:
             try:
-                async for status in stub.WatchStatus(request):
-                    on_status(status)
-            except grpc.aio.AioRpcError:
+                async for message in stub.WatchStatus(request):
+                    on_status(decoded(message, address))
+            except (grpc.aio.AioRpcError, Unavailable):
                 on_status(None)
             await asyncio.sleep(_RETRY_S)
 
@@ -34,6 +35,6 @@ async def get_status(address: str, timeout_s: float) -> worker_pb2.WorkerStatus 
     async with open_channel(address, _MAX_STATUS_BYTES) as channel:
         stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
         try:
-            return await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=timeout_s)
-        except grpc.aio.AioRpcError:
+            return decoded(await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=timeout_s), address)
+        except (grpc.aio.AioRpcError, Unavailable):
             return None

@@ -12,7 +12,7 @@ import grpc
 from baton.v1 import worker_pb2, worker_pb2_grpc
 
 from common.errors import Unavailable
-from common.rpc.client import open_channel
+from common.rpc.client import decoded, open_channel
 from common.rpc.status import error_from_rpc
 from loadtest.clock import Clock
 from loadtest.record import PoolSample
@@ -66,8 +66,8 @@ async def _watch(address: str, latest: dict[str, worker_pb2.WorkerStatus]) -> No
         stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
         while True:
             try:
-                async for status in stub.WatchStatus(worker_pb2.WatchStatusRequest(min_interval_ms=interval_ms)):
-                    latest[address] = status
-            except grpc.aio.AioRpcError:
+                async for message in stub.WatchStatus(worker_pb2.WatchStatusRequest(min_interval_ms=interval_ms)):
+                    latest[address] = decoded(message, address)
+            except (grpc.aio.AioRpcError, Unavailable):
                 latest.pop(address, None)
             await asyncio.sleep(_RETRY_S)

@@ -44,6 +44,8 @@ def open_channel(address: str, max_message_bytes: int) -> grpc.aio.Channel:
         # A call is sent again by whoever knows whether it may be, never by the library.
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),
+        # Peers are in one network; a proxy of the environment, which is for the world beyond, does not know them.
+        ("grpc.enable_http_proxy", 0),
     ]
     return grpc.aio.insecure_channel(address, options=options)
 

@@ -39,7 +39,8 @@ class BatonTarget(Target):
         """The router's model. A router without workers for a request is `Unavailable`."""
         try:
             for stub in self._stubs:
-                info = await stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=TIMEOUT_TO_DESCRIBE_S)
+                answer = await stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=TIMEOUT_TO_DESCRIBE_S)
+                info = decoded(answer, self._address)
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error, self._address) from error
         if not info.is_serving:
