@@ -26,11 +26,11 @@ from common.models.decoder import Decoder
 from common.quiet_collector import quiet_collector
 
 DECODE_CASES = [(1024, n) for n in (1, 8, 32, 64, 128, 256)] + [(8192, n) for n in (1, 8, 32, 64)]
-# Of a Llama-3.1-8B shape: the goal and vLLM 0.25.0 on the same GPU, milliseconds.
-_1K_MS = [(4.0, 4.85), (4.4, 5.24), (5.3, 6.54), (6.4, 7.77), (8.8, 10.96), (13.6, 18.71)]
-_8K_MS = [(4.3, 5.15), (6.2, 7.0), (12.7, 13.61), (21.8, 23.78)]
+# Of a Llama-3.1-8B shape, milliseconds: the goal, and vLLM 0.26.0 in bf16 (docs/performance.md, Beside vLLM).
+_1K_MS = [(4.0, 4.94), (4.4, 5.21), (5.3, 6.21), (6.4, 7.48), (8.8, 10.47), (13.6, 17.32)]
+_8K_MS = [(4.3, 5.02), (6.2, 6.76), (12.7, 12.85), (21.8, 20.98)]
 DECODE_MS = dict(zip(DECODE_CASES, [*_1K_MS, *_8K_MS], strict=True))
-PREFILL_MS = {512: (13, 16.8), 2048: (46, 50.7), 8192: (200, 213.5), 32768: (1130, 1210)}
+PREFILL_MS = {512: (13, 16.1), 2048: (46, 52.5), 8192: (200, 217.6), 32768: (1130, 1203)}
 # prompts, tokens of each, tokens of a step
 PREFILL_CASES = [(1, 512, 2048), (1, 2048, 2048), (1, 8192, 2048), (1, 8192, 8192)]
 PREFILL_CASES += [(1, 32768, 2048), (1, 32768, 8192), (32, 2048, 2048), (32, 2048, 8192)]
