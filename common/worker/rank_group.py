@@ -16,11 +16,13 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from common import errors
 from common.parent_death import environment_of_child
+from common.stopped_process import wait_stopped
 from common.worker.framing import AsyncFrames
 from common.worker.rank_exit import described_exit
 from common.worker.rank_messages import (
@@ -119,8 +121,8 @@ class RankGroup:
     async def start(cls, module: str, specs: Sequence[StartRank], timeout_s: float) -> RankGroup:
         """Start `python -m module` once for each spec and wait until all of them are ready.
 
-        Raises `ModelError` (or what else a rank reports), `Unavailable` if one dies or the time is up. Whatever goes
-        wrong, no process is left behind.
+        Raises `ModelError` (or what else a rank reports), `Unavailable` if one dies, is stopped or the time is up.
+        Whatever goes wrong, no process is left behind.
         """
         group = cls()
         try:
@@ -129,7 +131,7 @@ class RankGroup:
                     group._ranks.append(await _spawn(module))
                 for rank, spec in zip(group._ranks, specs, strict=True):
                     rank.steps.send(spec)
-                await asyncio.gather(*(group._await_ready(rank) for rank in group._ranks))
+                await group._await_all_ready()
         except TimeoutError as error:
             await group.stop(grace_s=0.0)
             raise errors.Unavailable(f"ranks were not ready after {timeout_s:.0f} s") from error
@@ -222,6 +224,23 @@ class RankGroup:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop(grace_s=2.0)
+
+    async def _await_all_ready(self) -> None:
+        """A rank that was stopped (SIGSTOP) ends the wait, ready or not: the others may wait for it."""
+        starting = asyncio.gather(*(self._await_ready(rank) for rank in self._ranks))
+        stopped = [asyncio.create_task(wait_stopped(rank.process.pid)) for rank in self._ranks]
+        tasks: set[asyncio.Future[Any]] = {starting, *stopped}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                index = next(index for index, watch in enumerate(stopped) if watch.done())
+                pid = self._ranks[index].process.pid
+                raise errors.Unavailable(f"rank {index} (process {pid}) was stopped while starting")
+            starting.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _await_ready(self, rank: _Rank) -> None:
         frame = await rank.steps.receive()

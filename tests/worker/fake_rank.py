@@ -1,11 +1,12 @@
 """A rank process without torch: obeys the step and KV channels, and misbehaves on request.
 
 What it does is chosen by `StartRank.model_dir`: `echo` answers every plan, `refuse` reports a model error, `die` exits
-before it is ready, `hang` never becomes ready, `fail-step` reports a failure at the first plan, `abort` ends at the
-first plan as a library does that finds its own state wrong.
+before it is ready, `hang` never becomes ready, `stop` stops itself once it is ready (SIGSTOP), `fail-step` reports a
+failure at the first plan, `abort` ends at the first plan as a library does that finds its own state wrong.
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -39,6 +40,8 @@ def main() -> None:
         return
     threading.Thread(target=_serve_kv, args=(kv,), daemon=True).start()
     steps.send(RankReady(start.rank, f"fake://{start.rank}", "fingerprint", 7, 8))
+    if start.model_dir == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     while (message := _next_step(steps)) is not None:
         if not isinstance(message, StepPlan):
             continue

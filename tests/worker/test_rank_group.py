@@ -161,6 +161,14 @@ async def test_group_that_cannot_start_says_why(behaviour: str, error: type[Exce
         await RankGroup.start(MODULE, _specs(behaviour, count=1), 1.0 if behaviour == "hang" else 30.0)
 
 
+async def test_a_rank_that_is_stopped_while_others_start_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.stopped_process.INTERVAL_S", 0.02)
+    starting, ready = _specs("hang")
+    ready = msgspec.structs.replace(ready, model_dir="stop")
+    with pytest.raises(Unavailable, match=r"rank 1 \(process \d+\) was stopped while starting"):
+        await RankGroup.start(MODULE, [starting, ready], 20.0)
+
+
 async def test_whatever_keeps_a_rank_from_starting_is_told(tmp_path: Path) -> None:
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "max_position_embeddings": 64}
