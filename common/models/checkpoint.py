@@ -44,8 +44,8 @@ class TensorEntry:
 def tensor_entries(model_dir: Path) -> dict[str, TensorEntry]:
     """Every tensor of the checkpoint by name.
 
-    Raises `ModelError` for a missing or damaged file, a tensor that is in two files, and one that is not where the
-    index says.
+    Raises `ModelError` for a missing or damaged file, a tensor that is in two files, and one that is in another file
+    than the index says. What the index names and no file holds is simply not there: conversions leave tied copies out.
     """
     entries: dict[str, TensorEntry] = {}
     for file in checkpoint_files(model_dir):
@@ -56,7 +56,7 @@ def tensor_entries(model_dir: Path) -> dict[str, TensorEntry]:
             begin, end = described.data_offsets
             entries[name] = TensorEntry(file, described.shape, described.dtype, header.num_bytes + begin, end - begin)
     for name, file_name in indexed_tensors(model_dir).items():
-        if name not in entries or entries[name].file.name != file_name:
+        if name in entries and entries[name].file.name != file_name:
             raise ModelError(f"{model_dir / INDEX_FILE}: weight_map.{name} = {file_name!r}, which does not hold it")
     return entries
 

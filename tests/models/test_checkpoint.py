@@ -148,8 +148,15 @@ def test_a_tensor_is_in_one_file_and_where_the_index_says(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match=r"2\.safetensors: tensor weight is in 1\.safetensors as well"):
         tensor_entries(tmp_path)
     save_file({"other": torch.ones(2)}, tmp_path / "2.safetensors")
-    with pytest.raises(ModelError, match=r"weight_map\.2\.safetensors = '2\.safetensors', which does not hold it"):
+    write_index(tmp_path, {"weight": "1.safetensors", "other": "1.safetensors", "third": "2.safetensors"})
+    with pytest.raises(ModelError, match=r"weight_map\.other = '1\.safetensors', which does not hold it"):
         tensor_entries(tmp_path)
+
+
+def test_a_tensor_that_the_index_names_and_no_file_holds_is_not_there(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "1.safetensors")
+    write_index(tmp_path, {"weight": "1.safetensors", "lm_head.weight": "1.safetensors"})
+    assert list(tensor_entries(tmp_path)) == ["weight"]
 
 
 @pytest.mark.parametrize(
