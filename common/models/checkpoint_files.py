@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from common.errors import ModelError
-from common.models.foreign_formats import adapter_file, foreign_format
+from common.models.foreign_formats import adapter_file, foreign_format, holds_foreign_weights
 from common.models.json_object import read_json_object, shown, some
 
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -18,9 +18,10 @@ SINGLE_FILE: Final = "model.safetensors"
 
 
 def holds_weights(model_dir: Path) -> bool:
-    """Whether there are weights of any format, ours or not."""
-    ours = any((model_dir / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
-    return ours or foreign_format(model_dir) is not None
+    """Whether there are weights of any format, ours or not. JSON files hold none: a router needs no others. Raises
+    `ModelError` for an index that is none."""
+    ours = {SINGLE_FILE, *indexed_tensors(model_dir).values()}
+    return any((model_dir / name).exists() for name in ours) or holds_foreign_weights(model_dir)
 
 
 def checkpoint_files(model_dir: Path) -> list[Path]:

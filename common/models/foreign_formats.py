@@ -30,6 +30,11 @@ def foreign_format(model_dir: Path) -> str | None:
     return None
 
 
+def holds_foreign_weights(model_dir: Path) -> bool:
+    """Whether some file of another format may hold weights. Those in JSON (`params.json`, an index) only describe."""
+    return any(path.suffix != ".json" for pattern, _ in _FORMATS for path in model_dir.glob(pattern))
+
+
 def adapter_file(model_dir: Path) -> Path | None:
     """The configuration of an adapter that lies in the directory; transformers may load its base model instead."""
     path = model_dir / "adapter_config.json"

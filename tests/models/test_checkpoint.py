@@ -175,6 +175,15 @@ def test_weights_in_another_format_are_named(tmp_path: Path, file: str, said: st
         checkpoint_files(tmp_path)
 
 
+def test_the_json_files_of_a_checkpoint_are_no_weights(tmp_path: Path) -> None:
+    write_index(tmp_path, {"weight": "model-00001-of-00001.safetensors"})
+    for name in ("config.json", "params.json", "consolidated.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (tmp_path / name).write_text("{}")
+    assert not holds_weights(tmp_path)  # as `*.json` of a public model is, which is all that a router needs
+    save_file({"weight": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    assert holds_weights(tmp_path)
+
+
 def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a")
     (path / "params.json").write_text("{}")  # Mistral ships both formats in one directory
