@@ -26,6 +26,7 @@ _logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S: Final = 10.0
 RENDER_GRACE_S: Final = 0.25  # the process looks at the clock itself whenever a template writes
+CANCELLED_GRACE_S: Final = 0.1  # for the answer to a chat that was cancelled: less than it takes to start a process
 NUM_TRIES: Final = 2
 
 _decoder = msgspec.msgpack.Decoder(Answer)
@@ -76,7 +77,7 @@ class TemplateHost:
         """The prompt of these messages (role and content), special tokens included.
 
         Raises `InvalidArgument` for what the template refuses, or takes too long for, and `ModelError` if the template
-        is broken. When cancelled while the template runs, the process is ended.
+        is broken. When cancelled while the template runs, the process is ended, unless it answers very soon.
         """
         chat = Chat(list(messages), add_generation_prompt)
         async with self._turn:
@@ -92,21 +93,28 @@ class TemplateHost:
         if self._child is None:
             self._child = await self._started()
         frames = self._child.frames
-        is_answered = False
         try:
-            async with asyncio.timeout(self.time_limit_s):
-                frames.send(chat)
-                frame = await frames.receive()
-            is_answered = frame is not None
-            return None if frame is None else _decoder.decode(frame)
-        except ValueError as error:  # of a chat, larger than a frame
+            frames.send(chat)
+        except ValueError as error:  # larger than a frame
             raise InvalidArgument("messages", f"{len(chat.messages)} messages", str(error)) from error
-        except TimeoutError as error:
-            limit = f"must render within {MAX_RENDER_S:g} s"
-            raise InvalidArgument("messages", f"{len(chat.messages)} messages", limit) from error
+        receiving = asyncio.create_task(frames.receive())
+        frame, is_late = None, False
+        try:
+            await asyncio.wait({receiving}, timeout=self.time_limit_s)
+            is_late = not receiving.done()
+        except asyncio.CancelledError:
+            await asyncio.wait({receiving}, timeout=CANCELLED_GRACE_S)
+            raise
         finally:
-            if not is_answered:
+            if receiving.done():
+                frame = receiving.result()
+            if frame is None:
+                receiving.cancel()
                 await self._end_child()
+        if is_late:
+            limit = f"must render within {MAX_RENDER_S:g} s"
+            raise InvalidArgument("messages", f"{len(chat.messages)} messages", limit)
+        return None if frame is None else _decoder.decode(frame)
 
     async def _started(self) -> _Child:
         own, theirs = socket.socketpair()

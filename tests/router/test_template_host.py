@@ -111,6 +111,20 @@ async def test_a_chat_that_is_cancelled_leaves_no_answer_for_the_next() -> None:
         assert slow.cancelled()
 
 
+async def test_chats_that_are_cancelled_cost_no_process() -> None:
+    async with hosted(WORK) as host:
+        await host.start()
+        first = host._child
+        for number in range(5):
+            cancelled = asyncio.create_task(render(host, f"hello {number}"))
+            await asyncio.sleep(0)
+            cancelled.cancel()
+            await asyncio.wait({cancelled})
+            assert cancelled.cancelled()
+        assert await render(host, "next") == "next"
+        assert host._child is first
+
+
 async def test_a_request_whose_template_loops_ends_and_others_go_on_meanwhile(tmp_path: Path) -> None:
     def chat(content: str) -> inference_pb2.GenerateRequest:
         message = inference_pb2.ChatMessage(role="user", content=content)
