@@ -93,15 +93,19 @@ class ServiceTimes:
             self._note_length(num_tokens, LEAST_WEIGHT)
 
     def expected(self, max_tokens: int | None, step_s: float) -> Service:
-        """Of an output that has the usual length, or `max_tokens` if that is less. `step_s`: of now; 0 if unknown."""
+        """Of an output that has the usual length, or `max_tokens` if that is less. `step_s`: of now; 0 if nothing runs
+        there, or if the workers never say."""
         if step_s:
             self._shortest_step_s = min(self._shortest_step_s or step_s, step_s)
+        # Where nothing runs an output is alone: what those took that were served in a crowd says nothing of it.
+        shortest_s = self._shortest_step_s or self._token_s
+        pace_s = step_s or shortest_s
         num_tokens = self._num_tokens if max_tokens is None else min(max_tokens, self._num_tokens)
-        now_s = self._first_token_s + num_tokens * (step_s or self._token_s)
-        alone_s = self._first_token_s + num_tokens * (self._shortest_step_s or self._token_s)
+        now_s = self._first_token_s + num_tokens * pace_s
+        alone_s = self._first_token_s + num_tokens * shortest_s
         long_tokens = self._num_tokens + LONG_DEVIATIONS * math.sqrt(self._variance)
         long_tokens = long_tokens if max_tokens is None else min(max_tokens, long_tokens)
-        longest_s = self._first_token_s + long_tokens * (step_s or self._token_s)
+        longest_s = self._first_token_s + long_tokens * pace_s
         return Service(min(alone_s, now_s), now_s, PACE_MARGIN * longest_s)
 
     def _note_length(self, num_tokens: int, weight: float) -> None:

@@ -136,3 +136,16 @@ def test_long_steps_are_known_by_short_ones_before() -> None:
     for _ in range(5000):
         service.served(first_token_s=0.5, decode_s=8.0, num_tokens=20)
     assert service.expected(None, 0.4).alone_s == pytest.approx(8.5, rel=0.01)  # the machine is slower now
+
+
+def test_after_a_crowd_has_left_nobody_is_refused_for_its_pace() -> None:
+    """Nothing would ever be served again that could tell of another one."""
+    service = ServiceTimes()
+    service.expected(None, 0.01)
+    for _ in range(100):
+        service.expected(None, 0.1)
+        service.served(first_token_s=0.2, decode_s=10.0, num_tokens=100)
+    assert Outlook(0.0, service.expected(None, 0.1), left_s=12.0).excess_s(0.0) > 0
+    idle = service.expected(None, 0.0)
+    assert idle.now_s == idle.alone_s
+    assert Outlook(0.0, idle, left_s=12.0).excess_s(0.0) <= 0
