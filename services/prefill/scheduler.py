@@ -10,6 +10,7 @@ ends the prompt: full blocks can travel at once. What `shortest-remaining` promi
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Iterable
 
@@ -35,7 +36,7 @@ from services.prefill.request import (
 
 _MIN_RETRY_AFTER_S = 0.1
 _MAX_RETRY_AFTER_S = 10.0
-_SMOOTHING = 0.1  # weight of the newest step in the time per token
+_NUM_MEASURED = 7  # steps whose median is the time per token: a machine that stood still in one says nothing of a queue
 
 
 class Scheduler:
@@ -56,7 +57,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_queued_tokens = 0
-        self._token_s = 0.0
+        self._token_times_s: deque[float] = deque(maxlen=_NUM_MEASURED)  # of the last large steps
+        self._first_token_time_s = 0.0  # of the first step, while there was no large one: better than nothing
 
     @property
     def num_waiting(self) -> int:
@@ -74,7 +76,7 @@ class Scheduler:
     @property
     def token_s(self) -> float:
         """How long a token takes in a step that has many; 0 while nothing is known."""
-        return self._token_s
+        return statistics.median_low(self._token_times_s) if self._token_times_s else self._first_token_time_s
 
     @property
     def num_in_flight(self) -> int:
@@ -279,13 +281,15 @@ class Scheduler:
 
     def _measure(self, compute_ns: int, num_tokens: int) -> None:
         newest = compute_ns / 1e9 / num_tokens
-        if 2 * num_tokens < self.limits.max_step_tokens and 0.0 < self._token_s < newest:
-            return  # of a small step: each of its tokens costs more, which says nothing of a queue
-        self._token_s += (newest - self._token_s) * (_SMOOTHING if self._token_s else 1.0)
+        if 2 * num_tokens >= self.limits.max_step_tokens or 0.0 < newest < self.token_s:
+            self._token_times_s.append(newest)
+        elif not self.token_s:
+            # Of a small step each token costs more, which says nothing of a queue.
+            self._first_token_time_s = newest
 
     def _retry_after_s(self) -> float:
         """About the time in which half of what waits is computed."""
-        estimate_s = self.num_waiting_tokens * self._token_s / 2
+        estimate_s = self.num_waiting_tokens * self.token_s / 2
         return min(max(estimate_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
 
 

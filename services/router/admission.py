@@ -25,7 +25,9 @@ _RATE_WEIGHT = 0.1  # of the newest interval in the moving average
 class AdmissionQueue:
     """Counts places (one per sequence). First come, first served: a wide request is not overtaken by narrow ones."""
 
-    def __init__(self, max_in_flight: int, max_waiting: int) -> None:
+    def __init__(self, max_in_flight: int, max_waiting: int, refuses_late: bool = True) -> None:
+        """`refuses_late`: what would wait for longer than it has is refused when it comes."""
+        self._refuses_late = refuses_late
         self.max_in_flight = max_in_flight
         self.max_waiting = max_waiting
         self.num_in_flight = 0
@@ -41,7 +43,7 @@ class AdmissionQueue:
 
     def enter(self, request: int, num_places: int, outlook: Outlook | None = None) -> bool:
         """True: admitted. False: waiting. Raises `ResourceExhausted` if there is no room to wait in, or no time."""
-        if outlook is not None:
+        if outlook is not None and self._refuses_late:
             self._refuse_late(num_places, outlook)
         if not self._waiting and self.num_in_flight + num_places <= self.max_in_flight:
             self.num_in_flight += num_places

@@ -40,6 +40,9 @@ class RouterConfig(ServiceConfig):
     workers_file_interval_s: float = Field(1.0, gt=0, description="Time between looks at that file, seconds.")
     max_in_flight: int = Field(512, ge=16, description="Sequences under way at once (a request with n has n).")
     max_waiting: int = Field(1024, ge=0, description="Requests that may wait for a place; more are refused.")
+    refuse_late: bool = Field(
+        True, description="Refuse a request at once if it would wait, by estimate, for longer than its deadline leaves."
+    )
     max_timeout_s: float = Field(600.0, gt=0, description="Longest deadline of a request, and the default, seconds.")
     max_connection_age_s: float = Field(
         10.0, ge=0, description="When clients are asked to connect anew, seconds; 0 is never. See drain_timeout_s."

@@ -45,7 +45,7 @@ class RouterProcess:
     ) -> None:
         self.port = 0
         self.metrics = RouterMetrics()
-        self.admission = Admission(AdmissionQueue(config.max_in_flight, config.max_waiting))
+        self.admission = Admission(AdmissionQueue(config.max_in_flight, config.max_waiting, config.refuse_late))
         self.registry = WorkerRegistry(
             config.prefill,
             config.decode,

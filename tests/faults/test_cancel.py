@@ -64,7 +64,11 @@ async def _cluster(model: Path) -> AsyncIterator[Cluster]:
     # Few rows and small steps, so that every stage lasts long enough to be met.
     prefill_args = (*FLOAT32, *metrics["prefill"], "--max-rows", "2", "--max-step-tokens", "128")
     spec = DeploymentSpec(
-        model=model, decode_tp=2, prefill_args=prefill_args, decode_args=(*FLOAT32, *metrics["decode"])
+        model=model,
+        decode_tp=2,
+        prefill_args=prefill_args,
+        decode_args=(*FLOAT32, *metrics["decode"]),
+        router_args=("--no-refuse-late",),  # whoever would come too late is to come
     )
     async with deployed(spec) as (deployment, client):
         yield Cluster(client, _workers(deployment), ports)

@@ -179,6 +179,17 @@ def test_small_steps_say_nothing_of_the_time_that_a_queue_takes() -> None:
     assert times_s[3] < times_s[2]
 
 
+def test_a_step_in_which_the_machine_stood_still_says_nothing_of_the_time_that_a_queue_takes() -> None:
+    scheduler = make_scheduler(SchedulerLimits(max_rows=2, max_step_tokens=16, max_waiting=2))
+    for compute_ns in (16_000, 2_000_000_000, 16_000):
+        scheduler.add(make_request(16))
+        plan = next_plan(scheduler)
+        assert plan is not None
+        result = answer(plan)
+        scheduler.complete(StepResult(result.step_id, result.sampled, compute_ns))
+        assert scheduler.token_s == pytest.approx(1e-6)
+
+
 def test_prompt_that_can_never_run_is_refused() -> None:
     with pytest.raises(InvalidArgument):
         make_scheduler(num_blocks=4).add(make_request(17))

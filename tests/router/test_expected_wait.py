@@ -86,6 +86,7 @@ def test_the_hint_says_when_it_would_fit() -> None:
     service = Service(alone_s=1.0, now_s=1.0, longest_s=2.0)
     with pytest.raises(ResourceExhausted, match=message) as caught:
         queue.enter(1, 1, Outlook(9.0, service, left_s=10.0))
+    assert AdmissionQueue(4, 4, refuses_late=False).enter(1, 1, Outlook(9.0, service, left_s=10.0))
     assert caught.value.retry_after_s == pytest.approx(3.0)
     assert queue.num_in_flight == queue.num_waiting == 0
     assert queue.enter(1, 1, Outlook(5.9, service, left_s=10.0))

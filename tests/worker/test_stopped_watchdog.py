@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from common.stopped_process import is_stopped
+from common.stopped_process import stopped_at
 from common.worker.stopped_watchdog import watch_for_stopped
 from tests.decode.fake_group import FakeGroup
 
 
-def looks(*seen: str) -> tuple[Callable[[int], bool], Callable[[float], Awaitable[None]], list[float]]:
+def looks(*seen: str) -> tuple[Callable[[int], int | None], Callable[[float], Awaitable[None]], list[float]]:
     """What is seen of the ranks, a string for each second, `T` for one that is stopped; then the group is lost."""
     slept: list[float] = []
 
@@ -25,10 +25,10 @@ def looks(*seen: str) -> tuple[Callable[[int], bool], Callable[[float], Awaitabl
         if len(slept) > len(seen):
             raise asyncio.CancelledError
 
-    return lambda pid: seen[len(slept) - 1][pid - 1000] == "T", sleep, slept
+    return lambda pid: 7 if seen[len(slept) - 1][pid - 1000] == "T" else None, sleep, slept
 
 
-async def test_a_rank_that_is_stopped_for_four_looks_ends_the_group() -> None:
+async def test_a_rank_that_stopped_at_for_four_looks_ends_the_group() -> None:
     group = FakeGroup(tp_size=2)
     look, sleep, slept = looks("RS", "RT", "ST", "RT", "RT")
     await watch_for_stopped(group, look, sleep)
@@ -47,14 +47,14 @@ async def test_a_rank_that_goes_on_is_left_alone() -> None:
 def test_the_kernel_tells_a_stopped_process_from_others() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        assert not is_stopped(process.pid)
+        assert stopped_at(process.pid) is None
         os.kill(process.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        assert is_stopped(process.pid)
+        assert stopped_at(process.pid) is not None
         os.kill(process.pid, signal.SIGCONT)
         os.waitid(os.P_PID, process.pid, os.WCONTINUED)
-        assert not is_stopped(process.pid)
+        assert stopped_at(process.pid) is None
     finally:
         process.kill()
         process.communicate()
-    assert not is_stopped(process.pid)
+    assert stopped_at(process.pid) is None
