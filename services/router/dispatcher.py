@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import Unavailable
+from common.errors import BatonError, Unavailable
 from services.router import lifetime
 from services.router.attempt import Attempts, Moved, Pair, RequestPlan
 from services.router.cancellation import is_being_cancelled
@@ -104,12 +104,13 @@ class Dispatcher:
         """For an output that begins."""
         return Moves(self.limits.moves, self._registry.life_of, self._rng)
 
-    def failed(self, reason: Reason, blamed: Sequence[Worker]) -> None:
+    def failed(self, reason: Reason, cause: BatonError, blamed: Sequence[Worker]) -> None:
         """An attempt failed with these workers: others are asked before them for a while."""
         for worker in blamed:
             if reason in _PENALIZED:
                 self._penalties.blame(worker.address, time.monotonic())
-            if reason in _SUSPICIOUS:
+            # Of two that could not reach each other, both may stand: they stay candidates.
+            if reason in _SUSPICIOUS and isinstance(cause, Unavailable):
                 worker.suspect()
 
     def succeeded(self, pair: Pair, choice: Choice) -> None:
@@ -213,7 +214,7 @@ class _ChoiceRun:
                     reason = reason_of(moved.cause, any(worker.seen.is_draining for worker in moved.blamed))
                     if reason is not Reason.PREEMPTED:
                         avoid |= {worker.address for worker in moved.blamed}
-                    self._dispatcher.failed(reason, moved.blamed)
+                    self._dispatcher.failed(reason, moved.cause, moved.blamed)
                     blamed_lives = tuple(life for worker in moved.blamed if (life := lives[worker]) is not None)
                     num_new_tokens = len(choice.tokens) - num_tokens
                     failure = Failure(moved.cause, reason, blamed_lives, bool(choice.tokens), num_new_tokens)

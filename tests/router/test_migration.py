@@ -26,6 +26,7 @@ from common.errors import (
 )
 from common.rpc.status import error_from_rpc
 from services.router import attempt, moves
+from services.router.worker import Worker
 from services.router.worker_list import Role
 from tests.router.byte_checkpoint import byte_ids
 from tests.router.cluster import Cluster, running_cluster
@@ -388,3 +389,16 @@ async def test_a_decode_worker_that_refuses_hand_offs_is_asked_seldom(tmp_path: 
             assert last is not None
             num_moves += last.lifetime.num_migrations
         assert 1 <= num_moves <= 3, "each one is tried there first"
+
+
+async def test_two_that_cannot_reach_each_other_stay_candidates(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suspected: list[str] = []
+    monkeypatch.setattr(Worker, "suspect", lambda self: suspected.append(self.address))
+    cluster.script.prefill_errors_after_token.append(PeerLost("decode"))
+    await assert_exact(cluster, num_migrations=1)
+    assert not suspected
+    cluster.script.prefill_errors_before_token.append(RanksLost("prefill"))
+    await assert_exact(cluster, num_migrations=1)
+    assert len(suspected) == 1
