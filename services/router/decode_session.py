@@ -59,6 +59,7 @@ class _Opening:
 
     answer: asyncio.Future[decode_pb2.OpenResponse]
     sent_s: float  # of the session's clock
+    num_beats_before: int
 
 
 class DecodeSession:
@@ -123,7 +124,7 @@ class DecodeSession:
             raise InvalidArgument("prompt", f"{num_bytes} bytes as a message", f"at most {self._max_message_bytes}")
         sequence_id = sequence.sequence_id
         answer: asyncio.Future[decode_pb2.OpenResponse] = asyncio.get_running_loop().create_future()
-        self._opening[sequence_id] = _Opening(answer, self._clock.now_s)
+        self._opening[sequence_id] = _Opening(answer, self._clock.now_s, self._beats.num_sent)
         self._send(request)
         response = await answer
         if response.HasField("error"):
@@ -143,10 +144,15 @@ class DecodeSession:
         now_s = self._clock.now_s
         self._send_due_beat()
         oldest = next(iter(self._opening.values()), None)
-        if oldest is not None and now_s - oldest.sent_s > OPEN_TIMEOUT_S:
+        if oldest is not None and self._is_overdue(oldest):
             self.give_up(f"an Open was not answered within {OPEN_TIMEOUT_S:g} s")
         elif self._beats.is_silent(now_s):
             self.give_up("it is silent")
+
+    def _is_overdue(self, opening: _Opening) -> bool:
+        """An Open behind many others, which are answered one after the other, is not."""
+        is_late = self._clock.now_s - opening.sent_s > OPEN_TIMEOUT_S
+        return is_late and self._beats.is_passed_over(opening.num_beats_before)
 
     def give_up(self, reason: str) -> None:
         """Break the stream: its sequences are lost, and another one is begun."""

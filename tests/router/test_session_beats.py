@@ -60,3 +60,38 @@ def test_a_stream_that_never_begins_is_given_up() -> None:
     beats = SessionBeats(7.0)
     assert not beats.is_silent(7.0 + BEGIN_TIMEOUT_S)
     assert beats.is_silent(7.0 + BEGIN_TIMEOUT_S + TICK_S)
+
+
+def test_a_beat_behind_many_opens_waits_for_its_turn_while_they_are_answered() -> None:
+    beats = SessionBeats(0.0)
+    beats.take(answer(0), 0.0)
+    assert beats.next_number(0.0) == 1
+    for number in range(1, 11):
+        now_s = float(number)
+        assert not beats.is_silent(now_s)
+        beats.take(decode_pb2.SessionResponse(opened=[decode_pb2.OpenResponse(sequence_id=number)]), now_s)
+    assert not beats.is_silent(10.0 + SILENT_AFTER_S)
+    assert beats.is_silent(10.0 + SILENT_AFTER_S + TICK_S)
+
+
+def test_tokens_are_no_answer() -> None:
+    """The end that sends them may work while the one that reads is wedged."""
+    beats = SessionBeats(0.0)
+    beats.take(answer(0), 0.0)
+    assert beats.next_number(0.0) == 1
+    tokens = decode_pb2.SequenceTokens(sequence_id=1, token_ids=[1])
+    beats.take(decode_pb2.SessionResponse(sequences=[tokens]), SILENT_AFTER_S)
+    assert beats.is_silent(SILENT_AFTER_S + TICK_S)
+
+
+def test_an_open_is_passed_over_once_a_later_beat_is_answered() -> None:
+    beats = SessionBeats(0.0)
+    assert beats.is_passed_over(beats.num_sent), "a worker that answers no beats has only its time"
+    beats.take(answer(0), 0.0)
+    assert beats.next_number(0.0) == 1
+    num_before = beats.num_sent
+    beats.take(answer(1), 0.5)
+    assert not beats.is_passed_over(num_before)
+    assert beats.next_number(1.0) == 2
+    beats.take(answer(2), 1.5)
+    assert beats.is_passed_over(num_before)
