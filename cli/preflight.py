@@ -6,7 +6,7 @@ Looks at ports, at the checkpoint as fronts look at it, and for GPUs. Starts not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cli.deployment_spec import DeploymentSpec
@@ -23,7 +23,7 @@ _UNCOUNTED_GPUS = ("dxg", "nvgpu", "nvhost-gpu")
 def check(spec: DeploymentSpec, environ: Mapping[str, str], root: Path = Path("/")) -> None:
     """Raises `InvalidArgument`, `ModelError` or `FailedPrecondition` for the first thing that cannot work."""
     _check_ports(spec)
-    _check_model(spec)
+    _check_model(spec, environ)
     if spec.device == "cuda":
         _check_gpus(spec, num_visible_gpus(environ, root))
 
@@ -70,7 +70,7 @@ def _require_free(host: str, port: int, whose: str, flag: str) -> None:
         raise FailedPrecondition(f"{whose}: {error}; {flag} names another") from error
 
 
-def _check_model(spec: DeploymentSpec) -> None:
+def _check_model(spec: DeploymentSpec, environ: Mapping[str, str]) -> None:
     roles = (
         ("prefill", spec.num_prefill, spec.prefill_tp, spec.prefill_args),
         ("decode", spec.num_decode, spec.decode_tp, spec.decode_args),
@@ -78,14 +78,23 @@ def _check_model(spec: DeploymentSpec) -> None:
     for role, num_workers, tp_size, flags in roles:
         if not num_workers:
             continue
+        may_draw = _may_draw_weights(role, flags, environ)
         try:
-            read_worker_model(spec.model, spec.device, "auto", _BLOCK_SIZE, tp_size, "--random-weights" in flags)
+            read_worker_model(spec.model, spec.device, "auto", _BLOCK_SIZE, tp_size, may_draw)
         except ModelError as error:
             raise ModelError(f"--model: {error}") from error
         except InvalidArgument as error:
             if error.field != "tp_size":
                 raise
             raise InvalidArgument(f"--{role}-tp", tp_size, error.limit) from error
+
+
+def _may_draw_weights(role: str, flags: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether the workers' settings may say that weights are drawn, so that none need be there. What stands in a file
+    or in the environment is theirs to read."""
+    if "--random-weights" in flags or any(flag.partition("=")[0] == "--config" for flag in flags):
+        return True
+    return any(f"BATON_{role}_{name}".upper() in environ for name in ("random_weights", "config"))
 
 
 def _check_gpus(spec: DeploymentSpec, num_gpus: int | None) -> None:

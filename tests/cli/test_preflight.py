@@ -63,6 +63,9 @@ def test_weights_that_are_drawn_need_no_file(tmp_path: Path, spec: DeploymentSpe
     drawn = replace(spec, model=tmp_path, prefill_args=("--random-weights",), decode_args=("--random-weights",))
     check(drawn, {})
     assert "holds neither" in said_against(replace(drawn, decode_args=()))
+    # Or so it may be, by what only the workers read.
+    check(replace(drawn, decode_args=()), {"BATON_DECODE_RANDOM_WEIGHTS": "true"})
+    check(replace(drawn, prefill_args=(), decode_args=("--config=drawn.toml",)), {"BATON_PREFILL_CONFIG": "drawn.toml"})
 
 
 def test_a_port_that_is_taken_is_said_with_its_flag(taken: int, spec: DeploymentSpec) -> None:
