@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Final
 
 import psutil  # type: ignore[import-untyped]
+from baton.v1 import decode_pb2, decode_pb2_grpc
 
 from cli.client import Client, connect
 from cli.deployment import Deployment, DeploymentSpec
-from common.errors import BatonError, FailedPrecondition
+from common.errors import BatonError, FailedPrecondition, Unavailable
+from common.rpc.client import open_channel
 from common.worker.free_port import free_ports, require_free
 from tests.faults.settling import settled
 from tests.fuzz.messages import Names
@@ -145,7 +147,16 @@ async def _ask_valid(client: Client, prompt: list[int], expected: list[int], out
 
 async def _names(deployment: Deployment) -> Names:
     status = await deployment.status(deployment.decode[0])
-    return Names(status.worker_id, status.incarnation, status.layout_fingerprint, status.model)
+    async with open_channel(deployment.decode[0].address, 1 << 20) as channel:
+        stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(channel)
+        call = stub.Session(iter((decode_pb2.SessionRequest(begin=decode_pb2.SessionBegin(session_id="fuzz")),)))
+        async for response in call:
+            if response.HasField("tickets"):
+                call.cancel()
+                return Names(
+                    status.worker_id, status.incarnation, status.layout_fingerprint, status.model, response.tickets
+                )
+    raise Unavailable("decode says no tickets")
 
 
 def _ports(deployment: Deployment) -> list[Port]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any, Final
 
 from baton.v1 import decode_pb2, inference_pb2, kv_pb2, prefill_pb2, worker_pb2
@@ -16,6 +17,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+
+from tests.fuzz.dialogues import DIALOGUES, Dialogue
 
 # Draining a worker is what its RPC is for: anybody who reaches the port may, so far.
 _LEFT_OUT: Final = {"/baton.v1.Worker/Drain"}
@@ -53,6 +56,7 @@ class Names:
     incarnation: str = ""
     layout_fingerprint: str = ""
     model: str = ""
+    ticket: kv_pb2.Ticket = dataclass_field(default_factory=kv_pb2.Ticket)  # of the decode worker, for anybody
 
 
 def _methods_of(service: ServiceDescriptor) -> list[Method]:
@@ -90,20 +94,64 @@ class MessageMaker:
 
     def call(self, method: Method) -> list[bytes]:
         """The requests of one call. A stream that has to begin with something mostly does."""
-        if not method.is_stream:
-            return [self._request(method)]
-        requests = [self._request(method) for _ in range(self._rng.randint(0, 6))]
-        if "begin" in method.request_class.DESCRIPTOR.fields_by_name and self._rng.random() < 0.8:
-            beginning: Any = method.request_class()
-            beginning.begin.SetInParent()
-            self._fill(beginning.begin, 1)
-            requests.insert(0, beginning.SerializeToString())
-        return requests
+        dialogue = DIALOGUES.get(method.path)
+        if dialogue is not None and self._rng.random() < 0.6:
+            return [self._on_loopback(method, each) for each in self._almost_right(dialogue)]
+        num_requests = self._rng.randint(0, 6) if method.is_stream else 1
+        return [self._request(method) for _ in range(num_requests)]
+
+    def _almost_right(self, dialogue: Dialogue) -> list[bytes]:
+        """What a peer says that keeps to the rules, but for a value, some bytes, or a message too few or too many."""
+        said = dialogue(self._rng, self._names.ticket)
+        if self._rng.random() < 0.6:
+            self._set_one(self._rng.choice(said))
+        payloads = [each.SerializeToString() for each in said]
+        match self._rng.randrange(8):
+            case 0:
+                payloads.pop(self._rng.randrange(len(payloads)))
+            case 1:
+                payloads.append(self._rng.choice(payloads))
+            case 2:
+                at = self._rng.randrange(len(payloads))
+                payloads[at] = self._damage(payloads[at])
+            case 3:
+                self._rng.shuffle(payloads)
+        return payloads
+
+    def _set_one(self, message: Message) -> None:
+        """Any value to one field, at any depth."""
+        present: list[Any] = [field for field, _ in message.ListFields()]
+        inner = [field for field in present if field.message_type is not None and not field.is_repeated]
+        if inner and self._rng.random() < 0.8:
+            self._set_one(getattr(message, self._rng.choice(inner).name))
+            return
+        fields: list[Any] = list(message.DESCRIPTOR.fields)
+        if fields:
+            chosen = self._rng.choice(fields)
+            message.ClearField(chosen.name)
+            self._set(message, chosen, 1)
 
     def _request(self, method: Method) -> bytes:
         kinds, weights = zip(*self._kinds, strict=True)
         (make,) = self._rng.choices(kinds, weights)
-        return _on_loopback(method, make(method))
+        return self._on_loopback(method, make(method))
+
+    def _on_loopback(self, method: Method, payload: bytes) -> bytes:
+        """The request, unless damage has made another address of one that somebody would dial."""
+        if method.request_class is not prefill_pb2.PrefillRequest:
+            return payload
+        try:
+            request = prefill_pb2.PrefillRequest.FromString(payload)
+        except DecodeError:
+            return payload
+        ticket, own = request.ticket, self._names.ticket
+        if ticket.handoff_address in (own.handoff_address, *_GRPC_ADDRESSES) and all(
+            address in (*own.rank_addresses, *_RANK_ADDRESSES) for address in ticket.rank_addresses
+        ):
+            return payload
+        request.ticket.CopyFrom(kv_pb2.Ticket(ticket_id=ticket.ticket_id, handoff_address=_GRPC_ADDRESSES[0]))
+        request.ticket.rank_addresses.append(_RANK_ADDRESSES[0])
+        return request.SerializeToString()
 
     def _noise(self, _: Method) -> bytes:
         return self._rng.randbytes(self._rng.choice((0, 1, 3, 17, 300)))
@@ -115,7 +163,10 @@ class MessageMaker:
 
     def _damaged(self, method: Method) -> bytes:
         """A made one with bytes changed, cut out, doubled, or its end missing."""
-        payload = bytearray(self._made(method))
+        return self._damage(self._made(method))
+
+    def _damage(self, whole: bytes) -> bytes:
+        payload = bytearray(whole)
         for _ in range(self._rng.randint(1, 6)):
             at = self._rng.randrange(len(payload) + 1)
             match self._rng.randrange(4):
@@ -231,19 +282,3 @@ def _varint(value: int) -> bytes:
         value >>= 7
     written.append(value)
     return bytes(written)
-
-
-def _on_loopback(method: Method, payload: bytes) -> bytes:
-    """The request, unless damage has made another address of one that somebody would dial."""
-    if method.request_class is not prefill_pb2.PrefillRequest:
-        return payload
-    try:
-        request = prefill_pb2.PrefillRequest.FromString(payload)
-    except DecodeError:
-        return payload
-    ticket = request.ticket
-    if ticket.handoff_address in _GRPC_ADDRESSES and all(a in _RANK_ADDRESSES for a in ticket.rank_addresses):
-        return payload
-    request.ticket.CopyFrom(kv_pb2.Ticket(ticket_id=ticket.ticket_id, handoff_address=_GRPC_ADDRESSES[0]))
-    request.ticket.rank_addresses.append(_RANK_ADDRESSES[0])
-    return request.SerializeToString()
