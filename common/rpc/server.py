@@ -27,6 +27,7 @@ MIN_PING_INTERVAL_MS = 1_000
 END_GRACE_S = 1.0  # for calls that are cancelled, to send their status
 AGE_JITTER = 1.15  # gRPC adds up to a tenth to a connection's age
 QUIET_S = 1.0  # without a call: then nobody is about to send the next
+PAUSE_PER_LOOK = 10.0  # the time that looking at all connections took
 LOOK_EVERY_S = 0.5  # whether gRPC's loop has ended, which nothing tells
 
 
@@ -140,6 +141,12 @@ class RpcServer:
                         async with asyncio.timeout(None if self._calls.num_running else QUIET_S - idle_s):
                             await self._calls.one_is_over()
         self._calls.refuse()
+        loop = asyncio.get_running_loop()
         while self._calls.num_running:
+            began_s = loop.time()
             close_connections(self._port, except_ports=self._calls.peer_ports())
+            pause_s = PAUSE_PER_LOOK * (loop.time() - began_s)
             await self._calls.one_is_over()
+            if self._calls.num_running:
+                # Looking at all connections for each call that ends would hold up those that have not.
+                await asyncio.sleep(pause_s)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 import grpc
@@ -12,7 +13,9 @@ import pytest
 from baton.v1 import worker_pb2, worker_pb2_grpc
 
 from common.errors import Unavailable
+from common.rpc import server as rpc_server
 from common.rpc.client import open_channel
+from common.rpc.connections import close_connections
 from common.rpc.server import RpcServer
 from common.rpc.status import error_from_rpc
 
@@ -189,3 +192,47 @@ async def test_who_sends_one_call_after_the_other_is_served_between_two_of_them(
         assert not stopping.done()
         await asyncio.wait_for(stopping, 20)  # nobody calls any more
         assert await draining.call() is grpc.StatusCode.UNAVAILABLE
+
+
+class OneByOne(Streaming):
+    """Streams end one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = asyncio.Semaphore(0)
+
+    async def WatchStatus(  # noqa: N802
+        self, request: worker_pb2.WatchStatusRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.WorkerStatus]:
+        yield worker_pb2.WorkerStatus(worker_id="first")
+        await self.turns.acquire()
+
+
+async def test_looking_for_connections_takes_little_of_a_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_streams, num_looks = 20, 0
+
+    def close_slowly(port: int, except_ports: Collection[int] = ()) -> None:
+        nonlocal num_looks
+        num_looks += 1
+        time.sleep(0.02)  # as with a thousand connections
+        close_connections(port, except_ports)
+
+    monkeypatch.setattr(rpc_server, "close_connections", close_slowly)
+    servicer = OneByOne()
+    server = RpcServer("127.0.0.1:0", max_message_bytes=MAX_MESSAGE_BYTES)
+    server.add(worker_pb2_grpc.add_WorkerServicer_to_server, servicer, "baton.v1.Worker")
+    channel = open_channel(f"127.0.0.1:{await server.start()}", MAX_MESSAGE_BYTES)
+    stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+    streams = [stub.WatchStatus(worker_pb2.WatchStatusRequest()) for _ in range(num_streams)]
+    for stream in streams:
+        assert await stream.read() == worker_pb2.WorkerStatus(worker_id="first")
+    stopping = asyncio.create_task(server.stop(20))
+    ends = [asyncio.ensure_future(stream.read()) for stream in streams]
+    for num_ended in range(1, num_streams + 1):
+        servicer.turns.release()
+        while sum(end.done() for end in ends) < num_ended:
+            await asyncio.wait([end for end in ends if not end.done()], return_when=asyncio.FIRST_COMPLETED)
+    assert {end.result() for end in ends} == {grpc.aio.EOF}
+    await stopping
+    await channel.close()
+    assert num_looks < num_streams / 2
