@@ -84,7 +84,9 @@ def load_served_model(
         name=name,
         context_length=config.context_length,
         vocab_size=config.vocab_size,
-        eos_token_ids=eos_token_ids((*eos_sources, *_eos_of_tokenizer(tokenizer)), config.vocab_size),
+        eos_token_ids=eos_token_ids(
+            (*eos_sources, *_eos_of_tokenizer(tokenizer, config.vocab_size)), config.vocab_size
+        ),
         has_chat_template=bool(sources) and not chat_fault,
         chat_template_fault=chat_fault,
         max_message_bytes=min(max_message_bytes, longest_request_bytes(config.context_length)),
@@ -96,11 +98,16 @@ def load_served_model(
     return ServedModel(limits, tokenizer, chats, digests)
 
 
-def _eos_of_tokenizer(tokenizer: Tokenizer) -> list[EosSource]:
-    """The token that ends turns, where the configuration files name only the end of a text."""
+def _eos_of_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> list[EosSource]:
+    """The token that ends turns, where the configuration files name only the end of a text. One that the model cannot
+    draw ends nothing, as other tokens without an embedding are in no output."""
     token = tokenizer.special_tokens.get("eos_token")
     token_id = None if token is None else tokenizer.token_id(token)
-    return [] if token_id is None else [EosSource("tokenizer_config.json: eos_token", token, (token_id,))]
+    return (
+        []
+        if token_id is None or token_id >= vocab_size
+        else [EosSource("tokenizer_config.json: eos_token", token, (token_id,))]
+    )
 
 
 def _read_templates(model_dir: Path, tokenizer: Tokenizer) -> tuple[dict[str, str], str]:

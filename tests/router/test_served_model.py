@@ -52,6 +52,13 @@ async def test_a_token_beyond_the_embedding_is_refused_under_the_field_that_hold
     assert await model.prompt_ids(validate(text_request("ab"), model.limits)) == byte_ids("ab")
 
 
+def test_an_end_token_of_the_tokenizer_beyond_the_embedding_ends_nothing(tmp_path: Path) -> None:
+    load(tmp_path, vocab_size=USER_TOKEN_ID, eos_token_id=7)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<user>"}))
+    assert load_served_model("bytes", tmp_path, 1 << 20).limits.eos_token_ids == (7,)
+
+
 async def test_a_tokenizer_within_the_embedding_is_not_spoken_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
