@@ -12,6 +12,7 @@ import grpc
 from baton.v1 import decode_pb2, decode_pb2_grpc, kv_pb2
 
 from common.errors import BatonError, Cancelled, InternalError, InvalidArgument
+from common.rpc.calls import REQUEST_TIMEOUT_S
 from common.rpc.status import to_status
 from common.telemetry.tracing import Traceparent
 from services.decode import sessions
@@ -35,7 +36,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         request_iterator: _Requests,
         context: _SessionContext,
     ) -> None:
-        first = await anext(request_iterator, None)
+        first = await _first(request_iterator)
         if first is None or first.WhichOneof("message") != "begin":
             raise InvalidArgument("message", None, "a session starts with begin")
         async with asyncio.TaskGroup() as tasks:
@@ -94,6 +95,16 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             _log.exception("a sequence could not be opened")
             response.error.CopyFrom(to_status(InternalError("internal error; see the worker's log")))
         return response
+
+
+async def _first(requests: _Requests) -> decode_pb2.SessionRequest | None:
+    """None at the end of the stream."""
+    try:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            return await anext(requests, None)
+    except TimeoutError as error:
+        limit = f"a session starts with begin, which did not come within {REQUEST_TIMEOUT_S:g} s"
+        raise InvalidArgument("message", None, limit) from error
 
 
 async def _write(session: sessions.Session, context: _SessionContext) -> None:

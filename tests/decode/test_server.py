@@ -17,6 +17,7 @@ from common.errors import Cancelled, InvalidArgument, NotFound, Unavailable
 from common.rpc.client import open_channel
 from common.rpc.server import RpcServer
 from common.rpc.status import error_from_rpc, error_from_status
+from services.decode import server as decode_server
 from services.decode.server import SERVICE_NAME, DecodeService
 from tests.decode.front import Front, next_post, running_front
 from tests.decode.requests import token_of
@@ -236,6 +237,16 @@ async def test_a_router_that_falls_silent_loses_its_sequences_and_their_hand_off
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_to_end(call)
         assert isinstance(error_from_rpc(caught.value), Unavailable)
+
+
+async def test_a_session_that_never_begins_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_server, "REQUEST_TIMEOUT_S", 0.05)
+    async with serving() as service:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(service.stub.Session().read(), 20)
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, InvalidArgument)
+        assert "begin, which did not come within" in str(error)
 
 
 async def test_what_a_later_router_may_say_is_no_fault() -> None:
