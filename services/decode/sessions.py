@@ -93,7 +93,9 @@ class Session:
                 if not self._answers:
                     self._num_opened = 0
                 tickets, self._tickets = self._tickets, None
-                beat, self._beat = self._beat, None
+                beat = None
+                if not self._answers:  # its answer would say that those before it were overlooked
+                    beat, self._beat = self._beat, None
                 yield decode_pb2.SessionResponse(sequences=pending.values(), opened=answers, tickets=tickets, beat=beat)
 
     def heard(self) -> None:

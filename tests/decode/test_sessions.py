@@ -106,6 +106,19 @@ async def test_answers_that_nobody_reads_end_the_stream_too() -> None:
         await anext(responses)
 
 
+async def test_a_beat_is_answered_after_the_opens_before_it() -> None:
+    sessions = Sessions(max_pending=200)
+    session = sessions.begin("router", beats=True)
+    responses = session.responses()
+    await anext(responses)
+    for sequence_id in range(100):
+        session.answer(decode_pb2.OpenResponse(sequence_id=sequence_id))
+    session.answer_beat(1)
+    first, second = await anext(responses), await anext(responses)
+    assert (len(first.opened), len(second.opened)) == (64, 36)
+    assert (first.HasField("beat"), second.beat) == (False, 1)
+
+
 async def test_opens_that_are_refused_in_a_rush_do_not_end_the_session() -> None:
     sessions = Sessions(max_pending=2)
     session = sessions.begin("router")
