@@ -24,7 +24,7 @@ from benchmarks.soak_troubles import Troubles
 from cli.client import Client, connect
 from cli.deployment import Deployment, DeploymentSpec
 from cli.up import DEFAULT_MODEL
-from common.errors import BatonError, DeadlineExceeded, Unavailable
+from common.errors import BatonError, DeadlineExceeded, ResourceExhausted, Unavailable
 from tests.integration.reference import Reference
 from tests.integration.requests import Answer, ask, greedy_request
 
@@ -81,6 +81,10 @@ class Soak:
             self.outcomes["out of time"] += 1
             if timeout_s == PATIENCE_S:
                 self.faults.append(f"a request did not end within {timeout_s:g} s")
+        except ResourceExhausted as error:
+            self.outcomes["refused at once"] += 1
+            if timeout_s == PATIENCE_S:
+                self.faults.append(f"a request with {timeout_s:g} s was refused: {error}")
         except BatonError as error:
             self.outcomes[type(error).__name__] += 1
             self.faults.append(f"a request failed: {type(error).__name__}: {error}")
