@@ -9,6 +9,8 @@ import pty
 import re
 from collections.abc import AsyncIterator
 
+import psutil  # type: ignore[import-untyped]
+
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -38,6 +40,15 @@ class Terminal:
             self._grown.clear()
             await self._grown.wait()
         return self.text
+
+    async def prompt(self, text: str) -> None:
+        """Wait until this is seen and a line is waited for: Python finds a signal between the two with the next key."""
+        await self.until(text)
+        process = psutil.Process(self._process.pid)
+        while True:
+            if process.status() == psutil.STATUS_SLEEPING:
+                return
+            await asyncio.sleep(0.01)  # the kernel tells nobody
 
     async def ended(self) -> int:
         """The exit status."""

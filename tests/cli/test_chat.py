@@ -24,7 +24,7 @@ def said(request: inference_pb2.GenerateRequest) -> list[tuple[str, str]]:
 
 async def test_ctrl_c_at_the_prompt_leaves_at_once() -> None:
     async with serving(FakeRouter()) as router, chat(router) as terminal:
-        await terminal.until("\n> ")
+        await terminal.prompt("\n> ")
         terminal.type(CTRL_C)
         assert await terminal.ended() == 0
         assert "Traceback" not in terminal.text
