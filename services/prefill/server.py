@@ -59,7 +59,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
         session = self._worker.session
         now_s = time.monotonic()
         sequence = SequenceRequest.from_proto(request.sequence, now_s, self._limits)
-        _check_ticket(request.ticket, session)
+        _check_ticket(request.ticket, session, self._worker.config.kv_url)
         job = record.job = session.engine.submit(sequence)
         try:
             with late_not_cancelled(Deadline(sequence.deadline_s, sequence.deadline_s - now_s)):
@@ -111,12 +111,11 @@ async def _write(context: _Context, response: prefill_pb2.PrefillResponse) -> No
         raise
 
 
-def _check_ticket(ticket: kv_pb2.Ticket, session: Session) -> None:
+def _check_ticket(ticket: kv_pb2.Ticket, session: Session, own_url: str) -> None:
     check_count("ticket.rank_addresses", len(ticket.rank_addresses), MAX_RANKS, least=1)
     for index, address in enumerate(ticket.rank_addresses):
         check_chars(f"ticket.rank_addresses[{index}]", address, MAX_ADDRESS_CHARS)
-        if "://" not in address:
-            raise errors.InvalidArgument(f"ticket.rank_addresses[{index}]", address, "a transport's URL")
+        _check_rank_address(f"ticket.rank_addresses[{index}]", address, own_url.partition("://")[0])
     check_chars("ticket.handoff_address", ticket.handoff_address, MAX_ADDRESS_CHARS)
     try:
         split_address(ticket.handoff_address)
@@ -129,6 +128,16 @@ def _check_ticket(ticket: kv_pb2.Ticket, session: Session) -> None:
     if ticket.layout_fingerprint != ours:
         theirs = f"{ticket.decode_worker_id!r} has layout {ticket.layout_fingerprint!r}"
         raise errors.FailedPrecondition(f"{theirs}, this worker has {ours}")
+
+
+def _check_rank_address(field: str, address: str, our_scheme: str) -> None:
+    scheme, _, host_and_port = address.partition("://")
+    if scheme != our_scheme:
+        raise errors.InvalidArgument(field, address, f"expected {our_scheme}://host:port, as this worker's ranks speak")
+    try:
+        split_address(host_and_port)
+    except ValueError as error:
+        raise errors.InvalidArgument(field, address, str(error)) from error
 
 
 def _first_token(

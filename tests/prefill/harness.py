@@ -98,7 +98,7 @@ class Harness:
                 ticket_id=77,
                 decode_worker_id="decode-0",
                 handoff_address=self.decode_address,
-                rank_addresses=[f"fake://decode/{rank}" for rank in range(self.decode.tp_size)],
+                rank_addresses=[f"ucx://127.0.0.1:{1 + rank}" for rank in range(self.decode.tp_size)],
                 layout_fingerprint="fingerprint",
             ),
         )

@@ -163,7 +163,7 @@ async def test_legs_are_packed_into_the_slots_of_their_ranks(prefill_tp: int, de
         expected = []
         for index in range(max(prefill_tp, decode_tp)):
             place = index % per_rank
-            address = f"fake://decode/{index * decode_tp // max(prefill_tp, decode_tp)}"
+            address = f"ucx://127.0.0.1:{1 + index * decode_tp // max(prefill_tp, decode_tp)}"
             expected.append((index // per_rank, place * size, size, place * num_heads, num_heads, address))
         assert sorted(sent) == sorted(expected)
         assert set(harness.ranks.connects) == {(rank, address) for rank, *_, address in sent}
@@ -174,7 +174,7 @@ async def test_ranks_say_what_decode_was_told_they_would() -> None:
     async with running(tp_size=2, decode_tp=2) as harness:
         await harness.prefill(harness.request(8))
         assert harness.decode.begin is not None
-        told = dict(enumerate(harness.decode.begin.connection_secrets))
+        told = dict(enumerate(harness.decode.begin.connection_secrets, 1))  # a rank has its number and 1 for a port
         assert len(set(told.values())) == 2
         said = {(int(message.address[-1]), message.secret) for message in harness.ranks.connect_messages}
         assert said == {(int(leg.address[-1]), leg.secret) for _, leg in harness.ranks.sends}
@@ -596,7 +596,7 @@ def _no_address(request: prefill_pb2.PrefillRequest) -> None:
 
 
 def _odd_ranks(request: prefill_pb2.PrefillRequest) -> None:
-    request.ticket.rank_addresses.extend(["fake://decode/1", "fake://decode/2"])
+    request.ticket.rank_addresses.extend(["ucx://127.0.0.1:2", "ucx://127.0.0.1:3"])
 
 
 def _empty_rank(request: prefill_pb2.PrefillRequest) -> None:
@@ -605,6 +605,14 @@ def _empty_rank(request: prefill_pb2.PrefillRequest) -> None:
 
 def _no_url(request: prefill_pb2.PrefillRequest) -> None:
     request.ticket.rank_addresses[0] = "decode:1"
+
+
+def _other_transport(request: prefill_pb2.PrefillRequest) -> None:
+    request.ticket.rank_addresses[0] = "nccl://127.0.0.1:1"
+
+
+def _url_without_port(request: prefill_pb2.PrefillRequest) -> None:
+    request.ticket.rank_addresses[0] = "ucx://"
 
 
 def _no_port(request: prefill_pb2.PrefillRequest) -> None:
@@ -620,7 +628,19 @@ def _no_tokens(request: prefill_pb2.PrefillRequest) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_no_ranks, _no_address, _odd_ranks, _empty_rank, _no_url, _no_port, _long_name, _no_tokens]
+    "change",
+    [
+        _no_ranks,
+        _no_address,
+        _odd_ranks,
+        _empty_rank,
+        _no_url,
+        _other_transport,
+        _url_without_port,
+        _no_port,
+        _long_name,
+        _no_tokens,
+    ],
 )
 async def test_nonsense_from_a_router_is_refused(change: object) -> None:
     async with running() as harness:
