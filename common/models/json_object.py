@@ -92,7 +92,7 @@ def read_json_object(path: Path) -> JsonObject:
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object")
+        raise ModelError(f"{path} is not a JSON object")
     return JsonObject(str(path), content)
 
 

@@ -1,28 +1,15 @@
-"""The JSON files of a checkpoint directory, as they are. Knows none of their keys."""
+"""The JSON files of a checkpoint directory that may be missing, as they are. Knows none of their keys."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.errors import ModelError
+from common.models.json_object import read_json_object
 
 Json = Mapping[str, object]
 
 
 def read_json(path: Path) -> Json:
     """A JSON object, empty if there is no such file. Raises `ModelError` for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path.name} cannot be read: {error.strerror}") from error
-    except RecursionError as error:
-        raise ModelError(f"{path.name} cannot be read: it is nested too deeply") from error
-    except ValueError as error:
-        raise ModelError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path.name} is not a JSON object")
-    return value
+    return read_json_object(path).values if path.is_file() else {}

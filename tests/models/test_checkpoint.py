@@ -56,7 +56,7 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(content)
         with pytest.raises(ModelError, match=r"index\.json holds no weight_map"):
             checkpoint_files(tmp_path)
-    for content, named in (("[]", "no JSON object"), ("[" * 100_000, "nested too deeply"), ("{", "is not JSON")):
+    for content, named in (("[]", "is not a JSON object"), ("[" * 100_000, "nested too deeply"), ("{", "is not JSON")):
         (tmp_path / "model.safetensors.index.json").write_text(content)
         with pytest.raises(ModelError, match=rf"index\.json .*{named}"):
             checkpoint_files(tmp_path)

@@ -238,7 +238,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not JSON"):
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps([1]))
-    with pytest.raises(ModelError, match="no JSON object"):
+    with pytest.raises(ModelError, match="is not a JSON object"):
         read_model_config(tmp_path)
 
 
