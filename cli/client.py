@@ -62,7 +62,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-tokens", type=tokens, metavar="N", help="most tokens to generate (default: what the context allows)")
     add("--min-tokens", type=whole(0, limits.MAX_TOKENS), metavar="N", help="tokens before the output may end")
-    add("--temperature", type=number(0, limits.MAX_TEMPERATURE), metavar="X", help="0 is greedy (default: the checkpoint's, or 1)")
+    add(
+        "--temperature",
+        type=number(0, limits.MAX_TEMPERATURE),
+        metavar="X",
+        help="0 is greedy (default: the checkpoint's, or 1)",
+    )
     add("--top-p", type=number(0, 1, above=True), metavar="X", help="smallest set with this probability, above 0 to 1")
     add("--top-k", type=whole(0, limits.MAX_TOP_K), metavar="N", help="the so many most probable tokens; 0 is off")
     add("--min-p", type=share, metavar="X", help="share of the best token's probability, 0 to 1")
